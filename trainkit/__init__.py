@@ -1,0 +1,20 @@
+"""trainkit: gradient accumulation, layer freezing and mixed precision for your own PyTorch training loop."""
+
+from trainkit.compose import train_step
+from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
+from trainkit.parts import accumulate, amp
+from trainkit.result import StepResult
+from trainkit.step import Step
+
+__all__ = [
+    "Step",
+    "StepResult",
+    "accumulate",
+    "amp",
+    "freeze",
+    "frozen",
+    "frozen_parameters",
+    "train_step",
+    "trainable_parameters",
+    "unfreeze",
+]

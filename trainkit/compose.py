@@ -1,0 +1,144 @@
+"""Putting steps together: what a part is, and ``train_step``.
+
+A part is an inert recipe, a piece of plan. Applying one to a function, or handing it to ``train_step``, adds it to the plan of
+a ``Step``; nothing wraps anything. So the order in which parts are given cannot matter, and one part serves many steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trainkit.plan import Plan, Surrounding, check_clipping, check_module, check_optimizers
+from trainkit.step import Step
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+class _Unbound(Step[[Any]]):
+    """A step without a function yet: the by-hand context, and a decorator."""
+
+    def __call__(self, function: Callable[Q, Any]) -> Step[Q]:  # type: ignore[override]
+        return _bind(self._plan, function)
+
+
+class Part:
+    """An inert recipe, a piece of plan. It decorates a step function, or is handed to ``train_step``; one serves many steps."""
+
+    def __init__(self, plan: Plan, text: str) -> None:
+        self.plan = plan
+        self._text = text
+
+    def __call__(self, function: Callable[P, Any]) -> Step[P]:
+        return _bind(self.plan, function)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def train_step(
+    optimizer: Optimizer | Sequence[Optimizer],
+    *parts: Part | Surrounding | Step[Any],
+    module: nn.Module | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    after: Callable[[], Any] | Sequence[Callable[[], Any]] = (),
+) -> Step[Any]:
+    """Makes a training step of a function that computes a loss; by itself, a context for a step written by hand.
+
+    ``train_step(optimizer)(f)`` is equivalent to this loop, bit by bit::
+
+        optimizer.zero_grad()
+        f(*batch).backward()
+        optimizer.step()
+
+    and with ``accumulate(n), amp(), max_norm=m, after=scheduler.step``, over every n micro-batches, to this one::
+
+        for batch in window:
+            with autocast():
+                loss = f(*batch)
+            scaler.scale(loss * weight / sum(weights)).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(parameters, m)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()  # if the update was not skipped
+        optimizer.zero_grad()
+
+    ``train_step(opt, a, b)(f) == train_step(opt)(a(b(f))) == train_step(opt)(b(a(f)))``. A generator function that yields its
+    loss keeps the update code that it has below the yield. With fused optimizers (``AdamW(..., fused=True)``) the
+    whole update takes two reads and one write of the gradients, and never waits for the device.
+
+    Args:
+        optimizer: one, or a sequence: one norm over all of them, and all of them step or none.
+        parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``, in any order.
+        module: the DistributedDataParallel or FSDP2 module; needed when more than one rank runs.
+        max_norm: clips the norm of the true gradients; ``math.inf`` only checks that they are finite.
+        norm_type: 1, 2 or ``math.inf``.
+        after: one or several callables without arguments, called after each applied update, and not after a skipped one:
+            ``scheduler.step``, an EMA.
+
+    Returns:
+        A ``Step``. Called with a function it decorates it; ``with step:`` it is one micro-batch by hand.
+
+    Raises:
+        TypeError, ValueError: for what is not an optimizer, a part, a norm or a callable; for what is given twice.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import accumulate, train_step
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        >>> @train_step(optimizer, accumulate(2), max_norm=1.0)
+        ... def step(x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> for batch in step.over([(torch.ones(4, 3), torch.ones(4, 1))] * 3):
+        ...     result = step(*batch)
+        >>> step.updates, result.updated
+        (2, True)
+
+    Source: the loop of https://docs.pytorch.org/docs/stable/notes/amp_examples.html
+    """
+    max_norm, norm_type = check_clipping(max_norm, norm_type)
+    calls = (after,) if callable(after) else tuple(after)
+    for call in calls:
+        if not callable(call):
+            raise TypeError(f"after takes callables without arguments, got {call!r}: `after=scheduler.step`")
+    plan = Plan(check_optimizers(optimizer), check_module(module), max_norm=max_norm, norm_type=norm_type, after=calls)
+    for part in parts:
+        plan += _plan_of(part)
+    return _Unbound(plan)
+
+
+def _plan_of(part: Any) -> Plan:
+    if isinstance(part, Part):
+        return part.plan
+    if isinstance(part, _Unbound):
+        return part._plan
+    if isinstance(part, Surrounding):
+        return Plan(surroundings=(part,))
+    remedy = "parts are `accumulate(4)`, `amp()`, `frozen(module)`"
+    if isinstance(part, Optimizer):
+        remedy = "several optimizers go in one list: `train_step([optimizer_a, optimizer_b])`"
+    elif isinstance(part, nn.Module):
+        remedy = "a module goes by name: `train_step(optimizer, module=model)`"
+    elif isinstance(part, int):
+        remedy = f"for windows of {part} micro-batches: `accumulate({part})`"
+    elif hasattr(part, "step"):
+        remedy = "a scheduler's step goes by name: `train_step(optimizer, after=scheduler.step)`"
+    raise TypeError(f"{part!r} is not a part; {remedy}")
+
+
+def _bind(plan: Plan, function: Callable[P, Any]) -> Step[P]:
+    """The step of this function, or this step with more in its plan."""
+    if isinstance(function, Step):
+        return type(function)(plan + function._plan, function._function)
+    if isinstance(function, (Part, Surrounding)) or not callable(function):
+        raise TypeError(f"only functions are decorated, got {function!r}; parts go together in `train_step(optimizer, a, b)`")
+    for part in getattr(function, "__trainkit_parts__", ()):
+        plan += _plan_of(part)
+    return Step(plan, function)

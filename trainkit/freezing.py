@@ -1,0 +1,296 @@
+"""Freezing layers: ``frozen`` for a while, ``freeze`` and ``unfreeze`` for good."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from trainkit.layers import Layers, normalise, select
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class frozen:
+    """Freezes layers of a module inside a ``with`` block, a function or a training step.
+
+    Equivalent to this, where everything found is put back at the end, by whatever way the block is left::
+
+        for parameter in selected:
+            parameter.requires_grad, parameter.grad = False, None
+        for module in owners_of_selected_buffers:
+            module.eval()  # and it stays so, also through model.train()
+
+    **Frozen means frozen**: inside, no optimizer, momentum, weight decay or leftover gradient moves a selected parameter, and
+    no training mode a selected buffer: a frozen BatchNorm normalises with its running statistics. Dropout stays, unless
+    ``eval_mode=True``. Contexts nest and overlap, and may end in any order. ``frozen(m)`` twice is once; ``frozen(a)`` and
+    ``frozen(b)`` commute.
+
+    As a part, ``train_step(optimizer, accumulate(2), frozen(D))``, it is entered for every micro-batch, around forward,
+    backward and update. As a decorator it takes ordinary functions.
+
+    Args:
+        module: what the layers belong to.
+        layers: one or several of: a pattern ("encoder.layer[:2]", "**.bias"; `*` within one component, `**` for any depth), a
+            submodule or a slice of a ModuleList, a parameter, a predicate ``(name, parameter) -> bool``. "**" is everything,
+            ``[]`` nothing. A parameter that is tied is frozen under all its names.
+        eval_mode: puts the selected modules into evaluation mode, dropout included.
+
+    Returns:
+        ``with frozen(...) as names`` gives the names of the frozen parameters, all names of a tied one.
+
+    Raises:
+        TypeError: module is no module, layers are none, or a generator function is decorated.
+        ValueError: a pattern or a predicate that matches nothing, or a layer of another module.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import frozen
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+        >>> with frozen(model, "[:2]") as names:
+        ...     model(torch.ones(3, 2)).sum().backward()
+        >>> names
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+        >>> [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        ['2.weight', '2.bias']
+
+    Source: what torch leaves to its user, https://docs.pytorch.org/docs/stable/notes/autograd.html#setting-requires-grad
+    """
+
+    def __init__(self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False) -> None:
+        _check_module("frozen", module)
+        self._module = module
+        self._layers = normalise(layers)
+        self._eval_mode = eval_mode
+        self._entered: list[AbstractContextManager[None]] = []
+        select(module, self._layers)  # whatever is wrong with them is wrong here
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """The context, new, as a step enters it around each micro-batch."""
+        # Selected anew each time: layers may have been added or replaced.
+        selection = select(self._module, self._layers)
+        modules = selection.buffer_owners
+        if self._eval_mode:
+            modules = list({id(m): m for m in modules + selection.modules}.values())
+        return _holding(selection.parameters, modules)
+
+    def __enter__(self) -> list[str]:
+        context = self.around_step()
+        context.__enter__()
+        self._entered.append(context)
+        return _names(self._module, select(self._module, self._layers).parameters)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        add_part = getattr(function, "_add_part", None)
+        if add_part is not None:  # a training step: this joins its plan
+            return add_part(self)  # type: ignore[no-any-return]
+        if not callable(function) or isinstance(function, nn.Module):
+            raise TypeError(f"frozen decorates functions, got {function!r}: `with frozen(model, layers): ...`")
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(_TOO_LATE.format(function.__name__))
+
+        @functools.wraps(function)
+        def with_frozen(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.around_step():
+                value = function(*args, **kwargs)
+            if inspect.isgenerator(value):
+                value.close()
+                raise TypeError(_TOO_LATE.format(function.__name__))
+            return value
+
+        # A step made of this function freezes around backward and update too.
+        parts = (*getattr(function, "__trainkit_parts__", ()), self)
+        with_frozen.__trainkit_parts__ = parts  # type: ignore[attr-defined]
+        return with_frozen
+
+
+def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
+    """Freezes layers for good, or until ``unfreeze``: the permanent form of ``frozen``, with the same ``layers``.
+
+    Equivalent to ``requires_grad = False`` and ``grad = None`` for each selected parameter, and ``eval()`` of the modules that
+    own a selected buffer, which ``model.train()`` does not undo. Inside a ``frozen`` block it holds from its end on.
+
+    Returns:
+        The names of the parameters frozen, all names of a tied one.
+
+    Raises:
+        TypeError, ValueError: as ``frozen`` does.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import freeze, frozen_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> freeze(model, "[0]")
+        ['0.weight', '0.bias']
+        >>> frozen_parameters(model)
+        ['0.weight', '0.bias']
+    """
+    _check_module("freeze", module)
+    selection = select(module, normalise(layers))
+    for parameter in selection.parameters:
+        if id(parameter) in _held:
+            _held[id(parameter)] = _held[id(parameter)]._replace(requires_grad=False, grad=None)
+        else:
+            parameter.requires_grad, parameter.grad = False, None
+    for owner in selection.buffer_owners:
+        _Stay.of(owner).for_good = True
+    return _names(module, selection.parameters)
+
+
+def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
+    """Makes layers trainable: the inverse of ``freeze``, with the same ``layers``.
+
+    Equivalent to ``requires_grad = True`` for each selected parameter. Modules that ``freeze`` keeps in evaluation mode take
+    up the mode that they were last asked for. Inside a ``frozen`` block it holds from its end on.
+
+    Returns:
+        The names of the parameters that are trainable now, all names of a tied one.
+
+    Raises:
+        TypeError, ValueError: as ``frozen`` does.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import freeze, frozen_parameters, unfreeze
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> _ = freeze(model)
+        >>> unfreeze(model, "[-1]")
+        ['1.weight', '1.bias']
+        >>> frozen_parameters(model)
+        ['0.weight', '0.bias']
+    """
+    _check_module("unfreeze", module)
+    selection = select(module, normalise(layers))
+    # Quantised weights are integers, and have no gradient.
+    parameters = [p for p in selection.parameters if p.is_floating_point() or p.is_complex()]
+    for parameter in parameters:
+        if id(parameter) in _held:
+            _held[id(parameter)] = _held[id(parameter)]._replace(requires_grad=True)
+        else:
+            parameter.requires_grad = True
+    for owner in selection.buffer_owners:
+        stay = owner.__dict__.get("train")
+        if isinstance(stay, _Stay):
+            stay.for_good = False
+            stay.end()
+    return _names(module, parameters)
+
+
+def frozen_parameters(module: nn.Module) -> list[str]:
+    """The names of the parameters of a module that do not require a gradient, all names of a tied one.
+
+    Equivalent to ``[name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]``.
+
+    Raises:
+        TypeError: module is no module.
+    """
+    _check_module("frozen_parameters", module)
+    return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that require a gradient, each once: what an optimizer is to be given.
+
+    Equivalent to ``[p for p in module.parameters() if p.requires_grad]``.
+
+    Raises:
+        TypeError: module is no module.
+    """
+    _check_module("trainable_parameters", module)
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+_TOO_LATE = (
+    "{} only starts to run after its call, and would do so outside of the frozen block: hand frozen over as a part, "
+    "`train_step(optimizer, frozen(model, layers))`"
+)
+
+
+class _Hold(NamedTuple):
+    """What a frozen parameter gets back at the end of the last context that holds it."""
+
+    requires_grad: bool
+    grad: Tensor | None
+    holders: int
+
+
+# Of the parameters that are in a frozen context now, by id. The contexts keep them alive, and take them out again.
+_held: dict[int, _Hold] = {}
+
+
+@contextmanager
+def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterator[None]:
+    held: list[nn.Parameter] = []
+    staying: list[_Stay] = []
+    try:
+        for parameter in parameters:
+            hold = _held.get(id(parameter)) or _Hold(parameter.requires_grad, parameter.grad, 0)
+            _held[id(parameter)] = hold._replace(holders=hold.holders + 1)
+            held.append(parameter)
+            parameter.requires_grad, parameter.grad = False, None
+        for module in modules:
+            stay = _Stay.of(module)
+            stay.holders += 1
+            staying.append(stay)
+        yield
+    finally:
+        for parameter in held:
+            hold = _held.pop(id(parameter))
+            if hold.holders > 1:
+                _held[id(parameter)] = hold._replace(holders=hold.holders - 1)
+            else:
+                parameter.requires_grad, parameter.grad = hold.requires_grad, hold.grad
+        for stay in staying:
+            stay.holders -= 1
+            stay.end()
+
+
+class _Stay:
+    """Stands in for ``module.train`` while the module is to stay in evaluation mode, and remembers the mode asked for.
+
+    On the instance, where torch.compile notices it; it does not notice hooks that are added to a compiled model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.asked = module.training
+        self.holders = 0
+        self.for_good = False
+        module.training = False
+        module.__dict__["train"] = self
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Stay:
+        """The one that is there, or a new one."""
+        found = module.__dict__.get("train")
+        return found if isinstance(found, cls) else cls(module)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.asked = mode
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+    def end(self) -> None:
+        """Gives the module its ``train`` and its mode back, unless somebody still holds it."""
+        if not self.holders and not self.for_good:
+            del self.module.__dict__["train"]
+            self.module.training = self.asked
+
+
+def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
+    chosen = {id(p) for p in parameters}
+    return [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in chosen]
+
+
+def _check_module(function: str, module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, got a {type(module).__name__}: `{function}(model, 'embeddings')`")

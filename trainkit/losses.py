@@ -1,0 +1,84 @@
+"""What a step function hands over: a loss, and perhaps a weight."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.window import Weight
+
+
+def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
+    """The loss and the weight in what a step function handed over; TypeError or ValueError for anything else."""
+    weight: Any = None
+    if isinstance(output, tuple) and not hasattr(output, "loss"):
+        if len(output) != 2:
+            raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
+        output, weight = output
+        check_weight(weight)
+    if isinstance(output, Mapping) and "loss" in output:
+        if "weight" in output and weight is None:
+            weight = output["weight"]
+            check_weight(weight, real=True)
+        output = output["loss"]
+    elif not isinstance(output, Tensor) and hasattr(output, "loss"):
+        output = output.loss
+    check_loss(output)
+    return output, weight
+
+
+_WANTED = (
+    "a step function hands over the loss of one micro-batch, and got {}; return (or yield) `loss`, `loss, weight`, "
+    "`{{'loss': loss, 'weight': weight}}`, or a model's output that has a loss"
+)
+
+
+def check_loss(loss: Any) -> None:
+    """Raises TypeError or ValueError unless this is a 0-d floating tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        hint = " (a model's output has a loss only when labels were given)" if loss is None else ""
+        raise TypeError(_WANTED.format(f"{_shown(loss)}") + hint)
+    if loss.dim() != 0:
+        raise ValueError(
+            f"the loss must be a single number, and has shape {tuple(loss.shape)}: `loss.mean()` over the micro-batch is what is "
+            "averaged over the window"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"the loss must be a floating-point tensor, and is {loss.dtype}; was something else returned first?")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss has no graph, so nothing would be learned: return it without `.item()`, `.detach()` or "
+            "`torch.no_grad()`, and check that not every parameter it depends on is frozen"
+        )
+
+
+def check_weight(weight: Any, real: bool = False) -> None:
+    """Raises TypeError or ValueError unless this is a count: an int, or a 0-d integer tensor; any number where ``real``."""
+    if isinstance(weight, Tensor):
+        if weight.dim() != 0:
+            raise TypeError(f"a weight is a single number, and this tensor has shape {tuple(weight.shape)}: `weight.sum()`")
+        integral = not weight.is_floating_point() and not weight.is_complex() and weight.dtype != torch.bool
+        if not integral and not (real and weight.is_floating_point()):
+            raise TypeError(_NOT_A_COUNT.format(f"a {weight.dtype} tensor"))
+        return
+    number = numbers.Real if real else numbers.Integral
+    if isinstance(weight, bool) or not isinstance(weight, number):
+        raise TypeError(_NOT_A_COUNT.format(_shown(weight)))
+    if not 0 <= float(weight) < math.inf:
+        raise ValueError(f"a weight says how many things the loss is the mean of, and is {weight}; it must be finite and >= 0")
+
+
+_NOT_A_COUNT = (
+    "the second of two values is the weight: how many things (rows, tokens) the loss is the mean of, an int or an integer 0-d "
+    "tensor; got {}. Return the loss alone if this is a metric, or `{{'loss': loss, 'weight': weight}}` for a real-valued weight"
+)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,171 @@
+"""The parts of a step: ``accumulate`` and ``amp``. Each is a validated piece of plan and does nothing by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainkit.compose import Part, train_step
+from trainkit.plan import Plan, Precision, check_clipping, check_length, check_module
+from trainkit.step import Step
+
+
+def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -> Part:
+    """Makes one update of every n micro-batches.
+
+    The gradient of a window is that of the weighted mean over everything in it, ``sum(w_i * loss_i) / sum(w_i)``, however it
+    is cut into micro-batches and however many there are: equivalent to the one big batch::
+
+        loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
+
+    w_i is the weight that comes with a loss, or 1. A last window of k < n is divided by what is in it, not by n.
+    ``accumulate(1)`` changes nothing; ``accumulate(a)`` with ``accumulate(b)`` is ``accumulate(a * b)``.
+
+    Args:
+        n: micro-batches in a window, an int >= 1; or a callable from the number of updates so far to that.
+        module: the module that is trained. Needed where nothing else in the plan knows the parameters, as on a generator
+            function that is not also given an optimizer.
+
+    Returns:
+        A part: a decorator for step functions, or an argument of ``train_step``.
+
+    Raises:
+        TypeError: n is no int and no callable, or module is no module.
+        ValueError: n < 1.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import accumulate
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> @accumulate(4, model)
+        ... def step(x, y):
+        ...     yield torch.nn.functional.cross_entropy(model(x), y)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> for x, y in step.over([(torch.ones(5, 3), torch.ones(5).long())] * 6):
+        ...     result = step(x, y)
+        >>> step.updates, result.complete
+        (2, True)
+    """
+    if not callable(n):
+        check_length(n, "accumulate got")
+    name = getattr(n, "__name__", n)
+    return Part(Plan(lengths=(n,), modules=check_module(module)), f"accumulate({name})")
+
+
+class Autocast(Part):
+    """``amp()`` without an optimizer: a part, and by itself a context of plain autocast for evaluation."""
+
+    def __init__(self, plan: Plan, text: str) -> None:
+        super().__init__(plan, text)
+        self._entered: list[torch.autocast] = []
+
+    def __enter__(self) -> None:
+        precision = self.plan.precision
+        assert precision is not None
+        accelerator = torch.accelerator.current_accelerator()
+        device_type, dtype = precision.resolve(accelerator or torch.device("cpu"))
+        autocast = torch.autocast(device_type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+        autocast.__enter__()  # type: ignore[no-untyped-call]
+        self._entered.append(autocast)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
+
+
+@overload
+def amp(
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    init_scale: float = 65536.0,
+    growth_interval: int = 2000,
+) -> Autocast: ...
+@overload
+def amp(
+    first: Optimizer,
+    /,
+    *optimizers: Optimizer,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    init_scale: float = 65536.0,
+    growth_interval: int = 2000,
+) -> Step[Any]: ...
+def amp(
+    *optimizers: Optimizer,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    init_scale: float = 65536.0,
+    growth_interval: int = 2000,
+) -> Autocast | Step[Any]:
+    """Runs forward in mixed precision, with a gradient scaler where float16 needs one, and clips the true gradients.
+
+    ``amp(optimizer, max_norm=m)`` is ``train_step(optimizer, amp(), max_norm=m)``: a decorator, and a context around one
+    micro-batch. It is equivalent to this loop, without its waits::
+
+        with torch.autocast(device, dtype):
+            loss = f(*batch)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(parameters, m)
+        scaler.step(optimizer)
+        scaler.update()
+
+    ``amp()`` is the part for a plan that has its optimizer elsewhere; and ``with amp():`` is autocast alone, for evaluation.
+    Updates whose gradients are not finite are skipped in every dtype; only float16 has a loss scale. ``amp(dtype=torch.float32)``
+    changes nothing but that.
+
+    Args:
+        optimizers: none, one or several.
+        dtype: torch.bfloat16, torch.float16 or torch.float32. None picks at the first call: bfloat16 where the device computes
+            it natively, which a T4 does not, else float16.
+        device: the type of device that forward runs on, as "cuda"; None takes that of the first parameter.
+        max_norm: clips the norm of the true gradients; ``math.inf`` only checks, as amp does anyway.
+        norm_type: 1, 2 or ``math.inf``.
+        init_scale: the first loss scale, for float16.
+        growth_interval: updates without an overflow after which the loss scale doubles.
+
+    Raises:
+        TypeError, ValueError: for what is not an optimizer, a dtype, a device type or a norm. At the first call: for float16
+            parameters in float16.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import amp
+        >>> model = torch.nn.Linear(3, 1)
+        >>> step = amp(torch.optim.SGD(model.parameters(), lr=0.1), dtype=torch.bfloat16, max_norm=1.0)
+        >>> with step as result:
+        ...     step.backward(model(torch.ones(4, 3)).float().pow(2).mean())
+        >>> result.updated
+        True
+
+    Source: https://docs.pytorch.org/docs/stable/notes/amp_examples.html; Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
+    """
+    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: `amp(dtype=torch.float16)`"
+        )
+    if isinstance(init_scale, bool) or not isinstance(init_scale, (int, float)) or not 0 < init_scale < math.inf:
+        raise ValueError(f"init_scale must be a finite number above 0, got {init_scale!r}: `amp(init_scale=65536.0)`")
+    if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
+        raise ValueError(f"growth_interval counts updates, an int >= 1, got {growth_interval!r}: `amp(growth_interval=2000)`")
+    try:
+        device_type = None if device is None else torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a type of device, got {device!r}: `amp(device='cuda')`") from error
+    max_norm, norm_type = check_clipping(max_norm, norm_type)
+    precision = Precision(dtype, device_type, float(init_scale), growth_interval)
+    part = Autocast(Plan(precision=precision, max_norm=max_norm, norm_type=norm_type), f"amp(dtype={dtype})")
+    return train_step(optimizers, part) if optimizers else part

@@ -1,0 +1,162 @@
+"""The plan of a step: everything its parts ask for, as one immutable value. Plans add up, in any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trainkit.update import Check
+
+
+@runtime_checkable
+class Surrounding(Protocol):
+    """A part that is a context around every micro-batch: its forward, its backward and the update it may bring."""
+
+    def around_step(self) -> AbstractContextManager[Any]:
+        """A new context manager for one micro-batch."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What ``amp`` asks for; see there."""
+
+    dtype: torch.dtype | None
+    device: str | None
+    init_scale: float
+    growth_interval: int
+
+    def resolve(self, device: torch.device) -> tuple[str, torch.dtype]:
+        """The device type and the dtype of autocast, for a model on ``device``."""
+        device_type = self.device or device.type
+        return device_type, self.dtype or native_dtype(device_type)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, without any state. ``a + b`` is ``b + a``; what can be given only once raises ValueError in both."""
+
+    optimizers: tuple[Optimizer, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    lengths: tuple[int | Callable[[int], int], ...] = ()
+    precision: Precision | None = None
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    after: tuple[Callable[[], Any], ...] = ()
+    surroundings: tuple[Surrounding, ...] = ()
+
+    def __add__(self, other: Plan) -> Plan:
+        if self.optimizers and other.optimizers:
+            raise ValueError("optimizers were given twice; give them together: `train_step([optimizer_a, optimizer_b], ...)`")
+        if self.precision and other.precision:
+            raise ValueError("amp was given twice, and a step runs in one precision: leave out one of the two")
+        if self.max_norm is not None and other.max_norm is not None:
+            raise ValueError(f"max_norm was given twice, {self.max_norm} and {other.max_norm}: leave out one of the two")
+        norm_types = {self.norm_type, other.norm_type} - {2.0}
+        if len(norm_types) == 2:
+            raise ValueError(f"norm_type was given twice, {self.norm_type} and {other.norm_type}: leave out one of the two")
+        return Plan(
+            optimizers=self.optimizers or other.optimizers,
+            modules=self.modules + tuple(m for m in other.modules if m not in self.modules),
+            lengths=self.lengths + other.lengths,
+            precision=self.precision or other.precision,
+            max_norm=self.max_norm if self.max_norm is not None else other.max_norm,
+            norm_type=norm_types.pop() if norm_types else 2.0,
+            after=self.after + other.after,
+            surroundings=self.surroundings + other.surroundings,
+        )
+
+    @property
+    def check(self) -> Check | None:
+        """What is asked of the gradients: nothing, unless there is an ``amp`` or a ``max_norm``."""
+        if self.precision is None and self.max_norm is None:
+            return None
+        return Check(math.inf if self.max_norm is None else self.max_norm, self.norm_type)
+
+    def length(self, updates: Callable[[], int]) -> int:
+        """The number of micro-batches in the next window. ``updates`` is asked only where it matters."""
+        length = 1
+        for n in self.lengths:
+            length *= n if isinstance(n, int) else check_length(n(updates()), f"{_name(n)} returned")
+        return length
+
+    def parameters_by_optimizer(self) -> list[list[nn.Parameter]]:
+        """The parameters of each optimizer; or those of the modules, where there is no optimizer."""
+        if self.optimizers:
+            return [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        return [list(module.parameters()) for module in self.modules]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients make the update, each once."""
+        found = self.parameters_by_optimizer()
+        if len(found) == 1:
+            return found[0]
+        return list({id(p): p for parameters in found for p in parameters}.values())
+
+
+def native_dtype(device_type: str) -> torch.dtype:
+    """The half precision that a device computes natively: bfloat16 where it can, else float16."""
+    if device_type == "cuda":
+        # Without the argument torch answers True on a T4, where bfloat16 is emulated and slower than float32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float16 if device_type == "mps" else torch.bfloat16
+
+
+def check_length(n: Any, received: str) -> int:
+    """n, if it is a number of micro-batches; else TypeError or ValueError. ``received`` says where it came from."""
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"{received} {n!r}; n counts the micro-batches of a window, an int: `accumulate(4)`")
+    if n < 1:
+        raise ValueError(f"{received} {n}; a window has at least one micro-batch: `accumulate(1)` changes nothing")
+    return n
+
+
+def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
+    """One or several optimizers as a tuple; TypeError or ValueError for anything else."""
+    found = tuple(optimizers) if isinstance(optimizers, (list, tuple)) else (optimizers,)
+    for optimizer in found:
+        if isinstance(optimizer, nn.Module):
+            raise TypeError(
+                f"got the module {_name(optimizer)} where an optimizer belongs: `train_step(optimizer, ..., module=model)`"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"got {optimizer!r} where an optimizer belongs: `train_step(torch.optim.AdamW(model.parameters()))`")
+    if not found:
+        raise ValueError("got no optimizer: `train_step(optimizer)`, or several as `train_step([optimizer_a, optimizer_b])`")
+    if len({id(optimizer) for optimizer in found}) < len(found):
+        raise ValueError("the same optimizer was given twice; give each once")
+    return found
+
+
+def check_module(module: Any) -> tuple[nn.Module, ...]:
+    """A module as a tuple, empty for None; TypeError for anything else."""
+    if module is None:
+        return ()
+    if not isinstance(module, nn.Module):
+        hint = "; optimizers go to `train_step(optimizer, ...)`" if isinstance(module, Optimizer) else ""
+        raise TypeError(f"module must be the torch.nn.Module that is trained, got a {type(module).__name__}{hint}")
+    return (module,)
+
+
+def check_clipping(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
+    """max_norm and norm_type as floats; TypeError or ValueError for what is none."""
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if isinstance(value, bool) or not (isinstance(value, (int, float)) or (value is None and name == "max_norm")):
+            raise TypeError(f"{name} must be a number, got {value!r}: `max_norm=1.0`")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(
+            f"max_norm must be above 0, got {max_norm}: `max_norm=1.0` clips, `math.inf` only checks for finite gradients"
+        )
+    if norm_type not in (1, 2, math.inf):
+        raise ValueError(f"norm_type must be 1, 2 or math.inf, got {norm_type}: p = 0 would miss a nan, a large p overflows")
+    return (None if max_norm is None else float(max_norm)), float(norm_type)
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__name__", type(thing).__name__)

@@ -1,0 +1,50 @@
+"""What one call of a step came to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trainkit.update import Outcome
+from trainkit.window import Window
+
+
+class StepResult:
+    """What one call of a step came to.
+
+    Attributes:
+        loss: of this micro-batch; 0-d, detached, unscaled, on its device. None in a by-hand block without a loss.
+        complete: whether this call closed a window.
+        grad_norm: of the window's true gradients, before clipping; 0-d float32 or float64, on the device. None where no norm
+            was taken.
+    """
+
+    __slots__ = ("_count", "_skipped", "_window", "complete", "grad_norm", "loss")
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.complete = False
+        self.grad_norm: Tensor | None = None
+        self._skipped: bool | Tensor = False
+        self._window: Window | None = None
+        self._count = 0
+
+    @property
+    def window_loss(self) -> Tensor | None:
+        """The weighted mean of the window's losses up to this call; 0-d, computed when read."""
+        return None if self._window is None else self._window.mean_loss(self._count)
+
+    @property
+    def updated(self) -> bool:
+        """Whether this call moved the parameters. Reading it may wait for the device; nothing else here does."""
+        return self.complete and not self._skipped
+
+    def place(self, window: Window) -> None:
+        """Says which window the call fell into, as its newest micro-batch."""
+        self._window, self._count = window, len(window.losses)
+
+    def close(self, outcome: Outcome) -> None:
+        """Says what became of the window that the call closed."""
+        self.complete, self.grad_norm, self._skipped = True, outcome.norm, outcome.skipped
+
+    def __repr__(self) -> str:
+        return f"StepResult(loss={self.loss}, complete={self.complete}, grad_norm={self.grad_norm})"

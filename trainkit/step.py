@@ -1,0 +1,488 @@
+"""The step: a function that computes the loss of one micro-batch, and the plan that turns such losses into updates.
+
+The step owns all state, and runs its plan in one order whatever order the parts were given in:
+
+    surroundings entered > autocast on > the function > autocast off > backward > [window complete: the update] > left again
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.loaders import mark_last
+from trainkit.losses import check_loss, check_weight, read_loss
+from trainkit.plan import Plan, Surrounding
+from trainkit.result import StepResult
+from trainkit.update import LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
+from trainkit.window import Weight, Window
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Step(Generic[P]):
+    """A step function with its plan and its state: call it with a micro-batch, or use it as a context around one.
+
+    Made by ``train_step`` and by applying parts to functions. Once per window it turns what has added up into an update; see
+    ``train_step`` for the loop that this is equivalent to.
+    """
+
+    def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
+        if function is not None:
+            # Without its __dict__: attributes of the function could overwrite those of the step.
+            functools.update_wrapper(self, function, updated=())
+        self._plan = plan
+        self._function = function
+        # Known from the first call on, when the parameters are where they will be trained.
+        self._prepared = False
+        self._autocast: torch.autocast | None = None
+        self._loss_scale: LossScale | None = None
+        # From window to window.
+        self._closed = 0
+        self._skips: int | Tensor = 0
+        self._reference: Weight | None = None
+        self._owed: Verdict | None = None
+        self._at_last_batch = False
+        self._seeds: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        # The open window; and for each optimizer one parameter with the gradient that the last micro-batch left.
+        self._window: Window | None = None
+        self._witnesses: list[tuple[nn.Parameter, Tensor, int]] = []
+        # The micro-batch under way.
+        self._result: StepResult | None = None
+        self._surroundings: AbstractContextManager[Any] = nullcontext()
+        self._autocast_is_on = False
+        self._generator: types.GeneratorType[Any, None, Any] | None = None
+        self._began_backward = False
+        self._weight: Weight | None = None
+        self._share: float | Tensor = 1.0
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        assert self._function is not None
+        with self as result:
+            output = self._function(*args, **kwargs)
+            if isinstance(output, types.GeneratorType):
+                self._generator = output
+                output = self._run_to_yield(output)
+            elif not self._plan.optimizers:
+                raise ValueError(
+                    "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
+                    "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
+                )
+            loss, weight = read_loss(output)
+            self._leave_autocast()
+            self._run_backward(loss, weight)
+            result.loss = loss.detach()
+        return result
+
+    def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        """Like a call, and closes the window with this micro-batch; for loops that do not go through ``over``."""
+        found, self._at_last_batch = self._at_last_batch, True
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._at_last_batch = found
+
+    def __enter__(self) -> StepResult:
+        if self._result is not None:
+            raise RuntimeError(
+                "this step is under way already and cannot be entered from within; for a further loss of the same "
+                "micro-batch call `step.backward(loss)`"
+            )
+        if not self._prepared:
+            self._prepare()
+        if self._owed is not None and self._owed.known():
+            self.settle()
+        if self._window is None:
+            self._window = self._new_window()
+        if self._plan.surroundings:
+            with ExitStack() as stack:
+                for part in self._plan.surroundings:
+                    stack.enter_context(part.around_step())
+                self._surroundings = stack.pop_all()
+        self._enter_autocast()
+        self._result = result = StepResult()
+        return result
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        generator, surroundings = self._generator, self._surroundings
+        with surroundings:
+            try:
+                self._leave_autocast()
+                if self._began_backward and kind is None:
+                    self._finish()
+                    self._began_backward = False
+            finally:
+                if self._began_backward:  # and did not finish: some gradients are in, others are not
+                    self.discard()
+                self._result = self._generator = None
+                self._surroundings = nullcontext()
+                if generator is not None:
+                    generator.close()
+
+    def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
+        """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
+
+        Further losses (an adversarial one, a penalty) enter with the same scale and weight, and the micro-batch counts
+        once. Autocast is off meanwhile, and on again afterwards. What ``.grad`` then holds is scaled, and of the whole window.
+
+        Args:
+            loss: 0-d, floating, with a graph; the mean over the micro-batch.
+            weight: how many things that mean is over, an int or an integer 0-d tensor; with the first loss only.
+
+        Raises:
+            TypeError, ValueError: for anything else, before anything is changed.
+            RuntimeError: outside a micro-batch, or where the gradients of the open window are gone.
+        """
+        if self._result is None:
+            raise RuntimeError("step.backward(loss) belongs into a micro-batch: into `with step:` or the step function")
+        check_loss(loss)
+        if weight is not None:
+            check_weight(weight)
+        was_on = self._autocast_is_on
+        self._leave_autocast()
+        try:
+            self._run_backward(loss, weight)
+        finally:
+            if was_on:
+                self._enter_autocast()
+        if self._result.loss is None:
+            self._result.loss = loss.detach()
+
+    def over(self, loader: Iterable[T], *other_steps: Step[Any]) -> Iterator[T]:
+        """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
+
+        Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader with a length is not run
+        ahead, one without by one batch.
+
+        Raises:
+            TypeError: where something that is no step is given.
+
+        Warns:
+            UserWarning: where a window stays open, because the last batch did not reach its step.
+        """
+        for step in other_steps:
+            if not isinstance(step, Step):
+                raise TypeError(f"step.over takes a loader and then steps, got {step!r}: `step_d.over(loader, step_g)`")
+        return _over(loader, (self, *other_steps))
+
+    def discard(self) -> None:
+        """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
+        if self._began_backward or (self._window is not None and self._window.losses):
+            self._drop_gradients()
+        self._window = None
+        self._began_backward = False
+
+    def settle(self) -> None:
+        """Runs ``after`` for the last update, if that is still owed; waits for the device's verdict.
+
+        Happens by itself before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
+        """
+        owed, self._owed = self._owed, None
+        if owed is not None and owed.applied():
+            for call in self._plan.after:
+                call()
+
+    @property
+    def updates(self) -> int:
+        """Updates applied so far. Reading it may wait for the device."""
+        self.settle()
+        return self._closed - int(self._skips)
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped so far: gradients not finite, or weights that sum to 0. Reading it may wait for the device."""
+        self.settle()
+        return int(self._skips)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied."""
+        state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
+        if self._reference is not None:
+            state["reference"] = self._reference
+        if self._loss_scale is not None:
+            state["loss_scale"] = self._loss_scale.value.item()
+            state["growth_tracker"] = int(self._loss_scale.growth_tracker)
+        if self._window is not None and self._window.losses:
+            gradients = enumerate(p.grad for p in self._plan.parameters())
+            state["gradients"] = {i: gradient.clone() for i, gradient in gradients if gradient is not None}
+            state["window"] = self._window.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where ``state_dict`` was taken, between the same two micro-batches. An open window is dropped first.
+
+        Raises:
+            ValueError: where the gradients do not fit the parameters, before anything is changed.
+        """
+        if not self._prepared:
+            self._prepare()
+        parameters = dict(enumerate(self._plan.parameters()))
+        gradients = state.get("gradients", {})
+        for i, gradient in gradients.items():
+            shape = tuple(parameters[i].shape) if i in parameters else None
+            if shape != tuple(gradient.shape):
+                raise ValueError(
+                    f"the state has a gradient of shape {tuple(gradient.shape)} for parameter {i}, whose shape here is {shape}: "
+                    "build model and optimizer as they were when the state was taken"
+                )
+        self.discard()
+        self._owed = None
+        self._skips = state["skipped"]
+        self._closed = state["updates"] + state["skipped"]
+        self._reference = state.get("reference")
+        if self._loss_scale is not None and "loss_scale" in state:
+            self._loss_scale.value.fill_(state["loss_scale"])
+            self._loss_scale.growth_tracker.fill_(state["growth_tracker"])
+            self._seeds.clear()
+        if "window" in state:
+            self._drop_gradients()
+            for i, gradient in gradients.items():
+                parameters[i].grad = gradient.to(parameters[i].device, copy=True)
+            self._window = Window.from_state_dict(state["window"], self._reference)
+            self._remember_gradients()
+
+    def _add_part(self, part: Surrounding) -> Step[P]:
+        return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
+        if instance is None:
+            return self
+        name = getattr(self._function, "__name__", "step")
+        raise TypeError(
+            f"the method {name!r} of a {type(instance).__name__} was decorated, and all instances would share one state: "
+            f"leave the method as it is and write `self.step = train_step(...)(self.{name})` in __init__"
+        )
+
+    # A micro-batch, from its beginning to the update.
+
+    def _prepare(self) -> None:
+        """Picks the precision, and refuses a plan that cannot work."""
+        parameters = self._plan.parameters()
+        if not parameters:
+            raise ValueError(
+                "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or "
+                "`amp(optimizer)`, or the module, `accumulate(4, module=model)`"
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1 and not self._plan.modules:
+            raise ValueError("more than one rank runs: give the wrapped module, `train_step(..., module=ddp_model)`")
+        precision = self._plan.precision
+        if precision is not None:
+            device_type, dtype = precision.resolve(parameters[0].device)
+            if dtype == torch.float16:
+                shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16]
+                if shapes:
+                    raise ValueError(
+                        f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and "
+                        "their gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the "
+                        "model with `dtype=torch.float32`, or call `model.float()` before the optimizer is made"
+                    )
+                self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, parameters[0].device)
+            if dtype != torch.float32:
+                self._autocast = torch.autocast(device_type, dtype)
+        self._prepared = True
+
+    def _new_window(self) -> Window:
+        return Window(self._plan.length(lambda: self.updates), self._reference)
+
+    def _enter_autocast(self) -> None:
+        if self._autocast is not None:
+            self._autocast.__enter__()  # type: ignore[no-untyped-call]
+            self._autocast_is_on = True
+
+    def _leave_autocast(self) -> None:
+        if self._autocast_is_on and self._autocast is not None:
+            self._autocast_is_on = False
+            self._autocast.__exit__(None, None, None)
+
+    def _run_to_yield(self, generator: types.GeneratorType[Any, None, Any]) -> Any:
+        """Runs a generator function down to its loss."""
+        if self._plan.after:
+            raise ValueError(
+                "`after` was given to a step function that yields its loss; it has its own update code, and the call belongs "
+                "there, below the yield"
+            )
+        modes = _modes()
+        try:
+            output = next(generator)
+        except StopIteration:
+            raise TypeError(
+                "this generator function ended without a loss: put `yield loss` where `loss.backward()` stood"
+            ) from None
+        if _modes() != modes:
+            generator.close()  # whatever it left on is turned off before autocast is
+            raise RuntimeError(
+                "autocast, no_grad or inference_mode is still on at the yield, and would be for backward and the update: "
+                "end that `with` block above `yield loss`"
+            )
+        return output
+
+    def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
+        if not self._began_backward:
+            self._begin_backward(loss, weight)
+        elif weight is not None and self._weight is None:
+            raise TypeError(
+                "the losses of a micro-batch share one weight, and the first one had none: `step.backward(first, weight)`"
+            )
+        seed = self._seed(loss)
+        self._began_backward = True
+        if torch.is_autocast_enabled(loss.device.type):  # by the code around the step
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+        else:
+            loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+
+    def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
+        """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
+        window = self._window = self._window or self._new_window()  # none where the block discarded it
+        window.refuse_a_mix(weight)
+        if window.losses:
+            self._refuse_wiped_gradients(window)
+        else:
+            self._drop_gradients()
+        self._weight = weight.detach().to(loss.device) if isinstance(weight, Tensor) else weight
+        self._share = window.share(self._weight)
+
+    def _seed(self, loss: Tensor) -> Tensor:
+        """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale."""
+        assert self._window is not None
+        key = (self._window.length, loss.dtype, loss.device)
+        if self._weight is None and key in self._seeds:
+            return self._seeds[key]
+        share = self._share
+        if self._loss_scale is not None:
+            # Wider than the loss may be: 65,536 is inf in float16, a third of it is not.
+            wide = torch.promote_types(loss.dtype, torch.float32)
+            share = self._loss_scale.value.to(loss.device, wide) * share
+        if isinstance(share, Tensor):
+            seed = share.to(loss.device, loss.dtype)
+        else:
+            seed = torch.full((), share, dtype=loss.dtype, device=loss.device)
+        if self._weight is None:
+            self._seeds[key] = seed
+        return seed
+
+    def _finish(self) -> None:
+        """Counts the micro-batch, and closes the window where this was its last."""
+        result, window = self._result, self._window
+        assert result is not None and result.loss is not None and window is not None
+        window.add(result.loss, self._weight)
+        result.place(window)
+        if len(window.losses) < window.length and not self._at_last_batch:
+            self._remember_gradients()
+            return
+        self.settle()
+        outcome = self._update(window)
+        self._window = None
+        self._reference = window.next_reference()
+        self._closed += 1
+        self._skips = self._skips + outcome.skipped
+        if self._loss_scale is not None and outcome.found_inf is not None:
+            self._loss_scale.update(outcome.found_inf)
+            self._seeds.clear()
+        if self._generator is None or outcome.skipped is True:
+            self._drop_gradients()
+        result.close(outcome)
+        if self._plan.after:
+            self._owed = Verdict(outcome.skipped)
+            if self._owed.known():
+                self.settle()
+
+    def _update(self, window: Window) -> Outcome:
+        """Turns the gradients of a complete window into an update, or skips it."""
+        if not isinstance(window.total, Tensor) and window.total <= 0:
+            return Outcome(skipped=True)
+        optimizers = self._plan.optimizers
+        gradients = [p.grad for p in self._plan.parameters() if p.grad is not None]
+        divisor = window.divisor()
+        if self._loss_scale is not None:
+            divisor = times(divisor, self._loss_scale.value)
+        if self._generator is None and can_fuse(optimizers, gradients):
+            empty = window.total <= 0 if isinstance(window.total, Tensor) else None
+            return fused_step(optimizers, gradients, divisor, self._plan.check, empty)
+        outcome = make_true(gradients, divisor, self._plan.check)
+        if not outcome.skipped:
+            if self._generator is None:
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                _run_to_end(self._generator)
+        return outcome
+
+    # The gradients, between one micro-batch and the next.
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._plan.parameters():
+            parameter.grad = None
+
+    def _remember_gradients(self) -> None:
+        self._witnesses.clear()
+        for parameters in self._plan.parameters_by_optimizer():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._witnesses.append((parameter, parameter.grad, parameter.grad._version))
+                    break
+
+    def _refuse_wiped_gradients(self, window: Window) -> None:
+        """Raises RuntimeError where the gradients of the open window were set to None or zero since the last micro-batch."""
+        for parameter, gradient, version in self._witnesses:
+            found = parameter.grad
+            if found is None:
+                wiped = parameter.requires_grad  # else it is frozen just now, and its gradient set aside
+            else:
+                # Only what was written to is worth a look.
+                wiped = (found is not gradient or found._version != version) and not found.any()
+            if wiped:
+                self.discard()
+                raise RuntimeError(
+                    f"the gradients of {len(window.losses)} micro-batches are gone from an open window: something like "
+                    "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it "
+                    "from a step that returns its loss"
+                )
+
+
+def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
+    """Runs the update code of a generator function, below its yield."""
+    try:
+        next(generator)
+    except StopIteration:
+        return
+    raise ValueError("this step function yielded twice; a loss is yielded once, further ones go to `step.backward(loss)`")
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a `with` block left open over a yield may have changed."""
+    if hasattr(torch, "autocast_increment_nesting"):  # counts autocast blocks, those that change nothing included
+        torch.autocast_increment_nesting()
+        autocast: Any = torch.autocast_decrement_nesting()
+    else:
+        autocast = [torch.is_autocast_enabled(device_type) for device_type in ("cpu", "cuda")]
+    return autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
+    found = [step._at_last_batch for step in steps]
+    try:
+        for batch, is_last in mark_last(loader):
+            for step in steps:
+                step._at_last_batch = is_last
+            yield batch
+    finally:
+        for step, was in zip(steps, found, strict=True):
+            step._at_last_batch = was
+    for step in steps:
+        step.settle()
+        if step._window is not None and step._window.losses:
+            warnings.warn(
+                f"the last batch did not reach a step, and {len(step._window.losses)} micro-batches wait in its open window: "
+                "`step.discard()` drops them",
+                stacklevel=2,
+            )

@@ -1,0 +1,242 @@
+"""The update: the one place where gradients become new parameters.
+
+Every correction that a gradient needs is one scalar: the loss scale, the weight of the window, the clip coefficient. None of
+them is applied in turn. Their product waits as one *divisor* and is applied where the gradients are read anyway: inside the
+kernel of a fused optimizer, or in a single multiplication just before any other optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+# Private in torch, so guarded: without them the same is done tensor by tensor.
+_foreach_norm = getattr(torch, "_foreach_norm", None)
+_foreach_mul_ = getattr(torch, "_foreach_mul_", None)
+_amp_update_scale_ = getattr(torch, "_amp_update_scale_", None)
+try:
+    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+except ImportError:  # then nobody can say that there are none
+    _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: NotImplemented}  # type: ignore[assignment]
+
+
+class Check(NamedTuple):
+    """What is asked of gradients before they are used: a finite norm, and no more than ``max_norm`` of it."""
+
+    max_norm: float = math.inf
+    norm_type: float = 2.0
+
+
+class Outcome(NamedTuple):
+    """What became of a window.
+
+    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: such a tensor, the
+    loss scale's verdict; ``norm``: 0-d, of the true gradients before clipping; both None where no norm was taken.
+    """
+
+    skipped: bool | Tensor
+    found_inf: Tensor | None = None
+    norm: Tensor | None = None
+
+
+class LossScale:
+    """The dynamic loss scale, by the rule of ``torch.amp.GradScaler``: halved by an overflow, doubled after
+    ``growth_interval`` updates in a row without one (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740)."""
+
+    def __init__(self, init_scale: float, growth_interval: int, device: torch.device) -> None:
+        self.value = torch.full((), init_scale, dtype=torch.float32, device=device)
+        self.growth_tracker = torch.full((), 0, dtype=torch.int32, device=device)
+        self.growth_interval = growth_interval
+
+    def update(self, found_inf: Tensor) -> None:
+        """Takes in the verdict over one window, without waiting for the device."""
+        found_inf = found_inf.to(self.value.device)
+        if _amp_update_scale_ is not None:
+            _amp_update_scale_(self.value, self.growth_tracker, found_inf, 2.0, 0.5, self.growth_interval)
+            return
+        overflow, grown = found_inf > 0, self.growth_tracker + 1 == self.growth_interval
+        scaled = self.value * torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
+        self.value.copy_(torch.where(scaled.isfinite(), scaled, self.value))
+        self.growth_tracker.copy_(torch.where(overflow | grown, 0, self.growth_tracker + 1))
+
+
+def fused_step(
+    optimizers: Sequence[Optimizer],
+    gradients: Sequence[Tensor],
+    divisor: float | Tensor,
+    check: Check | None,
+    empty: Tensor | None,
+) -> Outcome:
+    """Steps fused optimizers with gradients / divisor, clipped; or not at all; and never waits for the device.
+
+    Equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the norm reads
+    them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
+    ``optimizer.found_inf`` is 1. ``empty``: a 0-d bool tensor, True where nothing in the window had a weight.
+    """
+    grad_scale = divisor
+    skipped = found_inf = norm = None
+    if check is not None:
+        scaled_norm = total_norm(gradients, check.norm_type)
+        skipped = found_inf = _not_finite(scaled_norm)
+        norm = _divided(scaled_norm, divisor)
+        if check.max_norm < math.inf:
+            # The inverse of clip_grad_norm_'s coefficient, max_norm / (norm + 1e-6) where below 1: the kernel divides.
+            inverse_clip = ((norm + 1e-6) / check.max_norm).clamp_(min=1.0)
+            grad_scale = times(divisor, inverse_clip)
+    if empty is not None:
+        skipped = empty.float() if found_inf is None else torch.maximum(found_inf, empty.float())
+    if not isinstance(grad_scale, Tensor) and grad_scale != 1.0:
+        grad_scale = torch.full((), grad_scale, device=gradients[0].device)
+    try:
+        for optimizer in optimizers:
+            _seed_momentum(optimizer)
+            if isinstance(grad_scale, Tensor):
+                optimizer.grad_scale = grad_scale.float()  # type: ignore[attr-defined]
+            if skipped is not None:
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            optimizer.step()
+    finally:
+        # Left behind, even as None, they would make the next GradScaler.step raise.
+        for optimizer in optimizers:
+            optimizer.__dict__.pop("grad_scale", None)
+            optimizer.__dict__.pop("found_inf", None)
+    return Outcome(False if skipped is None else skipped, found_inf, norm)
+
+
+def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None) -> Outcome:
+    """Makes gradients unscaled, normalised and clipped, in place, with one multiplication; none where the product is 1.
+
+    Waits for the device once, where the verdict lies there. Gradients of a skipped update are left as they are.
+    """
+    found_inf = norm = None
+    if check is None:
+        norm_value, divisor_value = 0.0, float(divisor)
+    else:
+        scaled_norm = total_norm(gradients, check.norm_type)
+        norm = _divided(scaled_norm, divisor)
+        if isinstance(divisor, Tensor):
+            found_inf = _not_finite(scaled_norm)
+            norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
+        else:
+            norm_value, divisor_value = norm.item(), divisor
+    if not (norm_value < math.inf and divisor_value > 0):
+        return Outcome(True, found_inf, norm)
+    clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
+    if clip != divisor_value:
+        _multiply(gradients, clip / divisor_value)
+    return Outcome(False, found_inf, norm)
+
+
+def total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm of all gradients as one vector, accumulated in float32 or wider; 0-d, on the device of the first.
+
+    ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, and of float16 to inf above 65504.
+    """
+    if not gradients:
+        return torch.zeros(())
+    dtypes = {gradient.dtype for gradient in gradients}
+    if _foreach_norm is not None and dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1:
+        norms = _foreach_norm(gradients, norm_type)
+    else:
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        norms = [torch.linalg.vector_norm(gradient, norm_type, dtype=wide) for gradient in gradients]
+    device = gradients[0].device
+    together: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    return together
+
+
+def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bool:
+    """Whether ``fused_step`` is exact for these optimizers as they are now; asked before every update.
+
+    ``_step_supports_amp_scaling`` is no answer: wrappers pass it on and ignore ``grad_scale``, and loading a state leaves it
+    as it was. float64 gradients are refused because the kernels read ``grad_scale`` as float32.
+    """
+    return bool(gradients) and all(g.dtype != torch.float64 for g in gradients) and all(map(_is_fused, optimizers))
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    if type(optimizer) not in (Adam, AdamW, SGD, Adagrad):
+        return False
+    for group in optimizer.param_groups:
+        # What dampening means for a first step, _seed_momentum cannot say.
+        if group.get("fused") is not True or (group.get("momentum") and group["dampening"]):
+            return False
+    # A hook around the step, or somebody's own step, would see gradients that are still scaled, and run after a skipped
+    # update. What a learning-rate scheduler puts in place of step only counts calls.
+    hooks = (
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+    )
+    step = optimizer.__dict__.get("step")
+    return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+
+
+def _seed_momentum(optimizer: Optimizer) -> None:
+    """Gives fused SGD the momentum buffers that it lacks, as zeros.
+
+    On its first step the kernel is handed uninitialised buffers, and where found_inf is 1 it leaves them so: the next step
+    makes nan of the weights. With a parameter that joins later it raises. From zeros, ``momentum * 0 + gradient`` is the
+    first step.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _multiply(gradients: Sequence[Tensor], factor: float) -> None:
+    if _foreach_mul_ is not None:
+        _foreach_mul_(gradients, factor)
+        return
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
+def _not_finite(norm: Tensor) -> Tensor:
+    return (~(norm < math.inf)).float()  # a nan compares false
+
+
+def times(divisor: float | Tensor, factor: Tensor) -> Tensor:
+    """Their product, without an operation where the divisor is known to be 1."""
+    return factor if _is_one(divisor) else factor * divisor
+
+
+def _divided(norm: Tensor, divisor: float | Tensor) -> Tensor:
+    return norm if _is_one(divisor) else norm / divisor
+
+
+def _is_one(divisor: float | Tensor) -> bool:
+    return not isinstance(divisor, Tensor) and divisor == 1.0
+
+
+class Verdict:
+    """Whether an update was applied, on its way from the device.
+
+    A CPU knows at once. From an accelerator a copy is started, and the host need not wait for it until the answer matters.
+    """
+
+    def __init__(self, skipped: bool | Tensor) -> None:
+        self._skipped = skipped
+        self._event: torch.Event | None = None
+        if isinstance(skipped, Tensor) and skipped.device.type in ("cuda", "xpu"):
+            self._skipped = skipped.to("cpu", non_blocking=True)
+            self._event = torch.Event(skipped.device)
+            self._event.record()
+
+    def known(self) -> bool:
+        """Whether the answer is there without waiting for it."""
+        return self._event is None or self._event.query()
+
+    def applied(self) -> bool:
+        """The answer; waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return not bool(self._skipped)

@@ -1,0 +1,117 @@
+"""A window: the micro-batches that make one update, and what each of them weighs in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weight = int | float | Tensor
+
+
+class Window:
+    """The losses and weights of one window, as they come.
+
+    Its gradient is that of ``sum(w_i * loss_i) / sum(w_i)``. The sum of the weights is known only at its end, so each
+    micro-batch enters backward with the share ``w_i / (reference * length)``, and what has then added up is divided once, by
+    ``divisor = sum(w_i) / (reference * length)``. Without weights every w is 1 and so is the reference: the share is the
+    usual ``1 / length``, and the divisor of a full window exactly 1.
+
+    ``reference`` is a power of two near the mean weight of the window before. It cancels out, and keeps shares near
+    ``1 / length``: those of 65,536 tokens would use up the range that the loss scale is there for.
+    """
+
+    def __init__(self, length: int, reference: Weight | None) -> None:
+        self.length = length
+        self.losses: list[Tensor] = []
+        self.weights: list[Weight] = []
+        self.total: Weight = 0
+        self.weighted: bool | None = None
+        self.first_of_all = reference is None
+        self.reference: Weight = 1.0 if reference is None else reference
+
+    def refuse_a_mix(self, weight: Weight | None) -> None:
+        """Raises TypeError where weighted and unweighted losses would meet in one window."""
+        if self.losses and self.weighted is not (weight is not None):
+            was, came = ("with", "without") if self.weighted else ("without", "with")
+            raise TypeError(
+                f"a loss came {came} a weight into a window whose {len(self.losses)} losses so far came {was} one; the mean over "
+                "both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
+            )
+
+    def share(self, weight: Weight | None) -> float | Tensor:
+        """The factor of a micro-batch's gradient on its way in."""
+        if weight is None:
+            return 1.0 / self.length
+        if self.first_of_all:
+            # There is no window before to take the reference from, so the first weight above zero gives it.
+            near = _power_of_two_near(weight)  # 1 for a weight of 0, whose share is 0 whatever it is
+            if isinstance(self.total, Tensor):
+                self.reference = torch.where(self.total > 0, self.reference, near)
+            elif self.total == 0:
+                self.reference = near
+        share: float | Tensor = _wide(weight) / (self.reference * self.length)
+        return share
+
+    def add(self, loss: Tensor, weight: Weight | None) -> None:
+        """Counts a micro-batch: its loss, detached, and its weight."""
+        self.losses.append(loss)
+        self.weights.append(1 if weight is None else weight)
+        self.total = self.total + self.weights[-1]
+        self.weighted = weight is not None
+
+    def divisor(self) -> float | Tensor:
+        """What the gradients that have added up are still to be divided by."""
+        if not self.weighted:
+            return len(self.losses) / self.length
+        divisor: float | Tensor = _wide(self.total) / (self.reference * self.length)
+        return divisor
+
+    def next_reference(self) -> Weight | None:
+        """The reference for the window after this one."""
+        if not self.weighted:
+            return None if self.first_of_all else self.reference
+        return _power_of_two_near(_wide(self.total) / len(self.losses))
+
+    def mean_loss(self, count: int) -> Tensor:
+        """The weighted mean of the first ``count`` losses; 0-d, nan where they weigh nothing."""
+        first = self.losses[0]
+        total = sum(_wide(loss) * weight for loss, weight in zip(self.losses[:count], self.weights, strict=False))
+        return torch.as_tensor(total / sum(self.weights[:count])).to(first.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and tensors; the gradients are the step's."""
+        return {
+            "length": self.length,
+            "reference": self.reference,
+            "weighted": bool(self.weighted),
+            "losses": list(self.losses),
+            "weights": list(self.weights),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], reference: Weight | None) -> Window:
+        """The window as it was, ``reference`` being that of the window before."""
+        window = cls(state["length"], reference)
+        window.reference = state["reference"]
+        for loss, weight in zip(state["losses"], state["weights"], strict=True):
+            window.add(loss, weight if state["weighted"] else None)
+        return window
+
+
+def _wide(value: Any) -> Any:
+    """As a float: of Python, or float64 where the device has it (``int_tensor / 3`` is float32 in torch, 6e-8 off)."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+    return float(value)
+
+
+def _power_of_two_near(weight: Weight) -> Weight:
+    """2 ** round(log2(weight)), or 1 for a weight of 0, computed where the weight lies."""
+    if isinstance(weight, Tensor):
+        wide = _wide(weight)
+        return torch.where(wide > 0, wide.log2().round().exp2(), 1.0)
+    return 2.0 ** round(math.log2(weight)) if weight > 0 else 1.0
