@@ -104,7 +104,7 @@ def train_step(
     Source: the loop of https://docs.pytorch.org/docs/stable/notes/amp_examples.html
     """
     max_norm, norm_type = check_clipping(max_norm, norm_type)
-    calls = (after,) if callable(after) else tuple(after)
+    calls = tuple(after) if isinstance(after, (list, tuple)) else (after,)
     for call in calls:
         if not callable(call):
             raise TypeError(f"after takes callables without arguments, got {call!r}: `after=scheduler.step`")

@@ -16,18 +16,19 @@ from trainkit.window import Weight
 def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
     """The loss and the weight in what a step function handed over; TypeError or ValueError for anything else."""
     weight: Any = None
-    if isinstance(output, tuple) and not hasattr(output, "loss"):
-        if len(output) != 2:
-            raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
-        output, weight = output
-        check_weight(weight)
-    if isinstance(output, Mapping) and "loss" in output:
-        if "weight" in output and weight is None:
-            weight = output["weight"]
-            check_weight(weight, real=True)
-        output = output["loss"]
-    elif not isinstance(output, Tensor) and hasattr(output, "loss"):
-        output = output.loss
+    if not isinstance(output, Tensor):
+        if isinstance(output, tuple) and not hasattr(output, "loss"):
+            if len(output) != 2:
+                raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
+            output, weight = output
+            check_weight(weight)
+        if isinstance(output, Mapping) and "loss" in output:
+            if "weight" in output and weight is None:
+                weight = output["weight"]
+                check_weight(weight, real=True)
+            output = output["loss"]
+        elif not isinstance(output, Tensor) and hasattr(output, "loss"):
+            output = output.loss
     check_loss(output)
     return output, weight
 

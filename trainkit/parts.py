@@ -53,7 +53,7 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
         >>> step.updates, result.complete
         (2, True)
     """
-    if not callable(n):
+    if not callable(n) or isinstance(n, nn.Module):
         check_length(n, "accumulate got")
     name = getattr(n, "__name__", n)
     return Part(Plan(lengths=(n,), modules=check_module(module)), f"accumulate({name})")

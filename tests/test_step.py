@@ -1,0 +1,727 @@
+import functools
+import inspect
+import math
+import warnings
+
+import pytest
+import torch
+from oracles import distance, gradients_of, loss_of, make_batches, make_model, plain_loop, same_bits, state_of
+from torch.nn import functional as F
+
+import trainkit.step
+from trainkit import Step, accumulate, amp, frozen, train_step
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+BATCHES = make_batches([4, 4, 2])
+
+
+def snapshot(model, optimizer):
+    return state_of(model, optimizer), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def unchanged(before, model, optimizer):
+    after = snapshot(model, optimizer)
+    grads = all(a is b is None or torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    return same_bits(before[0], after[0]) and grads
+
+
+# Faces.
+
+
+def test_every_face_takes_the_same_updates():
+    def returning(model, optimizer):
+        step = train_step(optimizer, accumulate(2), max_norm=0.1)(lambda batch: loss_of(model, batch))
+        return [step(batch) for batch in step.over(BATCHES)]
+
+    def yielding(model, optimizer):
+        @accumulate(2)
+        @amp(optimizer, dtype=torch.float32, max_norm=0.1)
+        def step(batch):
+            yield loss_of(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return [step(batch) for batch in step.over(BATCHES)]
+
+    def by_hand(model, optimizer):
+        step = train_step(optimizer, accumulate(2), max_norm=0.1)
+        results = []
+        for batch in step.over(BATCHES):
+            with step as result:
+                step.backward(loss_of(model, batch))
+            results.append(result)
+        return results
+
+    def without_over(model, optimizer):
+        step = train_step(optimizer, accumulate(2), max_norm=0.1)(lambda batch: loss_of(model, batch))
+        return [step(BATCHES[0]), step(BATCHES[1]), step.last(BATCHES[2])]
+
+    seen = []
+    for face in (returning, yielding, by_hand, without_over):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        results = face(model, optimizer)
+        assert [(r.complete, r.updated) for r in results] == [(False, False), (True, True), (True, True)]
+        seen.append((state_of(model, optimizer), [r.loss for r in results], results[1].grad_norm))
+    for state, losses, norm in seen[1:]:
+        assert same_bits(state, seen[0][0]) and same_bits(losses, seen[0][1]) and torch.equal(norm, seen[0][2])
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    plain_loop(model, optimizer, BATCHES, 2, max_norm=0.1)
+    assert distance(seen[0][0], state_of(model, optimizer)) <= 1e-12
+
+
+def test_amp_with_an_optimizer_alone_is_a_context(model, optimizer):
+    scaled = amp(optimizer, dtype=torch.float32, max_norm=1e-3)
+    with scaled as result:
+        scaled.backward(loss_of(model, BATCHES[0]))
+    assert result.complete and result.updated and result.grad_norm > 1e-3 and scaled.updates == 1
+
+
+def test_a_transformers_output_and_a_mapping_are_losses(model, optimizer):
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    for wrap in (lambda loss: SequenceClassifierOutput(loss=loss), lambda loss: {"loss": loss}, lambda loss: (loss, 3)):
+        step = train_step(optimizer)(lambda batch, wrap=wrap: wrap(loss_of(model, batch)))
+        expected = loss_of(model, BATCHES[0]).detach()
+        assert torch.equal(step(BATCHES[0]).loss, expected)
+    step = train_step(optimizer)(lambda batch: (SequenceClassifierOutput(loss=loss_of(model, batch)), 3))
+    assert step(BATCHES[0]).updated
+
+
+def test_a_step_keeps_name_docstring_and_signature(model, optimizer):
+    @accumulate(2, model)
+    def step(x, *, y=1):
+        """Doc."""
+        yield loss_of(model, (x, y))
+
+    assert (step.__name__, step.__doc__, list(inspect.signature(step).parameters)) == ("step", "Doc.", ["x", "y"])
+    assert isinstance(step, Step)
+
+
+def test_ordinary_decorators_in_between_work(model, optimizer):
+    def logged(function):
+        @functools.wraps(function)
+        def wrapper(*args):
+            return function(*args)
+
+        return wrapper
+
+    @train_step(optimizer)
+    @logged
+    def returning(batch):
+        return loss_of(model, batch)
+
+    @accumulate(1, model)
+    @logged
+    def yielding(batch):
+        yield loss_of(model, batch)
+        optimizer.step()
+
+    assert returning(BATCHES[0]).updated and yielding(BATCHES[0]).updated
+
+
+# Windows.
+
+
+def test_a_window_starts_from_no_gradients_and_a_returning_step_ends_with_none(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    seen = []
+
+    @accumulate(1, model)
+    def step(batch):
+        yield loss_of(model, batch)
+        seen.extend(gradients_of(model))
+
+    step(BATCHES[0])
+    loss_of(fresh := make_model(), BATCHES[0]).backward()
+    assert same_bits(seen, gradients_of(fresh))
+    train_step(optimizer)(lambda batch: loss_of(model, batch))(BATCHES[0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_above_the_yield_is_an_error(model, optimizer, set_to_none):
+    @accumulate(2)
+    @amp(optimizer, dtype=torch.float32)
+    def step(batch):
+        optimizer.zero_grad(set_to_none)
+        yield loss_of(model, batch)
+        optimizer.step()
+
+    step(BATCHES[0])
+    with pytest.raises(RuntimeError, match="move it below the yield"):
+        step(BATCHES[1])
+    assert not step.state_dict().get("window")
+
+
+def test_zero_grad_below_the_yield_and_frozen_between_calls_are_fine(model, optimizer):
+    step = train_step(optimizer, accumulate(3))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    with frozen(model, "[0]"):
+        step(BATCHES[1])
+    assert step(BATCHES[2]).updated
+
+
+def test_the_length_may_follow_the_number_of_updates(model, optimizer):
+    step = train_step(optimizer, accumulate(lambda updates: updates + 1), accumulate(2))(lambda batch: loss_of(model, batch))
+    complete = [step(BATCHES[0]).complete for _ in range(12)]
+    assert [i for i, c in enumerate(complete, 1) if c] == [2, 6, 12]
+
+
+def test_an_evaluation_in_the_middle_of_a_window_disturbs_nothing(model, optimizer):
+    step = train_step(optimizer, accumulate(2))
+    for batch in BATCHES[:2]:
+        with step:
+            step.backward(loss_of(model, batch))
+        with step as result, torch.no_grad():
+            loss_of(model, batch)
+        assert result.loss is None and result.window_loss is None and not result.complete
+    assert step.updates == 1
+    plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), BATCHES[:2], 2)
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+def test_window_loss_is_the_weighted_mean_so_far(model, optimizer):
+    step = train_step(optimizer, accumulate(3))(lambda batch: (loss_of(model, batch), len(batch[0])))
+    results = [step(batch) for batch in BATCHES]
+    losses = [loss_of(make_model(), batch).item() for batch in BATCHES]
+    assert results[0].window_loss.item() == losses[0]
+    assert math.isclose(results[1].window_loss.item(), (4 * losses[0] + 4 * losses[1]) / 8)
+    assert math.isclose(results[2].window_loss.item(), (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10)
+
+
+def test_discard_drops_the_window(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    before = snapshot(model, optimizer)
+    step(BATCHES[0])
+    step.discard()
+    assert unchanged(before, model, optimizer)
+    assert [step(BATCHES[0]).complete, step(BATCHES[0]).complete] == [False, True]
+    step.discard()
+    assert step.updates == 1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_weights_that_sum_to_zero_skip_the_update(on_device, fused, max_norm):
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    step = train_step(optimizer, accumulate(2), max_norm=max_norm)(
+        lambda batch, weight: (loss_of(model, batch), torch.tensor(weight) if on_device else weight)
+    )
+    batch = make_batches([3], torch.float32)[0]
+    before = [p.clone() for p in model.parameters()]
+    results = [step(batch, 0), step(batch, 0)]
+    assert results[1].complete and not results[1].updated and step.skipped == 1
+    assert same_bits(before, list(model.parameters()))
+    step(batch, 0)
+    assert step(batch, 5).updated and step.updates == 1
+
+
+def test_a_weight_of_zero_contributes_nothing(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch, weight: (loss_of(model, batch), weight))
+    step(BATCHES[0], 0)
+    step(BATCHES[1], 7)
+    plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), [BATCHES[1]])
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+# Exceptions.
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_an_exception_in_forward_does_not_count(model, optimizer, generator):
+    fail = False
+
+    def returning(batch):
+        loss = loss_of(model, batch)
+        if fail:
+            raise KeyboardInterrupt
+        return loss
+
+    def yielding(batch):
+        yield returning(batch)
+        optimizer.step()
+
+    step = accumulate(2)(train_step(optimizer)(yielding if generator else returning))
+    step(BATCHES[0])
+    before = snapshot(model, optimizer)
+    fail = True
+    with pytest.raises(KeyboardInterrupt):
+        step(BATCHES[1])
+    assert unchanged(before, model, optimizer)
+    fail = False
+    assert step(BATCHES[1]).updated
+    plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), BATCHES[:2], 2)
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+class Break(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_an_exception_in_backward_drops_the_window(model, optimizer, generator):
+    closed = []
+
+    def returning(batch, fail):
+        return Break.apply(loss_of(model, batch)) if fail else loss_of(model, batch)
+
+    def yielding(batch, fail):
+        try:
+            yield returning(batch, fail)
+            optimizer.step()
+        finally:
+            closed.append(True)
+
+    before = snapshot(model, optimizer)
+    step = accumulate(2)(train_step(optimizer)(yielding if generator else returning))
+    step(BATCHES[0], False)
+    with pytest.raises(MemoryError):
+        step(BATCHES[1], True)
+    assert unchanged(before, model, optimizer)
+    assert closed == [True, True] * generator
+    assert [step(BATCHES[0], False).complete, step(BATCHES[1], False).complete] == [False, True]
+
+
+def test_an_exception_below_the_yield_drops_the_window_and_goes_on(model, optimizer):
+    @accumulate(1, model)
+    def step(batch):
+        yield loss_of(model, batch)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        step(BATCHES[0])
+    assert step.updates == 0 and all(p.grad is None for p in model.parameters())
+
+
+def test_an_exception_of_the_optimizer_leaves_no_scale_behind():
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = train_step(optimizer, max_norm=0.1)(lambda batch: loss_of(model, batch))
+    optimizer.state[next(model.parameters())]["step"] = "broken"
+    with pytest.raises(KeyError):
+        step(make_batches([2], torch.float32)[0])
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, optimizer):
+    log = []
+
+    @accumulate(2, model)
+    def step(batch):
+        try:
+            yield loss_of(model, batch)
+            log.append("update")
+        finally:
+            log.append("over")
+
+    step(BATCHES[0])
+    assert log == ["over"]
+    step(BATCHES[1])
+    assert log == ["over", "update", "over"]
+
+
+# Autocast.
+
+
+def test_forward_runs_under_autocast_and_nothing_else_does():
+    model = make_model(torch.float32)
+    seen = {}
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen["forward"] = torch.is_autocast_enabled("cpu")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen["backward"] = torch.is_autocast_enabled("cpu")
+            return gradient
+
+    @accumulate(1, model)
+    @amp(dtype=torch.bfloat16)
+    def step(batch):
+        yield Look.apply(loss_of(model, batch))
+        seen["update"] = torch.is_autocast_enabled("cpu")
+
+    with torch.autocast("cpu", torch.bfloat16):  # of the code around, which backward must not run under either
+        step(make_batches([2], torch.float32)[0])
+    assert seen == {"forward": True, "backward": False, "update": True}
+    step(make_batches([2], torch.float32)[0])
+    assert seen == {"forward": True, "backward": False, "update": False}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode])
+def test_a_mode_left_on_over_the_yield_is_an_error(model, optimizer, mode):
+    @accumulate(1, model)
+    def step(batch):
+        loss = loss_of(model, batch)
+        with mode():
+            yield loss
+        optimizer.step()
+
+    before = snapshot(model, optimizer)
+    modes = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    with pytest.raises(RuntimeError, match="above `yield loss`"):
+        step(BATCHES[0])
+    assert modes == (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert unchanged(before, model, optimizer)
+
+
+def test_the_same_autocast_once_more_over_the_yield_is_an_error_too():
+    model = make_model(torch.float32)
+
+    @accumulate(1, model)
+    @amp(dtype=torch.bfloat16)
+    def step(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            yield loss_of(model, batch)
+
+    with pytest.raises(RuntimeError, match="above `yield loss`"):
+        step(make_batches([2], torch.float32)[0])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# Further losses.
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_further_loss_counts_its_micro_batch_once(model, optimizer, weighted):
+    """Adversarial weight perturbation: the gradient of a second loss, at moved weights, is added."""
+
+    def perturbed(model, batch, backward):
+        backward(loss_of(model, batch))
+        with torch.no_grad():
+            moved = [torch.full_like(p, 0.01) for p in model.parameters()]
+            torch._foreach_add_(list(model.parameters()), moved)
+        loss = loss_of(model, batch)
+        loss_and_graph = loss + 0
+        backward(loss_and_graph)
+        with torch.no_grad():
+            torch._foreach_sub_(list(model.parameters()), moved)
+
+    step = train_step(optimizer, accumulate(2), max_norm=0.1)
+    for batch in BATCHES[:2]:
+        with step:
+            weights = iter([3, None])
+            perturbed(model, batch, lambda loss: step.backward(loss, next(weights) if weighted else None))  # noqa: B023
+    expected = make_model()
+    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    for batch in BATCHES[:2]:
+        perturbed(expected, batch, lambda loss: (loss / 2).backward())
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
+    theirs.step()
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+def test_a_further_loss_inside_a_step_function_is_added_to_the_one_returned(model, optimizer):
+    @train_step(optimizer, accumulate(2))
+    def step(batch):
+        step.backward(0.5 * sum(p.square().sum() for p in model.parameters()))
+        return loss_of(model, batch)
+
+    results = [step(batch) for batch in BATCHES[:2]]
+    assert torch.equal(results[0].loss, loss_of(make_model(), BATCHES[0]).detach())
+    expected = make_model()
+    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    for batch in BATCHES[:2]:
+        ((loss_of(expected, batch) + 0.5 * sum(p.square().sum() for p in expected.parameters())) / 2).backward()
+    theirs.step()
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+def test_backward_leaves_autocast_on_for_the_forward_that_follows():
+    model = make_model(torch.float32)
+    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.bfloat16)
+    x, _ = make_batches([2], torch.float32)[0]
+    with step:
+        step.backward(model(x).float().mean())
+        assert model(x).dtype == torch.bfloat16
+
+
+# Refusals, before anything is changed.
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "words"),
+    [
+        (lambda loss: None, TypeError, "got None"),
+        (lambda loss: loss.item(), TypeError, "a step function hands over the loss"),
+        (lambda loss: loss.expand(2), ValueError, r"has shape \(2,\)"),
+        (lambda loss: loss.detach(), ValueError, "no graph"),
+        (lambda loss: loss.long(), TypeError, "floating-point"),
+        (lambda loss: (loss, 0.5), TypeError, "if this is a metric"),
+        (lambda loss: (loss, torch.tensor(0.5)), TypeError, "if this is a metric"),
+        (lambda loss: (loss, True), TypeError, "if this is a metric"),
+        (lambda loss: (loss, torch.tensor(True)), TypeError, "if this is a metric"),
+        (lambda loss: (loss, torch.tensor([3])), TypeError, r"weight.sum\(\)"),
+        (lambda loss: (loss, -1), ValueError, "must be finite and >= 0"),
+        (lambda loss: {"loss": loss, "weight": math.nan}, ValueError, "must be finite and >= 0"),
+        (lambda loss: {"loss": loss, "weight": "3"}, TypeError, "weight"),
+        (lambda loss: {"losses": loss}, TypeError, "a step function hands over the loss"),
+        (lambda loss: (loss, 1, 2), TypeError, "a tuple of 3"),
+        (lambda loss: (loss, 3), TypeError, "with every loss of a window"),
+    ],
+)
+@pytest.mark.parametrize("face", ["return", "yield"])
+def test_what_is_no_loss_is_refused(model, optimizer, output, error, words, face):
+    wrap = [lambda loss: loss]
+
+    def returning(batch):
+        return wrap[0](loss_of(model, batch))
+
+    def yielding(batch):
+        yield returning(batch)
+
+    step = accumulate(3)(train_step(optimizer)(returning if face == "return" else yielding))
+    step(BATCHES[0])
+    before, saved = snapshot(model, optimizer), step.state_dict()
+    wrap[0] = output
+    with pytest.raises(error, match=words):
+        step(BATCHES[1])
+    assert unchanged(before, model, optimizer)
+    assert len(step.state_dict()["window"]["losses"]) == len(saved["window"]["losses"]) == 1
+
+
+def test_weighted_then_unweighted_is_refused(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(
+        lambda batch, weight: (loss_of(model, batch), weight) if weight else loss_of(model, batch)
+    )
+    step(BATCHES[0], 2)
+    with pytest.raises(TypeError, match="came without a weight"):
+        step(BATCHES[0], None)
+
+
+def test_a_generator_yields_once(model, optimizer):
+    @accumulate(1, model)
+    def nothing(batch):
+        if batch is None:
+            yield
+
+    @accumulate(1, model)
+    def twice(batch):
+        yield loss_of(model, batch)
+        yield loss_of(model, batch)
+
+    with pytest.raises(TypeError, match="ended without a loss"):
+        nothing(BATCHES[0])
+    with pytest.raises(ValueError, match="yielded twice"):
+        twice(BATCHES[0])
+
+
+def test_after_belongs_to_steps_that_return(model, optimizer):
+    def step(batch):
+        yield loss_of(model, batch)
+
+    with pytest.raises(ValueError, match="below the yield"):
+        train_step(optimizer, after=print)(step)(BATCHES[0])
+
+
+def test_a_plan_that_knows_no_parameters_is_refused(model):
+    def step(batch):
+        yield loss_of(model, batch)
+
+    for plan in (accumulate(2), amp()):
+        with pytest.raises(ValueError, match="knows the parameters"):
+            plan(step)(BATCHES[0])
+
+
+def test_a_returning_step_without_an_optimizer_is_refused(model):
+    with pytest.raises(ValueError, match="no optimizer was given"):
+        accumulate(2, model)(lambda batch: loss_of(model, batch))(BATCHES[0])
+
+
+def test_float16_parameters_under_a_scaler_are_refused():
+    model = make_model(torch.float16)
+    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.float16)(lambda: model[0].weight.sum())
+    with pytest.raises(ValueError, match=r"4 of 4 parameters are float16 .* `dtype=torch.float32`"):
+        step()
+
+
+def test_a_decorated_method_is_refused(model, optimizer):
+    class Trainer:
+        @train_step(optimizer)
+        def step(self, batch):
+            return loss_of(model, batch)
+
+    with pytest.raises(TypeError, match=r"self.step = train_step\(...\)\(self.step\)"):
+        Trainer().step(BATCHES[0])
+    assert isinstance(Trainer.step, Step)
+
+
+def test_a_bound_method_makes_a_step_of_each_instance():
+    class Trainer:
+        def __init__(self):
+            self.model = make_model()
+            self.step = train_step(torch.optim.SGD(self.model.parameters()))(self.loss)
+
+        def loss(self, batch):
+            return loss_of(self.model, batch)
+
+    first, second = Trainer(), Trainer()
+    first.step(BATCHES[0])
+    assert (first.step.updates, second.step.updates) == (1, 0)
+
+
+def test_a_step_is_not_entered_from_within(model, optimizer):
+    @train_step(optimizer)
+    def step(batch):
+        step(batch)
+
+    with pytest.raises(RuntimeError, match="under way"):
+        step(BATCHES[0])
+    with pytest.raises(RuntimeError, match="into a micro-batch"):
+        step.backward(loss_of(model, BATCHES[0]))
+
+
+# over.
+
+
+def test_over_closes_the_windows_of_all_steps_with_and_without_a_length(model, optimizer):
+    another = make_model()
+    other = torch.optim.SGD(another.parameters())
+    for loader in (BATCHES, iter(BATCHES), [], BATCHES[:1]):
+        a = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+        b = train_step(other, accumulate(5))(lambda batch: loss_of(another, batch))
+        count = 0
+        for batch in a.over(loader, b):
+            count += 1
+            a(batch)
+            b(batch)
+        assert (a.updates, b.updates) == (-(-count // 2), min(count, 1))
+
+
+def test_over_warns_where_the_last_batch_never_reached_the_step(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    with pytest.warns(UserWarning, match="did not reach"):
+        for batch in step.over(BATCHES):
+            if batch is not BATCHES[-1] and batch is not BATCHES[1]:
+                step(batch)
+    step.discard()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in step.over(BATCHES):
+            step(batch)
+            if batch is BATCHES[1]:
+                break
+        assert [step(BATCHES[0]).complete, step(BATCHES[0]).complete] == [False, True]
+
+
+def test_over_takes_steps(optimizer):
+    step = train_step(optimizer)
+    with pytest.raises(TypeError, match="then steps"):
+        step.over([], optimizer)
+
+
+# after, and the verdict on its way.
+
+
+class Event:
+    """A device that has not got to it yet."""
+
+    ready = False
+
+    def query(self):
+        return Event.ready
+
+    def synchronize(self):
+        Event.ready = True
+
+
+@pytest.fixture
+def slow_device(monkeypatch):
+    class Slow(trainkit.step.Verdict):
+        def __init__(self, skipped):
+            super().__init__(skipped)
+            Event.ready = False
+            self._event = Event()
+
+    monkeypatch.setattr(trainkit.step, "Verdict", Slow)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_after_runs_once_for_each_applied_update(fused):
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    calls = []
+    step = train_step(optimizer, amp(dtype=torch.float32), after=[lambda: calls.append("a"), lambda: calls.append("b")])(
+        lambda batch: loss_of(model, batch)
+    )
+    good, bad = make_batches([2], torch.float32)[0], (torch.full((2, 4), math.nan), torch.zeros(2, 3))
+    assert step(good).updated and calls == ["a", "b"]
+    assert not step(bad).updated and calls == ["a", "b"]
+    assert step(good).updated and calls == ["a", "b"] * 2
+    assert (step.updates, step.skipped) == (2, 1)
+
+
+def test_after_waits_for_no_device_and_is_settled_before_the_next_update(slow_device):
+    model = make_model(torch.float32)
+    calls = []
+    step = train_step(
+        torch.optim.AdamW(model.parameters(), fused=True), accumulate(2), max_norm=1.0, after=lambda: calls.append(1)
+    )(lambda batch: loss_of(model, batch))
+    batch = make_batches([2], torch.float32)[0]
+    step(batch), step(batch)
+    assert calls == []
+    step(batch)  # the event has not completed
+    assert calls == []
+    step(batch)  # the next update
+    assert len(calls) == 1
+    Event.ready = True
+    step(batch)
+    assert len(calls) == 2
+    step(batch)
+    assert len(calls) == 2 and step.updates == 3 and len(calls) == 3
+    for again in step.over([batch] * 2):
+        step(again)
+    assert len(calls) == 4
+
+
+# State.
+
+
+def test_state_holds_numbers_and_tensors_and_survives_a_safe_load(tmp_path):
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()), accumulate(2), amp(dtype=torch.float16))(
+        lambda batch: (loss_of(model, batch), torch.tensor(2))
+    )
+    for batch in make_batches([2, 2, 2], torch.float32):
+        step(batch)
+    torch.save(step.state_dict(), tmp_path / "step.pt")
+    step.load_state_dict(torch.load(tmp_path / "step.pt", weights_only=True))
+    assert step.updates == 1 and len(step.state_dict()["window"]["losses"]) == 1
+
+
+def test_a_state_of_another_model_is_refused_before_anything_changes(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    state = step.state_dict()
+    other = torch.nn.Linear(3, 3)
+    elsewhere = train_step(torch.optim.SGD(other.parameters()), accumulate(2))(lambda x: F.mse_loss(other(x), x))
+    elsewhere(torch.ones(2, 3))
+    before = gradients_of(other)
+    with pytest.raises(ValueError, match="shape"):
+        elsewhere.load_state_dict(state)
+    assert same_bits(before, gradients_of(other)) and "window" in elsewhere.state_dict()
