@@ -141,7 +141,7 @@ def test_layers_that_can_be_iterated_once_serve_again_and_again():
             assert names == ["scale"]
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(*[st.none() | st.integers(-6, 6)] * 2, st.none() | st.integers(-3, 3).filter(bool))
 def test_slices_are_those_of_python(start, stop, step):
     text = ":".join("" if bound is None else str(bound) for bound in (start, stop, step))
@@ -154,7 +154,7 @@ def test_slices_are_those_of_python(start, stop, step):
         assert selected(model, f"encoder.layer[{text}]") == names_of(model, [p for layer in meant for p in layer.parameters()])
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.data())
 def test_stars_are_those_of_a_regular_expression(data):
     path = data.draw(st.sampled_from(NAMES)).split(".")

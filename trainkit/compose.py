@@ -7,7 +7,7 @@ a ``Step``; nothing wraps anything. So the order in which parts are given cannot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, overload
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,8 +19,8 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 
 
-class _Unbound(Step[[Any]]):
-    """A step without a function yet: the by-hand context, and a decorator."""
+class UnboundStep(Step[[Any]]):
+    """A step without a function: a context for micro-batches by hand, and a decorator for the function it lacks."""
 
     def __call__(self, function: Callable[Q, Any]) -> Step[Q]:  # type: ignore[override]
         return _bind(self._plan, function)
@@ -33,7 +33,11 @@ class Part:
         self.plan = plan
         self._text = text
 
-    def __call__(self, function: Callable[P, Any]) -> Step[P]:
+    @overload
+    def __call__(self, function: UnboundStep) -> UnboundStep: ...
+    @overload
+    def __call__(self, function: Callable[P, Any]) -> Step[P]: ...
+    def __call__(self, function: Any) -> Any:
         return _bind(self.plan, function)
 
     def __repr__(self) -> str:
@@ -47,7 +51,7 @@ def train_step(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     after: Callable[[], Any] | Sequence[Callable[[], Any]] = (),
-) -> Step[Any]:
+) -> UnboundStep:
     """Makes a training step of a function that computes a loss; by itself, a context for a step written by hand.
 
     ``train_step(optimizer)(f)`` is equivalent to this loop, bit by bit::
@@ -111,13 +115,13 @@ def train_step(
     plan = Plan(check_optimizers(optimizer), check_module(module), max_norm=max_norm, norm_type=norm_type, after=calls)
     for part in parts:
         plan += _plan_of(part)
-    return _Unbound(plan)
+    return UnboundStep(plan)
 
 
 def _plan_of(part: Any) -> Plan:
     if isinstance(part, Part):
         return part.plan
-    if isinstance(part, _Unbound):
+    if isinstance(part, UnboundStep):
         return part._plan
     if isinstance(part, Surrounding):
         return Plan(surroundings=(part,))

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainkit.compose import Part, train_step
+from trainkit.compose import Part, UnboundStep, train_step
 from trainkit.plan import Plan, Precision, check_clipping, check_length, check_module
-from trainkit.step import Step
 
 
 def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -> Part:
@@ -100,7 +99,7 @@ def amp(
     norm_type: float = 2.0,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
-) -> Step[Any]: ...
+) -> UnboundStep: ...
 def amp(
     *optimizers: Optimizer,
     dtype: torch.dtype | None = None,
@@ -109,7 +108,7 @@ def amp(
     norm_type: float = 2.0,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
-) -> Autocast | Step[Any]:
+) -> Autocast | UnboundStep:
     """Runs forward in mixed precision, with a gradient scaler where float16 needs one, and clips the true gradients.
 
     ``amp(optimizer, max_norm=m)`` is ``train_step(optimizer, amp(), max_norm=m)``: a decorator, and a context around one

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.loaders import mark_last
-from trainkit.losses import check_loss, check_weight, read_loss
+from trainkit.losses import read_loss
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
@@ -46,6 +46,7 @@ class Step(Generic[P]):
         self._function = function
         # Known from the first call on, when the parameters are where they will be trained.
         self._device_type = ""
+        self._ranks = 1
         self._autocast: torch.autocast | None = None
         self._loss_scale: LossScale | None = None
         self._check: Check | None = None
@@ -134,14 +135,14 @@ class Step(Generic[P]):
                 if generator is not None:
                     generator.close()
 
-    def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
+    def backward(self, loss: Any, weight: Weight | None = None) -> None:
         """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
 
         Further losses (an adversarial one, a penalty) enter with the same scale and weight, and the micro-batch counts
         once. Autocast is off meanwhile, and on again afterwards. What ``.grad`` then holds is scaled, and of the whole window.
 
         Args:
-            loss: 0-d, floating, with a graph; the mean over the micro-batch.
+            loss: 0-d, floating, with a graph; the mean over the micro-batch. Or whatever else a step function may return.
             weight: how many things that mean is over, an int or an integer 0-d tensor; with the first loss only.
 
         Raises:
@@ -150,9 +151,7 @@ class Step(Generic[P]):
         """
         if self._result is None:
             raise RuntimeError("step.backward(loss) belongs into a micro-batch: into `with step:` or the step function")
-        check_loss(loss)
-        if weight is not None:
-            check_weight(weight)
+        loss, weight = read_loss(loss if weight is None else (loss, weight))
         if self._autocast_is_on:
             self._leave_autocast()
         try:
@@ -278,9 +277,9 @@ class Step(Generic[P]):
                 "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or "
                 "`amp(optimizer)`, or the module, `accumulate(4, module=model)`"
             )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1 and not self._plan.modules:
-            raise ValueError("more than one rank runs: give the wrapped module, `train_step(..., module=ddp_model)`")
+        self._ranks = torch.distributed.get_world_size() if _is_distributed() else 1
+        if self._ranks > 1 and not self._plan.modules:
+            raise ValueError(f"{self._ranks} ranks run: give the wrapped module, `train_step(..., module=ddp_model)`")
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         if precision is not None or max_norm is not None:
             self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
@@ -353,6 +352,8 @@ class Step(Generic[P]):
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
         window = self._window = self._window or self._new_window()  # none where the block discarded it
         window.refuse_a_mix(weight)
+        if weight is not None and self._ranks > 1:
+            raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
         if window.losses:
             self._refuse_wiped_gradients(window)
         else:
@@ -454,6 +455,10 @@ class Step(Generic[P]):
                     "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it "
                     "from a step that returns its loss. (Two steps over the same parameters do this to each other, too.)"
                 )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
