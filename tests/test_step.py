@@ -341,6 +341,25 @@ def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, o
     assert log == ["over", "update", "over"]
 
 
+def test_a_generator_is_closed_even_where_somebody_keeps_it(model):
+    kept = []
+
+    def keeping(function):
+        def wrapper(batch):
+            kept.append(function(batch))
+            return kept[-1]
+
+        return wrapper
+
+    @accumulate(2, model)
+    @keeping
+    def step(batch):
+        yield loss_of(model, batch)
+
+    step(BATCHES[0])
+    assert kept[0].gi_frame is None
+
+
 # Autocast.
 
 
@@ -402,6 +421,14 @@ def test_the_same_autocast_once_more_over_the_yield_is_an_error_too():
     with pytest.raises(RuntimeError, match="above `yield loss`"):
         step(make_batches([2], torch.float32)[0])
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_half_precision_loss_is_scaled_in_float32():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(4), amp(dtype=torch.float16, init_scale=2.0**17))(
+        lambda batch: loss_of(model, batch).half()
+    )
+    assert [step(make_batches([4], torch.float32)[0]).updated for _ in range(4)] == [False, False, False, True]
 
 
 # Further losses.
@@ -629,6 +656,20 @@ def test_over_warns_where_the_last_batch_never_reached_the_step(model, optimizer
         assert [step(BATCHES[0]).complete, step(BATCHES[0]).complete] == [False, True]
 
 
+def test_a_loop_left_early_does_not_leave_the_step_at_its_last_batch(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    for batch in step.over(BATCHES):
+        if batch is BATCHES[-1]:
+            break
+    assert not step(BATCHES[0]).complete
+    step.discard()
+    complete = []
+    for outer in step.over(BATCHES[:2]):
+        complete += [step(inner).complete for inner in step.over(BATCHES)]
+        complete.append(step(outer).complete)
+    assert complete == [False, True, True, False, True, False, True, True]
+
+
 def test_over_takes_steps(optimizer):
     step = train_step(optimizer)
     with pytest.raises(TypeError, match="then steps"):
@@ -725,3 +766,25 @@ def test_a_state_of_another_model_is_refused_before_anything_changes(model, opti
     with pytest.raises(ValueError, match="shape"):
         elsewhere.load_state_dict(state)
     assert same_bits(before, gradients_of(other)) and "window" in elsewhere.state_dict()
+
+
+def test_a_state_is_a_copy_and_what_it_restores_is_watched_too(model, optimizer):
+    step = train_step(optimizer, accumulate(3))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    state = step.state_dict()
+    saved = [gradient.clone() for gradient in state["gradients"].values()]
+    step(BATCHES[1])
+    assert same_bits(saved, list(state["gradients"].values()))
+    step.load_state_dict(state)
+    assert same_bits(saved, gradients_of(model))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="gone"):
+        step(BATCHES[1])
+
+
+def test_attributes_of_the_function_do_not_get_into_the_step(model, optimizer):
+    def step(batch):
+        return loss_of(model, batch)
+
+    step._plan = step._window = "mine"
+    assert train_step(optimizer)(step)(BATCHES[0]).updated

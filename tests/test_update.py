@@ -204,3 +204,31 @@ def test_an_update_without_any_gradient_is_an_update_of_nothing():
     for kind in ("AdamW", "AdamW fused"):
         step = train_step(OPTIMIZERS[kind](model.parameters()), amp(dtype=torch.float16), max_norm=1.0)(lambda: extra.sum())
         assert step().updated and step.updates == 1
+
+
+@pytest.mark.parametrize("kind", ["SGD", "SGD momentum fused"])
+def test_clipping_is_that_of_torch_for_tiny_gradients_too(kind):
+    model, expected = make_model(torch.float32), make_model(torch.float32)
+    optimizer, theirs = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](expected.parameters())
+    for group in (*optimizer.param_groups, *theirs.param_groups):
+        group.update(lr=1e6, weight_decay=0.0)
+    train_step(optimizer, max_norm=1e-6)(lambda: loss_of(model, BATCHES[0]) * 1e-5)()
+    (loss_of(expected, BATCHES[0]) * 1e-5).backward()
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 1e-6)
+    theirs.step()
+    assert distance(list(model.parameters()), list(expected.parameters())) <= 1e-5
+
+
+def test_parameters_of_half_precision_take_the_fused_path_too():
+    model, expected = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    batches = make_batches([4, 4, 4, 4], torch.bfloat16)
+    step = train_step(torch.optim.AdamW(model.parameters(), fused=True), accumulate(2), max_norm=0.1)(lambda b: loss_of(model, b))
+    theirs = torch.optim.AdamW(expected.parameters(), fused=True)
+    for start in (0, 2):
+        for batch in batches[start : start + 2]:
+            step(batch)
+            (loss_of(expected, batch) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
+        theirs.step()
+        theirs.zero_grad()
+    assert step.updates == 2 and distance(list(model.parameters()), list(expected.parameters())) <= 1e-2

@@ -6,11 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from trainkit.layers import Layers, normalise, select
+from trainkit.layers import Layers, Selection, normalise, select, unwrapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +27,8 @@ class frozen:
             module.eval()  # and it stays so, also through model.train()
 
     **Frozen means frozen**: inside, no optimizer, momentum, weight decay or leftover gradient moves a selected parameter, and
-    no training mode a selected buffer: a frozen BatchNorm normalises with its running statistics. Dropout stays, unless
+    no training mode a selected buffer: a frozen BatchNorm normalises with its running statistics. (Not held are what moves
+    without a gradient or outside of training: LBFGS by its history, buffers written in evaluation mode.) Dropout stays, unless
     ``eval_mode=True``. Contexts nest and overlap, and may end in any order. ``frozen(m)`` twice is once; ``frozen(a)`` and
     ``frozen(b)`` commute.
 
@@ -68,22 +69,19 @@ class frozen:
         self._layers = normalise(layers)
         self._eval_mode = eval_mode
         self._entered: list[AbstractContextManager[None]] = []
-        select(module, self._layers)  # whatever is wrong with them is wrong here
+        self._structure: list[Any] = []
+        self._select()  # whatever is wrong with the layers is wrong here
 
     def around_step(self) -> AbstractContextManager[None]:
         """The context, new, as a step enters it around each micro-batch."""
-        # Selected anew each time: layers may have been added or replaced.
-        selection = select(self._module, self._layers)
-        modules = selection.buffer_owners
-        if self._eval_mode:
-            modules = list({id(m): m for m in modules + selection.modules}.values())
-        return _holding(selection.parameters, modules)
+        selection = self._select()
+        modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
+        return _holding(selection.parameters, list({id(m): m for m in modules}.values()))
 
     def __enter__(self) -> list[str]:
-        context = self.around_step()
-        context.__enter__()
-        self._entered.append(context)
-        return _names(self._module, select(self._module, self._layers).parameters)
+        self._entered.append(self.around_step())
+        self._entered[-1].__enter__()
+        return _names(self._module, self._selection.parameters)
 
     def __exit__(self, *exception: Any) -> None:
         self._entered.pop().__exit__(*exception)
@@ -92,24 +90,32 @@ class frozen:
         add_part = getattr(function, "_add_part", None)
         if add_part is not None:  # a training step: this joins its plan
             return add_part(self)  # type: ignore[no-any-return]
-        if not callable(function) or isinstance(function, nn.Module):
-            raise TypeError(f"frozen decorates functions, got {function!r}: `with frozen(model, layers): ...`")
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-            raise TypeError(_TOO_LATE.format(function.__name__))
+        is_part = hasattr(function, "plan") or hasattr(function, "around_step")
+        if not callable(function) or isinstance(function, nn.Module) or is_part:
+            raise TypeError(f"frozen decorates functions, got {function!r}: `with frozen(model, layers):`")
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(_TOO_LATE.format(function))
 
         @functools.wraps(function)
         def with_frozen(*args: P.args, **kwargs: P.kwargs) -> R:
             with self.around_step():
                 value = function(*args, **kwargs)
-            if inspect.isgenerator(value):
-                value.close()
-                raise TypeError(_TOO_LATE.format(function.__name__))
+            if inspect.isgenerator(value) or inspect.iscoroutine(value) or inspect.isasyncgen(value):
+                raise TypeError(_TOO_LATE.format(function))
             return value
 
         # A step made of this function freezes around backward and update too.
         parts = (*getattr(function, "__trainkit_parts__", ()), self)
         with_frozen.__trainkit_parts__ = parts  # type: ignore[attr-defined]
         return with_frozen
+
+    def _select(self) -> Selection:
+        """What the layers mean, anew where modules or parameters were added or replaced since."""
+        structure = [part for m in self._module.modules() for part in (m, *m._parameters.values())]
+        if list(map(id, structure)) != list(map(id, self._structure)):
+            self._selection = select(self._module, self._layers)
+            self._structure = structure
+        return self._selection
 
 
 def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
@@ -136,8 +142,8 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     _check_module("freeze", module)
     selection = select(module, normalise(layers))
     for parameter in selection.parameters:
-        if id(parameter) in _held:
-            _held[id(parameter)] = _held[id(parameter)]._replace(requires_grad=False, grad=None)
+        if hold := _held.get(id(parameter)):
+            hold.requires_grad, hold.grad = False, None
         else:
             parameter.requires_grad, parameter.grad = False, None
     for owner in selection.buffer_owners:
@@ -172,11 +178,11 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     # Quantised weights are integers, and have no gradient.
     parameters = [p for p in selection.parameters if p.is_floating_point() or p.is_complex()]
     for parameter in parameters:
-        if id(parameter) in _held:
-            _held[id(parameter)] = _held[id(parameter)]._replace(requires_grad=True)
+        if hold := _held.get(id(parameter)):
+            hold.requires_grad = True
         else:
             parameter.requires_grad = True
-    for owner in selection.buffer_owners:
+    for owner in {*selection.modules, *selection.buffer_owners}:
         stay = owner.__dict__.get("train")
         if isinstance(stay, _Stay):
             stay.for_good = False
@@ -214,12 +220,18 @@ _TOO_LATE = (
 )
 
 
-class _Hold(NamedTuple):
+class _Hold:
     """What a frozen parameter gets back at the end of the last context that holds it."""
 
-    requires_grad: bool
-    grad: Tensor | None
-    holders: int
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 1
+        parameter.requires_grad, parameter.grad = False, None
+
+    def end(self, parameter: nn.Parameter) -> None:
+        parameter.requires_grad = self.requires_grad
+        if self.grad is not None and self.grad.dtype != parameter.dtype:  # the model was cast inside
+            self.grad = self.grad.to(parameter)
+        parameter.grad = self.grad
 
 
 # Of the parameters that are in a frozen context now, by id. The contexts keep them alive, and take them out again.
@@ -232,10 +244,11 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
     staying: list[_Stay] = []
     try:
         for parameter in parameters:
-            hold = _held.get(id(parameter)) or _Hold(parameter.requires_grad, parameter.grad, 0)
-            _held[id(parameter)] = hold._replace(holders=hold.holders + 1)
+            if hold := _held.get(id(parameter)):
+                hold.holders += 1
+            else:
+                _held[id(parameter)] = _Hold(parameter)
             held.append(parameter)
-            parameter.requires_grad, parameter.grad = False, None
         for module in modules:
             stay = _Stay.of(module)
             stay.holders += 1
@@ -243,12 +256,11 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
         yield
     finally:
         for parameter in held:
-            hold = _held.pop(id(parameter))
-            if hold.holders > 1:
-                _held[id(parameter)] = hold._replace(holders=hold.holders - 1)
-            else:
-                parameter.requires_grad, parameter.grad = hold.requires_grad, hold.grad
-        for stay in staying:
+            hold = _held[id(parameter)]
+            hold.holders -= 1
+            if not hold.holders:
+                _held.pop(id(parameter)).end(parameter)
+        for stay in reversed(staying):  # inside out: the mode of a compiled module is that of the one it wraps
             stay.holders -= 1
             stay.end()
 
@@ -261,6 +273,7 @@ class _Stay:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.found = module.__dict__.get("train")  # people put a train of their own there, too
         self.asked = module.training
         self.holders = 0
         self.for_good = False
@@ -274,21 +287,28 @@ class _Stay:
         return found if isinstance(found, cls) else cls(module)
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        self.asked = mode
-        for child in self.module.children():
-            child.train(mode)
+        train = self.found or functools.partial(type(self.module).train, self.module)
+        self.module.training = self.asked
+        train(mode)
+        self.asked, self.module.training = self.module.training, False
         return self.module
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module is in no context, and stays as it is until ``unfreeze``."""
+        return {**self.__dict__, "holders": 0, "for_good": True}
 
     def end(self) -> None:
         """Gives the module its ``train`` and its mode back, unless somebody still holds it."""
         if not self.holders and not self.for_good:
             del self.module.__dict__["train"]
+            if self.found is not None:
+                self.module.__dict__["train"] = self.found
             self.module.training = self.asked
 
 
 def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
     chosen = {id(p) for p in parameters}
-    return [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in chosen]
+    return [name for name, p in unwrapped(module).named_parameters(remove_duplicate=False) if id(p) in chosen]
 
 
 def _check_module(function: str, module: Any) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
@@ -34,24 +34,25 @@ class Selection(NamedTuple):
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
-    """One or several words for layers as a tuple, so that they can be used again and again; TypeError for what is none."""
-    if isinstance(layers, (str, nn.Module, nn.Parameter)) or (callable(layers) and not isinstance(layers, Iterable)):
-        layers = (layers,)
+    """One or several words for layers as a tuple, to be used again and again; TypeError for what is none."""
+    if _is_layer(layers):
+        return (layers,)
     if not isinstance(layers, Iterable):
-        raise TypeError(
-            f"layers are patterns, submodules, parameters or a predicate, got {layers!r}: '**' is all of a module, [] is nothing"
-        )
+        raise TypeError(f"layers are patterns, submodules, parameters or a predicate, got {layers!r}: '**' is all, [] nothing")
     words = tuple(layers)
-    for layer in words:
-        if not isinstance(layer, (str, nn.Module, nn.Parameter)) and not callable(layer):
-            raise TypeError(
-                f"a layer is a pattern, a submodule, a parameter or a predicate, got {layer!r}: `['embeddings', model.head]`"
-            )
+    for word in words:
+        if not _is_layer(word):
+            raise TypeError(f"a layer is a pattern, a submodule, a parameter or a predicate, got {word!r}: `model.head`")
     return words
+
+
+def _is_layer(word: Any) -> bool:
+    return isinstance(word, (str, nn.Module, nn.Parameter)) or (callable(word) and not isinstance(word, (type, Iterable)))
 
 
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     """What ``layers``, as ``normalise`` returns them, mean in ``module`` as it is now; ValueError where one means nothing."""
+    module = unwrapped(module)
     parameters: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
     owners: dict[int, nn.Module] = {}
@@ -62,33 +63,43 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
                 parameters.update((id(p), p) for p in found.parameters())
             elif isinstance(found, nn.Parameter):
                 parameters[id(found)] = found
-            else:
+            elif _moves(found):
                 owners[id(owner)] = owner
+    # Whoever lists all parameters of a module, as a predicate does, means its buffers too.
+    whole = dict(modules)
     for candidate in module.modules():
-        own = list(candidate.parameters(recurse=False))
-        # Whoever lists all parameters of a BatchNorm means its statistics too.
-        whole = id(candidate) in modules or (own and all(id(p) in parameters for p in own))
-        # A bool buffer is a mask. It never moves, and the attention that owns it has dropout to keep.
-        if whole and any(b.dtype != torch.bool for b in candidate.buffers(recurse=False)):
-            owners[id(candidate)] = candidate
+        inside = [] if id(candidate) in whole else list(candidate.parameters())
+        if inside and all(id(p) in parameters for p in inside):
+            whole.update((id(m), m) for m in candidate.modules())
+    owners.update((key, m) for key, m in whole.items() if any(map(_moves, m.buffers(recurse=False))))
     return Selection(list(parameters.values()), list(modules.values()), list(owners.values()))
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that the user wrote, inside of what torch.compile and data parallelism put around it."""
+    while "_orig_mod" in module._modules or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        (module,) = module.children()
+    return module
+
+
+def _moves(buffer: Tensor) -> bool:
+    # A bool is a mask and never moves; the attention that owns it has dropout to keep.
+    return buffer.dtype != torch.bool
+
+
 def _find(module: nn.Module, layer: Any) -> list[tuple[nn.Module, Any]]:
-    """(owner, module or parameter or buffer) for everything that one word means; at least one."""
+    """(owner, module or parameter or buffer) for everything that one word means."""
     if isinstance(layer, str):
-        found = list(_match(_unwrapped(module), _parse(layer)))
+        found = list(_match(module, _parse(layer)))
         if not found:
             raise ValueError(_no_match(module, layer))
-    elif isinstance(layer, nn.Module):
-        inside = {id(m) for m in module.modules()}
-        # A slice of a ModuleList is a new ModuleList of the same layers.
-        if id(layer) not in inside and not all(id(child) in inside for child in layer.children()):
+    elif isinstance(layer, (nn.Module, nn.Parameter)):
+        layer = unwrapped(layer) if isinstance(layer, nn.Module) else layer
+        inside = {id(part) for part in (*module.modules(), *module.parameters())}
+        # A slice of a container is a new container of the same parts.
+        sliced = isinstance(layer, (nn.ModuleList, nn.Sequential, nn.ParameterList))
+        if id(layer) not in inside and not (sliced and all(id(part) in inside for part in layer)):
             raise ValueError(f"the {type(layer).__name__} is not in the {type(module).__name__}: `frozen(model, model.head)`")
-        found = [(module, layer)]
-    elif isinstance(layer, nn.Parameter):
-        if all(p is not layer for p in module.parameters()):
-            raise ValueError(f"a parameter of shape {tuple(layer.shape)} is not in the {type(module).__name__}")
         found = [(module, layer)]
     else:
         found = [(module, p) for name, p in module.named_parameters(remove_duplicate=False) if layer(name, p)]
@@ -98,7 +109,7 @@ def _find(module: nn.Module, layer: Any) -> list[tuple[nn.Module, Any]]:
 
 
 class _Component(NamedTuple):
-    """One component of a pattern: ``layer.*[0][:2]`` has two; None as a name is ``**``."""
+    """One component of a pattern: ``layer[:2][0]`` is a name and two indices; None for a name is ``**``."""
 
     name: re.Pattern[str] | None
     indices: tuple[int | slice, ...]
@@ -107,8 +118,8 @@ class _Component(NamedTuple):
 def _parse(pattern: str) -> list[_Component]:
     components = []
     for text in pattern.split("."):
-        parsed = re.fullmatch(r"([^\[\]]*)((?:\[-?\d*(?::-?\d*){0,2}\])*)", text)
-        if not text or parsed is None or "[]" in text or ("**" in text and text != "**"):
+        parsed = re.fullmatch(r"([^\[\]]*)((?:\[(?:-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?0*[1-9]\d*)?)?)\])*)", text)
+        if not text or parsed is None or ("**" in text and text != "**"):
             raise ValueError(
                 f"the pattern {pattern!r} cannot be read at {text!r}; it is made of names, `*`, `**` and indices, with dots "
                 "between: 'encoder.layer[:2].attention', '**.bias'"
@@ -153,28 +164,18 @@ def _members(module: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from module.parametrizations.items()  # type: ignore[union-attr, operator]
 
 
-def _at(container: Any, index: int | slice) -> list[nn.Module]:
-    items = list(container._modules.values()) if isinstance(container, (nn.ModuleList, nn.Sequential)) else []
+def _at(container: Any, index: int | slice) -> list[Any]:
+    items = list(container) if isinstance(container, (nn.ModuleList, nn.Sequential, nn.ParameterList)) else []
     if isinstance(index, slice):
         return items[index]
     return [items[index]] if -len(items) <= index < len(items) else []
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that the user wrote, inside of what torch.compile and data parallelism put around it."""
-    while isinstance(inner := getattr(module, "_orig_mod", None) or module._modules.get("module"), nn.Module):
-        if len(module._modules) != 1:
-            break
-        module = inner
-    return module
-
-
 def _no_match(module: nn.Module, pattern: str) -> str:
-    module = _unwrapped(module)
     names = [name for name, _ in module.named_modules() if name] + [name for name, _ in module.named_parameters()]
     if next(_match(module, _parse(f"**.{pattern}")), None):
         hint = f"did you mean '**.{pattern}'?"
     else:
-        near = difflib.get_close_matches(pattern, names, 3, 0.5) or [name for name in names if "." not in name][:8]
+        near = difflib.get_close_matches(re.sub(r"\[.*?\]", "", pattern), names, 3, 0.5) or [n for n in names if "." not in n][:8]
         hint = "the nearest names are " + ", ".join(map(repr, near))
     return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; {hint}"

@@ -1,0 +1,83 @@
+"""Every example runs, as a user runs it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name, *options):
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    """The main example as a module."""
+    found = os.environ.get("HF_HUB_OFFLINE")
+    specification = importlib.util.spec_from_file_location("finetune_sentiment", ROOT / "examples" / "finetune_sentiment.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if found is None:
+        os.environ.pop("HF_HUB_OFFLINE", None)
+    return module
+
+
+def test_plain_loop():
+    assert run("plain_loop.py").startswith("120 updates: the loss went from")
+
+
+def test_wrapped_loop():
+    assert "The losses of all windows agree." in run("wrapped_loop.py")
+
+
+def test_freeze_transformer():
+    printed = run("freeze_transformer.py")
+    frozen, training = printed.split("epoch 0:")
+    assert "  deberta.embeddings.word_embeddings.weight\n" in frozen
+    assert "  deberta.encoder.layer.1.output.dense.bias\n" in frozen
+    assert "encoder.layer.2" not in frozen
+    assert "The embeddings have not moved by a bit." in training
+
+
+def test_finetune_sentiment(tmp_path):
+    # 68 = 8 micro-batches of 8 and a ragged one of 4, which is a window by itself.
+    lines = run("finetune_sentiment.py", "--train", 68, "--evaluate", 64, "--output", tmp_path).splitlines()
+    assert lines[0] == "training on 68 sentences, evaluation on 64 others, 2 labels"
+    table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("plain", "trainkit"))}
+    assert table["plain"][1] == "1.0x"
+    for seconds, _, memory, unit, accuracy in table.values():
+        assert float(seconds) > 0
+        assert float(memory.replace(",", "")) > 100
+        assert unit == "MiB"
+        assert 0 <= float(accuracy) <= 1
+    assert (tmp_path / "finetune_sentiment.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_archive_with_another_hash_is_not_opened(finetune, tmp_path):
+    (tmp_path / finetune.ARCHIVE).write_bytes(b"something else")
+    with pytest.raises(SystemExit, match=f"and not {finetune.SHA256}: delete it"):
+        finetune.movie_reviews(tmp_path)
+
+
+def test_movie_reviews_are_what_the_docstring_says(finetune):
+    reviews = finetune.movie_reviews(os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"))
+    assert len(reviews) == len({text for text, _ in reviews}) == 10_070
+    assert ("Effective but too tepid biopic", False) in reviews
+
+
+def test_data_of_ones_own(finetune, tmp_path):
+    (tmp_path / "good.csv").write_text('label,text\nhappy,"fine, really"\nsad,no\n', encoding="utf-8")
+    assert finetune.own_data(tmp_path / "good.csv") == [("fine, really", "happy"), ("no", "sad")]
+    (tmp_path / "bad.csv").write_text("text,score\nfine,1\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"lacks \['label'\]"):
+        finetune.own_data(tmp_path / "bad.csv")

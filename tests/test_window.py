@@ -1,0 +1,49 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainkit.window import Window
+
+weights = st.lists(st.integers(0, 10**7), min_size=1, max_size=6)
+
+
+@given(weights, st.integers(1, 8), st.booleans(), st.none() | st.sampled_from([0.5, 1.0, 1024.0]))
+def test_shares_over_the_divisor_are_the_weights_over_their_sum(weights, length, as_tensors, reference):
+    window = Window(length, reference)
+    shares = []
+    for weight in weights:
+        weight = torch.tensor(weight) if as_tensors else weight
+        shares.append(float(window.share(weight)))
+        window.add(torch.tensor(1.0), weight)
+        assert math.log2(window.reference).is_integer()
+    for weight, share in zip(weights, shares, strict=True):
+        if sum(weights):
+            assert math.isclose(share / float(window.divisor()), weight / sum(weights), rel_tol=1e-12)
+    assert window.next_reference() in [float(2**i) for i in range(25)]
+
+
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_without_weights_a_full_window_is_divided_by_nothing(length, count):
+    window = Window(length, None)
+    for _ in range(count):
+        assert window.share(None) == 1 / length
+        window.add(torch.tensor(1.0), None)
+    assert window.divisor() == count / length and window.next_reference() is None
+
+
+@pytest.mark.parametrize("weight", [1, 3, 1000, 65536, 10**7])
+def test_the_share_of_a_usual_weight_is_near_that_of_one_without(weight):
+    for given_weight in (weight, torch.tensor(weight), float(weight)):
+        window = Window(4, None)
+        assert 0.7 < float(window.share(given_weight)) * 4 < 1.5
+
+
+def test_a_mean_over_weights_of_zero_is_nan():
+    window = Window(2, None)
+    for weight in (0, torch.tensor(0)):
+        window.share(weight)
+        window.add(torch.tensor(1.0), weight)
+    assert window.mean_loss(1).isnan() and window.mean_loss(2).isnan()
