@@ -53,15 +53,15 @@ def train_plain(model, tokenizer, rows, epochs):
     loader = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
 
-    curve = []
+    losses = []
     for _ in range(epochs):
         for batch in tqdm(loader, desc="plain"):
             loss = model(**batch.to(model.device)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            curve.append((loss.detach(), len(batch["labels"])))
-    return curve
+            losses.append(loss.detach())
+    return losses
 
 
 def train_wrapped(model, tokenizer, rows, epochs):
@@ -84,11 +84,11 @@ def train_wrapped(model, tokenizer, rows, epochs):
         # With the number of its sentences, so that a smaller last batch counts for what it is.
         return model(**batch.to(model.device)).loss, len(batch["labels"])
 
-    curve = []
+    losses = []
     for _ in range(epochs):
         for batch in step.over(tqdm(loader, desc="trainkit")):
-            curve.append((step(batch).loss, len(batch["labels"])))
-    return curve
+            losses.append(step(batch).loss)
+    return losses
 
 
 CONTENDERS = {"plain": train_plain, "trainkit": train_wrapped}
@@ -100,16 +100,15 @@ def contend(name, labels, rows, evaluation_rows, options):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=labels)
+    head = {"num_labels": labels, "ignore_mismatched_sizes": True}  # made anew where it was for something else
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, **head)
     model.float().to(torch.accelerator.current_accelerator() or "cpu").train()
 
     start = time.perf_counter()
-    curve = CONTENDERS[name](model, tokenizer, rows, options.epochs)
-    losses = torch.stack([loss for loss, _ in curve]).tolist()  # waits for the device, so that the clock is right
+    losses = CONTENDERS[name](model, tokenizer, rows, options.epochs)
+    losses = torch.stack(losses).tolist()  # waits for the device, so that the clock is right
     result = {"seconds": time.perf_counter() - start, "memory": peak_memory(model.device), "losses": losses}
-    result["sentences"] = [count for _, count in curve]
-    result["accuracy"] = accuracy(model, tokenizer, evaluation_rows)
-    return result
+    return {**result, "accuracy": accuracy(model, tokenizer, evaluation_rows)}
 
 
 def accuracy(model, tokenizer, rows):
@@ -139,8 +138,8 @@ def movie_reviews(cache):
     """(text, label) of every sentence with a clear mean rating. Downloaded once, and checked before it is opened."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
-        download = "-m pip download -q --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2 -d".split()
-        subprocess.run([sys.executable, *download, archive.parent], check=True)
+        package = ["--no-deps", "--no-binary", "vaderSentiment", "vaderSentiment==3.3.2"]
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *package, "-d", archive.parent], check=True)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")
@@ -163,7 +162,7 @@ def own_data(path):
         return [(row["text"], row["label"]) for row in reader]
 
 
-def report(results, folder):
+def report(results, epochs, folder):
     """Prints the table, and draws the loss curves."""
     import matplotlib
 
@@ -175,10 +174,11 @@ def report(results, folder):
     for name, result in results.items():
         speed_up = results["plain"]["seconds"] / result["seconds"]
         print(f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}")
-        losses, sentences = torch.tensor(result["losses"]), torch.tensor(result["sentences"])
+        losses = torch.tensor(result["losses"])
         width = max(1, len(losses) // 8)  # single batches would hide the curve
-        axis.plot(sentences.cumsum(0)[width - 1 :], losses.unfold(0, width, 1).mean(1), label=name)
-    axis.set(xlabel="sentences seen", ylabel="training loss, mean of the last eighth of the run")
+        means = losses.unfold(0, width, 1).mean(1)
+        axis.plot(torch.linspace(epochs * width / len(losses), epochs, len(means)), means, label=name)
+    axis.set(xlabel="epochs", ylabel="training loss, mean over an eighth of the run")
     axis.legend()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "finetune_sentiment.png", dpi=150)
@@ -193,12 +193,12 @@ def main():
     parser.add_argument("--evaluate", type=int, help="sentences to evaluate on; default: all the rest")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="512 sentences, and 1,024 for evaluation: too few to learn much")
+    parser.add_argument("--quick", action="store_true", help="384 sentences, and 512 for evaluation: too few to learn much")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
     parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
     options = parser.parse_args()
     if options.quick:
-        options.train, options.evaluate = 512, 1024
+        options.train, options.evaluate = 384, 512
 
     data = own_data(options.data) if options.data else movie_reviews(options.cache)
     random.Random(options.seed).shuffle(data)
@@ -218,7 +218,7 @@ def main():
     for name in CONTENDERS:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             results[name] = process.submit(contend, name, len(labels), rows[:size], evaluation_rows, options).result()
-    report(results, options.output)
+    report(results, options.epochs, options.output)
 
 
 if __name__ == "__main__":

@@ -788,3 +788,29 @@ def test_attributes_of_the_function_do_not_get_into_the_step(model, optimizer):
 
     step._plan = step._window = "mine"
     assert train_step(optimizer)(step)(BATCHES[0]).updated
+
+
+def test_without_the_private_backward_of_torch_the_result_is_the_same(monkeypatch):
+    states = []
+    for present in (True, False):
+        if not present:
+            monkeypatch.setattr(trainkit.step, "_engine_run_backward", None)
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        step = train_step(optimizer, accumulate(2))(lambda batch, model=model: loss_of(model, batch))
+        for batch in step.over(BATCHES):
+            step(batch)
+        states.append(state_of(model, optimizer))
+    assert same_bits(*states)
+
+
+def test_a_loss_of_a_tensor_subclass_runs_its_own_backward(model, optimizer):
+    seen = []
+
+    class Loss(torch.Tensor):
+        def backward(self, gradient=None):
+            seen.append(gradient)
+            super().backward(gradient)
+
+    train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch).as_subclass(Loss))(BATCHES[0])
+    assert [seed.item() for seed in seen] == [0.5]

@@ -16,14 +16,22 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainkit.gradients import Gradients
 from trainkit.loaders import mark_last
 from trainkit.losses import read_loss
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
 from trainkit.window import Weight, Window
+
+try:
+    # All that is left of Tensor.backward where the seed is known to fit the loss. What it looks up before takes 7 us, as long
+    # as some layers.
+    from torch.autograd.graph import _engine_run_backward
+except ImportError:
+    _engine_run_backward = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,9 +65,8 @@ class Step(Generic[P]):
         self._owed: Verdict | None = None
         self._at_last_batch = False
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
-        # The open window; and for each optimizer one parameter with the gradient that the last micro-batch left.
+        self._gradients = Gradients(plan)
         self._window: Window | None = None
-        self._witnesses: list[tuple[nn.Parameter, Tensor, int]] = []
         # The micro-batch under way.
         self._result: StepResult | None = None
         self._surroundings: AbstractContextManager[Any] = _NOTHING
@@ -182,7 +189,7 @@ class Step(Generic[P]):
     def discard(self) -> None:
         """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
         if self._began_backward or (self._window is not None and self._window.losses):
-            self._drop_gradients()
+            self._gradients.drop()
         self._window = None
         self._began_backward = False
 
@@ -217,9 +224,8 @@ class Step(Generic[P]):
             state["loss_scale"] = self._loss_scale.value.item()
             state["growth_tracker"] = int(self._loss_scale.growth_tracker)
         if self._window is not None and self._window.losses:
-            gradients = enumerate(p.grad for p in self._plan.parameters())
-            state["gradients"] = {i: gradient.clone() for i, gradient in gradients if gradient is not None}
             state["window"] = self._window.state_dict()
+            state["gradients"] = self._gradients.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,15 +236,7 @@ class Step(Generic[P]):
         """
         if not self._device_type:
             self._prepare()
-        parameters = dict(enumerate(self._plan.parameters()))
-        gradients = state.get("gradients", {})
-        for i, gradient in gradients.items():
-            shape = tuple(parameters[i].shape) if i in parameters else None
-            if shape != tuple(gradient.shape):
-                raise ValueError(
-                    f"the state has a gradient of shape {tuple(gradient.shape)} for parameter {i}, whose shape here is {shape}: "
-                    "build model and optimizer as they were when the state was taken"
-                )
+        self._gradients.check_state_dict(state.get("gradients", {}))
         self.discard()
         self._owed = None
         self._skips = state["skipped"]
@@ -249,11 +247,8 @@ class Step(Generic[P]):
             self._loss_scale.growth_tracker.fill_(state["growth_tracker"])
             self._seeds.clear()
         if "window" in state:
-            self._drop_gradients()
-            for i, gradient in gradients.items():
-                parameters[i].grad = gradient.to(parameters[i].device, copy=True)
             self._window = Window.from_state_dict(state["window"], self._reference)
-            self._remember_gradients()
+            self._gradients.load_state_dict(state["gradients"])
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
@@ -344,9 +339,9 @@ class Step(Generic[P]):
         self._began_backward = True
         if torch.is_autocast_enabled(self._device_type):  # by the code around the step
             with torch.autocast(self._device_type, enabled=False):
-                loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+                _backward(loss, seed)
         else:
-            loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+            _backward(loss, seed)
 
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
@@ -354,10 +349,15 @@ class Step(Generic[P]):
         window.refuse_a_mix(weight)
         if weight is not None and self._ranks > 1:
             raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
-        if window.losses:
-            self._refuse_wiped_gradients(window)
-        else:
-            self._drop_gradients()
+        if not window.losses:
+            self._gradients.drop()
+        elif self._gradients.wiped():
+            self.discard()
+            raise RuntimeError(
+                f"the gradients of {len(window.losses)} micro-batches are gone from an open window: something like "
+                "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it from a "
+                "step that returns its loss. (Two steps over the same parameters do this to each other, too.)"
+            )
         self._weight = weight.detach().to(loss.device) if isinstance(weight, Tensor) else weight
         self._share = window.share(self._weight)
 
@@ -386,7 +386,10 @@ class Step(Generic[P]):
         window.add(result.loss, self._weight)
         result._window, result._count = window, len(window.losses)
         if result._count < window.length and not self._at_last_batch:
-            self._remember_gradients()
+            if result._count == 1:
+                self._gradients.watch()
+            else:
+                self._gradients.remember()
             return
         self.settle()
         outcome = self._update(window)
@@ -398,7 +401,7 @@ class Step(Generic[P]):
             self._loss_scale.update(outcome.found_inf)
             self._seeds.clear()
         if self._generator is None or outcome.skipped is True:
-            self._drop_gradients()
+            self._gradients.drop()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         if self._plan.after:
             self._owed = Verdict(outcome.skipped)
@@ -410,7 +413,7 @@ class Step(Generic[P]):
         if not isinstance(window.total, Tensor) and window.total <= 0:
             return Outcome(skipped=True)
         optimizers = self._plan.optimizers
-        gradients = [p.grad for p in self._plan.parameters() if p.grad is not None]
+        gradients = self._gradients.found()
         divisor = window.divisor()
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
@@ -426,35 +429,13 @@ class Step(Generic[P]):
                 _run_to_end(self._generator)
         return outcome
 
-    # The gradients, between one micro-batch and the next.
 
-    def _drop_gradients(self) -> None:
-        for parameter in self._plan.parameters():
-            parameter.grad = None
-
-    def _remember_gradients(self) -> None:
-        witnesses = [parameter for parameter, _, _ in self._witnesses if parameter.grad is not None]
-        if not witnesses:
-            found = ([p for p in parameters if p.grad is not None] for parameters in self._plan.parameters_by_optimizer())
-            witnesses = [parameters[0] for parameters in found if parameters]
-        self._witnesses = [(p, p.grad, p.grad._version) for p in witnesses if p.grad is not None]
-
-    def _refuse_wiped_gradients(self, window: Window) -> None:
-        """Raises RuntimeError where the gradients of the open window were set to None or zero since the last micro-batch."""
-        for parameter, gradient, version in self._witnesses:
-            found = parameter.grad
-            if found is None:
-                wiped = parameter.requires_grad  # else it is frozen just now, and its gradient set aside
-            else:
-                # Only what was written to is worth a look.
-                wiped = (found is not gradient or found._version != version) and not found.any()
-            if wiped:
-                self.discard()
-                raise RuntimeError(
-                    f"the gradients of {len(window.losses)} micro-batches are gone from an open window: something like "
-                    "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it "
-                    "from a step that returns its loss. (Two steps over the same parameters do this to each other, too.)"
-                )
+def _backward(loss: Tensor, seed: Tensor) -> None:
+    """``loss.backward(gradient=seed)``."""
+    if _engine_run_backward is None or type(loss) is not Tensor:
+        loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+    else:
+        _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _is_distributed() -> bool:
