@@ -19,7 +19,7 @@ bench: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict trainkit
+	$(BIN)/mypy --strict trainkit tests/typed_usage.py
 
 # torch first and alone: the pinned version is then what every other package finds.
 .venv/ready: setup.cfg pyproject.toml constraints.txt
