@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= cpu
-export HF_HUB_OFFLINE := 1
 export MPLBACKEND ?= Agg
 
 .PHONY: demo test bench lint clean
@@ -10,6 +9,7 @@ export MPLBACKEND ?= Agg
 demo: .venv/ready
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
 
+test: export HF_HUB_OFFLINE := 1
 test: .venv/ready
 	$(BIN)/python -m pytest $(ARGS)
 

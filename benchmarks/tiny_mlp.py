@@ -111,9 +111,8 @@ def main():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     reference = list(contenders["the usual loop, default AdamW"][0].parameters())
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {device}, {arguments.rounds} rounds of {CALLS} calls\n"
-    )
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{machine}, torch {torch.__version__}, {arguments.rounds} rounds of {CALLS} calls\n")
     print("| contender | us per call | / fused by hand | / usual | largest difference |")
     print("|---|---|---|---|---|")
     usual_times, hand_times = times["the usual loop, default AdamW"], times["a correct loop by hand, fused AdamW"]
