@@ -765,6 +765,8 @@ def test_a_state_of_another_model_is_refused_before_anything_changes(model, opti
     before = gradients_of(other)
     with pytest.raises(ValueError, match="shape"):
         elsewhere.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state of a step"):
+        elsewhere.load_state_dict(other.state_dict())
     assert same_bits(before, gradients_of(other)) and "window" in elsewhere.state_dict()
 
 

@@ -217,6 +217,8 @@ class Step(Generic[P]):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied."""
+        if not self._device_type:
+            self._prepare()
         state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self._reference is not None:
             state["reference"] = self._reference
@@ -232,10 +234,12 @@ class Step(Generic[P]):
         """Goes on from where ``state_dict`` was taken, between the same two micro-batches. An open window is dropped first.
 
         Raises:
-            ValueError: where the gradients do not fit the parameters, before anything is changed.
+            ValueError: for another state, or where its gradients do not fit the parameters; before anything is changed.
         """
         if not self._device_type:
             self._prepare()
+        if not {"updates", "skipped"} <= state.keys():
+            raise ValueError(f"this is no state of a step, with the keys {list(state)}: give what `step.state_dict()` returned")
         self._gradients.check_state_dict(state.get("gradients", {}))
         self.discard()
         self._owed = None

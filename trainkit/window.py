@@ -78,9 +78,9 @@ class Window:
 
     def mean_loss(self, count: int) -> Tensor:
         """The weighted mean of the first ``count`` losses; 0-d, nan where they weigh nothing."""
-        first = self.losses[0]
-        total = sum(_wide(loss) * weight for loss, weight in zip(self.losses[:count], self.weights, strict=False))
-        return torch.as_tensor(total / sum(self.weights[:count])).to(first.dtype)
+        losses, weights = self.losses[:count], self.weights[:count]
+        total: Tensor = sum(_wide(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+        return total.to(losses[0].dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; the gradients are the step's."""
