@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_mlp.py [--device cuda] [--rounds 200]
 
-All contenders take the same updates (the last column: after ten of them), in turn, in one process. Quoted are medians of the ratio to the loop beside
-it in the same round, which a machine that is slow for a while does not move.
+All contenders take the same updates (the last column: after ten of them), in turn, in one process. Quoted are medians of
+the ratio to the loop beside it in the same round, which a machine that is slow for a while does not move.
 """
 
 from __future__ import annotations
