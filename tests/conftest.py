@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 usual = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=40, derandomize=True, **usual)
+settings.register_profile("ci", max_examples=150, derandomize=True, **usual)
 settings.register_profile("deep", max_examples=2000, **usual)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
