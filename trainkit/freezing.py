@@ -101,6 +101,7 @@ class frozen:
             with self.around_step():
                 value = function(*args, **kwargs)
             if inspect.isgenerator(value) or inspect.iscoroutine(value) or inspect.isasyncgen(value):
+                getattr(value, "close", bool)()  # a coroutine would warn that nobody awaited it
                 raise TypeError(_TOO_LATE.format(function))
             return value
 
@@ -197,6 +198,14 @@ def frozen_parameters(module: nn.Module) -> list[str]:
 
     Raises:
         TypeError: module is no module.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import freeze, frozen_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> _ = freeze(model, "**.bias")
+        >>> frozen_parameters(model)
+        ['0.bias', '1.bias']
     """
     _check_module("frozen_parameters", module)
     return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
@@ -209,6 +218,14 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
     Raises:
         TypeError: module is no module.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import freeze, trainable_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> _ = freeze(model, "[0]")
+        >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
+        [(1, 2), (1,)]
     """
     _check_module("trainable_parameters", module)
     return [p for p in module.parameters() if p.requires_grad]
@@ -224,8 +241,7 @@ class _Hold:
     """What a frozen parameter gets back at the end of the last context that holds it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 1
-        parameter.requires_grad, parameter.grad = False, None
+        self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 0
 
     def end(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad = self.requires_grad
@@ -244,11 +260,11 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
     staying: list[_Stay] = []
     try:
         for parameter in parameters:
-            if hold := _held.get(id(parameter)):
-                hold.holders += 1
-            else:
-                _held[id(parameter)] = _Hold(parameter)
+            hold = _held.get(id(parameter)) or _Hold(parameter)
+            _held[id(parameter)] = hold
+            hold.holders += 1
             held.append(parameter)
+            parameter.requires_grad, parameter.grad = False, None
         for module in modules:
             stay = _Stay.of(module)
             stay.holders += 1
