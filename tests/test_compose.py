@@ -69,6 +69,8 @@ def test_several_optimizers_take_one_norm_and_step_all_or_none():
         (lambda o, m: train_step(o, amp(), amp()), ValueError, "amp was given twice"),
         (lambda o, m: train_step(o, amp(max_norm=1.0), max_norm=2.0), ValueError, "max_norm was given twice, 2.0 and 1.0"),
         (lambda o, m: train_step(o, amp(norm_type=1), norm_type=math.inf), ValueError, "norm_type was given twice"),
+        (lambda o, m: train_step(o, after=torch.optim.lr_scheduler.ReduceLROnPlateau(o).step), TypeError, "needs a metric"),
+        (lambda o, m: amp(torch.bfloat16), TypeError, r"amp\(dtype=torch.bfloat16\)"),
         (lambda o, m: train_step(o, module=o), TypeError, "optimizers go to `train_step"),
         (lambda o, m: train_step(o, max_norm=0), ValueError, "must be above 0, got 0"),
         (lambda o, m: train_step(o, max_norm=-1.0), ValueError, "must be above 0, got -1.0"),

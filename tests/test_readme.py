@@ -47,4 +47,4 @@ def test_every_block_runs():
         if "in step.over(loader)" in block:
             assert space["step"].updates == 2
             assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert len(space["names"]) == 2 + 2 * 4 + 2
+    assert len(space["names"]) == 2 + 2 * 4 + 2 and not model.embeddings.weight.requires_grad

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, overload
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainkit.plan import Plan, Surrounding, check_clipping, check_module, check_optimizers
 from trainkit.step import Step
@@ -46,7 +47,7 @@ class Part:
 
 def train_step(
     optimizer: Optimizer | Sequence[Optimizer],
-    *parts: Part | Surrounding | Step[Any],
+    *parts: Part | Surrounding | UnboundStep,
     module: nn.Module | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
@@ -83,14 +84,15 @@ def train_step(
         module: the DistributedDataParallel or FSDP2 module; needed when more than one rank runs.
         max_norm: clips the norm of the true gradients; ``math.inf`` only checks that they are finite.
         norm_type: 1, 2 or ``math.inf``.
-        after: one or several callables without arguments, called after each applied update, and not after a skipped one:
-            ``scheduler.step``, an EMA.
+        after: one or several callables without arguments, called after each applied update, and not after a skipped one; for
+            example ``scheduler.step`` or the update of an EMA. On an accelerator the call may come as late as just before
+            the next update, when the verdict on this one has arrived; see ``Step.settle``.
 
     Returns:
         A ``Step``. Called with a function it decorates it; ``with step:`` it is one micro-batch by hand.
 
     Raises:
-        TypeError, ValueError: for what is not an optimizer, a part, a norm or a callable; for what is given twice.
+        TypeError, ValueError: if an argument has the wrong type or value, or is given twice.
 
     Example:
         >>> import torch
@@ -112,6 +114,8 @@ def train_step(
     for call in calls:
         if not callable(call):
             raise TypeError(f"after takes callables without arguments, got {call!r}: `after=scheduler.step`")
+        if isinstance(getattr(call, "__self__", None), ReduceLROnPlateau):
+            raise TypeError("ReduceLROnPlateau.step needs a metric: call `scheduler.step(metric)` after each evaluation yourself")
     plan = Plan(check_optimizers(optimizer), check_module(module), max_norm=max_norm, norm_type=norm_type, after=calls)
     for part in parts:
         plan += _plan_of(part)

@@ -19,7 +19,7 @@ R = TypeVar("R")
 class frozen:
     """Freezes layers of a module inside a ``with`` block, a function or a training step.
 
-    Equivalent to this, where everything found is put back at the end, by whatever way the block is left::
+    Equivalent to this, where everything found is put back at the end, however the block is left::
 
         for parameter in selected:
             parameter.requires_grad, parameter.grad = False, None
@@ -43,10 +43,10 @@ class frozen:
         eval_mode: puts the selected modules into evaluation mode, dropout included.
 
     Returns:
-        ``with frozen(...) as names`` gives the names of the frozen parameters, all names of a tied one.
+        ``with frozen(...) as names`` gives the names of the frozen parameters; a tied one appears under all its names.
 
     Raises:
-        TypeError: module is no module, layers are none, or a generator function is decorated.
+        TypeError: if module is not a torch.nn.Module, layers are of another type, or a generator function is decorated.
         ValueError: a pattern or a predicate that matches nothing, or a layer of another module.
 
     Example:
@@ -126,7 +126,7 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     own a selected buffer, which ``model.train()`` does not undo. Inside a ``frozen`` block it holds from its end on.
 
     Returns:
-        The names of the parameters frozen, all names of a tied one.
+        The names of the parameters frozen; a tied parameter appears under all its names.
 
     Raises:
         TypeError, ValueError: as ``frozen`` does.
@@ -159,7 +159,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     up the mode that they were last asked for. Inside a ``frozen`` block it holds from its end on.
 
     Returns:
-        The names of the parameters that are trainable now, all names of a tied one.
+        The names of the parameters that are trainable now; a tied parameter appears under all its names.
 
     Raises:
         TypeError, ValueError: as ``frozen`` does.
@@ -192,12 +192,12 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
 
 
 def frozen_parameters(module: nn.Module) -> list[str]:
-    """The names of the parameters of a module that do not require a gradient, all names of a tied one.
+    """The names of the parameters of a module that do not require a gradient; a tied one appears under all its names.
 
     Equivalent to ``[name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]``.
 
     Raises:
-        TypeError: module is no module.
+        TypeError: if module is not a torch.nn.Module.
 
     Example:
         >>> import torch
@@ -217,7 +217,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     Equivalent to ``[p for p in module.parameters() if p.requires_grad]``.
 
     Raises:
-        TypeError: module is no module.
+        TypeError: if module is not a torch.nn.Module.
 
     Example:
         >>> import torch

@@ -23,6 +23,7 @@ class Gradients:
 
     def drop(self) -> None:
         """Sets all to None."""
+        self._watched.clear()
         for parameter in self._plan.parameters():
             parameter.grad = None
 
@@ -47,6 +48,14 @@ class Gradients:
             if parameter.requires_grad if found is None else not found.any():
                 return True
         return False
+
+    def touched(self) -> bool:
+        """Whether somebody else left gradients: where there were none, or in those that ``remember`` saw."""
+        if not self._watched:
+            return bool(self.found())
+        return any(
+            p.grad is not None and (p.grad is not left or p.grad._version != version) for p, left, version in self._watched
+        )
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter."""

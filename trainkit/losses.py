@@ -46,11 +46,11 @@ def check_loss(loss: Any) -> None:
         raise TypeError(_WANTED.format(f"{_shown(loss)}") + hint)
     if loss.dim() != 0:
         raise ValueError(
-            f"the loss must be a single number, and has shape {tuple(loss.shape)}: `loss.mean()` over the micro-batch is what is "
+            f"the loss must be a single number, but has shape {tuple(loss.shape)}: `loss.mean()` over the micro-batch is what is "
             "averaged over the window"
         )
     if not loss.is_floating_point():
-        raise TypeError(f"the loss must be a floating-point tensor, and is {loss.dtype}; was something else returned first?")
+        raise TypeError(f"the loss must be a floating-point tensor, but is {loss.dtype}; was something else returned first?")
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph, so nothing would be learned: return it without `.item()`, `.detach()` or "
@@ -62,7 +62,7 @@ def check_weight(weight: Any, real: bool = False) -> None:
     """Raises TypeError or ValueError unless this is a count: an int, or a 0-d integer tensor; any number where ``real``."""
     if isinstance(weight, Tensor):
         if weight.dim() != 0:
-            raise TypeError(f"a weight is a single number, and this tensor has shape {tuple(weight.shape)}: `weight.sum()`")
+            raise TypeError(_NOT_A_COUNT.format(f"a tensor of shape {tuple(weight.shape)}"))
         integral = not weight.is_floating_point() and not weight.is_complex() and weight.dtype != torch.bool
         if not integral and not (real and weight.is_floating_point()):
             raise TypeError(_NOT_A_COUNT.format(f"a {weight.dtype} tensor"))
@@ -71,12 +71,13 @@ def check_weight(weight: Any, real: bool = False) -> None:
     if isinstance(weight, bool) or not isinstance(weight, number):
         raise TypeError(_NOT_A_COUNT.format(_shown(weight)))
     if not 0 <= float(weight) < math.inf:
-        raise ValueError(f"a weight says how many things the loss is the mean of, and is {weight}; it must be finite and >= 0")
+        raise ValueError(f"a weight says how many things the loss is the mean of; it must be finite and >= 0, got {weight}")
 
 
 _NOT_A_COUNT = (
     "the second of two values is the weight: how many things (rows, tokens) the loss is the mean of, an int or an integer 0-d "
-    "tensor; got {}. Return the loss alone if this is a metric, or `{{'loss': loss, 'weight': weight}}` for a real-valued weight"
+    "tensor; got {}. Return `loss, mask.sum()`; or, if this is a metric or a prediction, the loss alone; or, for a real-valued "
+    "weight, `{{'loss': loss, 'weight': weight}}`"
 )
 
 

@@ -34,7 +34,7 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
         A part: a decorator for step functions, or an argument of ``train_step``.
 
     Raises:
-        TypeError: n is no int and no callable, or module is no module.
+        TypeError: if n is neither an int nor a callable, or module is not a torch.nn.Module.
         ValueError: n < 1.
 
     Example:
@@ -137,8 +137,8 @@ def amp(
         growth_interval: updates without an overflow after which the loss scale doubles.
 
     Raises:
-        TypeError, ValueError: for what is not an optimizer, a dtype, a device type or a norm. At the first call: for float16
-            parameters in float16.
+        TypeError, ValueError: if an argument has the wrong type or value; at the first call, if parameters are float16
+            themselves where float16 has a loss scale.
 
     Example:
         >>> import torch

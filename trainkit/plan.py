@@ -112,12 +112,16 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
     """One or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(optimizers) if isinstance(optimizers, (list, tuple)) else (optimizers,)
     for optimizer in found:
+        if isinstance(optimizer, Optimizer):
+            continue
+        remedy = (
+            "`train_step(optimizer, ...)` or `amp(optimizer, ...)`, as in `optimizer = torch.optim.AdamW(model.parameters())`"
+        )
         if isinstance(optimizer, nn.Module):
-            raise TypeError(
-                f"got the module {_name(optimizer)} where an optimizer belongs: `train_step(optimizer, ..., module=model)`"
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"got {optimizer!r} where an optimizer belongs: `train_step(torch.optim.AdamW(model.parameters()))`")
+            raise TypeError(f"got the module {_name(optimizer)} where an optimizer belongs; it knows the parameters: {remedy}")
+        if isinstance(optimizer, torch.dtype):
+            remedy = f"a dtype goes by name: `amp(dtype={optimizer})`"
+        raise TypeError(f"got {optimizer!r} where an optimizer belongs: {remedy}")
     if not found:
         raise ValueError("got no optimizer: `train_step(optimizer)`, or several as `train_step([optimizer_a, optimizer_b])`")
     if len({id(optimizer) for optimizer in found}) < len(found):
@@ -131,7 +135,7 @@ def check_module(module: Any) -> tuple[nn.Module, ...]:
         return ()
     if not isinstance(module, nn.Module):
         hint = "; optimizers go to `train_step(optimizer, ...)`" if isinstance(module, Optimizer) else ""
-        raise TypeError(f"module must be the torch.nn.Module that is trained, got a {type(module).__name__}{hint}")
+        raise TypeError(f"module must be the torch.nn.Module to be trained, got a {type(module).__name__}{hint}")
     return (module,)
 
 

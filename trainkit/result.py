@@ -1,4 +1,4 @@
-"""What one call of a step came to."""
+"""The result of one call of a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainkit.window import Window
 
 
 class StepResult:
-    """What one call of a step came to.
+    """The result of one call of a step.
 
     Attributes:
         loss: of this micro-batch; 0-d, detached, unscaled, on its device. None in a by-hand block without a loss.
@@ -34,8 +34,9 @@ class StepResult:
 
     @property
     def updated(self) -> bool:
-        """Whether this call moved the parameters. Reading it may wait for the device; nothing else here does."""
+        """Whether this call applied an update, or in a generator step ran the update code. Reading it, and nothing else here,
+        may wait for the device."""
         return self.complete and not self._skipped
 
     def __repr__(self) -> str:
-        return f"StepResult(loss={self.loss}, complete={self.complete}, grad_norm={self.grad_norm})"
+        return f"StepResult(loss={self.loss}, complete={self.complete}, updated={self.updated}, grad_norm={self.grad_norm})"

@@ -27,8 +27,8 @@ from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_
 from trainkit.window import Weight, Window
 
 try:
-    # All that is left of Tensor.backward where the seed is known to fit the loss. What it looks up before takes 7 us, as long
-    # as some layers.
+    # All that is left of Tensor.backward where the seed is known to fit the loss. Its checks take 7 us, as long as backward
+    # through a small layer.
     from torch.autograd.graph import _engine_run_backward
 except ImportError:
     _engine_run_backward = None  # type: ignore[assignment]
@@ -134,6 +134,12 @@ class Step(Generic[P]):
                 if self._began_backward and kind is None:
                     self._finish()
                     self._began_backward = False
+                elif kind is None and self._gradients.touched():
+                    warnings.warn(
+                        "a micro-batch ended without a loss but left gradients, which the step does not count: call "
+                        "`step.backward(loss)` in place of `loss.backward()`",
+                        stacklevel=2,
+                    )
             finally:
                 if self._began_backward:  # and did not finish: some gradients are in, others are not
                     self.discard()
@@ -157,7 +163,9 @@ class Step(Generic[P]):
             RuntimeError: outside a micro-batch, or where the gradients of the open window are gone.
         """
         if self._result is None:
-            raise RuntimeError("step.backward(loss) belongs into a micro-batch: into `with step:` or the step function")
+            raise RuntimeError(
+                "step.backward(loss) must be called inside a micro-batch: within `with step:` or the step function"
+            )
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         if self._autocast_is_on:
             self._leave_autocast()
@@ -172,8 +180,8 @@ class Step(Generic[P]):
     def over(self, loader: Iterable[T], *other_steps: Step[Any]) -> Iterator[T]:
         """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
 
-        Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader with a length is not run
-        ahead, one without by one batch.
+        Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader without a length is read
+        one batch ahead, one with a length is not.
 
         Raises:
             TypeError: where something that is no step is given.
@@ -196,7 +204,7 @@ class Step(Generic[P]):
     def settle(self) -> None:
         """Runs ``after`` for the last update, if that is still owed; waits for the device's verdict.
 
-        Happens by itself before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
+        Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
         """
         owed, self._owed = self._owed, None
         if owed is not None and owed.applied():
@@ -239,7 +247,9 @@ class Step(Generic[P]):
         if not self._device_type:
             self._prepare()
         if not {"updates", "skipped"} <= state.keys():
-            raise ValueError(f"this is no state of a step, with the keys {list(state)}: give what `step.state_dict()` returned")
+            raise ValueError(
+                f"this is not the state of a step, its keys are {list(state)}: give what `step.state_dict()` returned"
+            )
         self._gradients.check_state_dict(state.get("gradients", {}))
         self.discard()
         self._owed = None
@@ -358,9 +368,9 @@ class Step(Generic[P]):
         elif self._gradients.wiped():
             self.discard()
             raise RuntimeError(
-                f"the gradients of {len(window.losses)} micro-batches are gone from an open window: something like "
-                "`optimizer.zero_grad()` stands where every micro-batch passes it; move it below the yield, or drop it from a "
-                "step that returns its loss. (Two steps over the same parameters do this to each other, too.)"
+                f"an open window has lost the gradients of its {len(window.losses)} micro-batch(es): something like "
+                "`optimizer.zero_grad()` runs for every micro-batch; move it below the yield, or remove it from a step that "
+                "returns its loss. (Two steps over the same parameters do this to each other, too.)"
             )
         self._weight = weight.detach().to(loss.device) if isinstance(weight, Tensor) else weight
         self._share = window.share(self._weight)
