@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import (
     OPTIMIZERS,
@@ -98,6 +98,7 @@ def test_law_4_a_window_is_one_batch(sizes, n, dtype, kind, max_norm, norm_type)
     assert sum(result.updated for result in results) == -(-len(sizes) // n)
 
 
+@example([2, 1, 2], 3, torch.float64, "SGD", None, "either")
 @given(sizes, lengths, dtypes, optimizers, norms, st.sampled_from(["int", "tensor", "real", "either"]))
 def test_law_4_with_weights(sizes, n, dtype, kind, max_norm, given_as):
     batches = make_batches(sizes, dtype)

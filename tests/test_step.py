@@ -193,6 +193,16 @@ def test_an_evaluation_in_the_middle_of_a_window_disturbs_nothing(model, optimiz
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
 
 
+def test_zeros_that_were_zeros_before_are_not_taken_for_wiped(model, optimizer):
+    """The first gradient is zero because its layer is dead; then somebody else's backward writes into it."""
+    step = train_step(optimizer, accumulate(2))(
+        lambda batch: model[2](torch.zeros(2, 6).double() + 0 * model[0](batch[0][:2])).sum()
+    )
+    step(BATCHES[0])
+    model[0].weight.grad.add_(0)
+    assert step(BATCHES[0]).updated
+
+
 def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):
     step = train_step(optimizer, accumulate(2))
     with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
@@ -201,6 +211,9 @@ def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):
         step.backward(loss_of(model, BATCHES[0]))
     with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
         loss_of(model, BATCHES[0]).backward()
+    with warnings.catch_warnings(), step, torch.no_grad():
+        warnings.simplefilter("error")
+        loss_of(model, BATCHES[0])
 
 
 def test_window_loss_is_the_weighted_mean_so_far(model, optimizer):
@@ -247,6 +260,56 @@ def test_a_weight_of_zero_contributes_nothing(model, optimizer):
     step(BATCHES[1], 7)
     plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), [BATCHES[1]])
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_sums_of_weights_do_not_overflow_their_dtype(model, optimizer, dtype):
+    weights = [200, 200, 100, 50] if dtype == torch.uint8 else [100, 100, 100, 50] if dtype == torch.int8 else [2**30] * 3 + [7]
+    step = train_step(optimizer, accumulate(4))(lambda batch, weight: (loss_of(model, batch), torch.tensor(weight, dtype=dtype)))
+    batches = make_batches([3, 3, 3, 3])
+    results = [step(batch, weight) for batch, weight in zip(batches, weights, strict=True)]
+    plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), batches, 4, weights)
+    assert results[-1].updated and distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+    losses = [loss_of(make_model(), batch).item() for batch in batches]
+    mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    assert math.isclose(results[-1].window_loss.item(), mean)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_window_of_weight_zero_does_not_lose_the_reference(on_device):
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(2), amp(dtype=torch.float16))(
+        lambda batch, weight: (loss_of(model, batch), torch.tensor(weight) if on_device else weight)
+    )
+    batch = make_batches([3], torch.float32)[0]
+    updated = [step(batch, weight).updated for weight in (10**6, 10**6, 0, 0, 10**6, 10**6)]
+    assert updated == [False, True, False, False, False, True] and step.state_dict()["loss_scale"] == 65536
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_on_the_device_that_is_no_number_skips_its_window_only(fused, weight):
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.AdamW(model.parameters(), fused=fused))(
+        lambda batch, weight: {"loss": loss_of(model, batch), "weight": torch.tensor(weight)}
+    )
+    batch = make_batches([3], torch.float32)[0]
+    assert [step(batch, w).updated for w in (2.0, weight, 2.0)] == [True, False, True]
+
+
+def test_gradients_that_were_set_aside_take_part_in_nothing(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    with frozen(model, "[0]"):
+        step(BATCHES[0])
+    assert model[0].weight.grad is None
+    step.discard()
+    step(BATCHES[0])
+    with frozen(model, "[0]"):
+        assert len(step.state_dict()["gradients"]) == 4
+        step.discard()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # Exceptions.
@@ -332,6 +395,19 @@ def test_an_exception_of_the_optimizer_leaves_no_scale_behind():
     with pytest.raises(KeyError):
         step(make_batches([2], torch.float32)[0])
     assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def test_an_exception_of_a_finally_around_the_yield_drops_the_window(model, optimizer):
+    @accumulate(2, model)
+    def step(batch):
+        try:
+            yield loss_of(model, batch)
+        finally:
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        step(BATCHES[0])
+    assert "window" not in step.state_dict() and all(p.grad is None for p in model.parameters())
 
 
 def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, optimizer):
@@ -433,6 +509,23 @@ def test_the_same_autocast_once_more_over_the_yield_is_an_error_too():
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_an_autocast_around_the_loop_does_not_serve_old_weights():
+    model = make_model(torch.float32)
+    step = amp(torch.optim.SGD(model.parameters(), lr=0.5), dtype=torch.bfloat16)(lambda batch: loss_of(model, batch))
+    batch = make_batches([4], torch.float32)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len({step(batch).loss.item() for _ in range(3)}) == 3
+
+
+def test_backward_in_a_block_without_autocast_leaves_it_off():
+    model = make_model(torch.float32)
+    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.bfloat16)
+    x, _ = make_batches([2], torch.float32)[0]
+    with step, torch.autocast("cpu", enabled=False):
+        step.backward(model(x).mean())
+        assert model(x).dtype == torch.float32
+
+
 def test_a_half_precision_loss_is_scaled_in_float32():
     model = make_model(torch.float32)
     step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(4), amp(dtype=torch.float16, init_scale=2.0**17))(
@@ -460,6 +553,9 @@ def test_a_further_loss_counts_its_micro_batch_once(model, optimizer, weighted):
             torch._foreach_sub_(list(model.parameters()), moved)
 
     step = train_step(optimizer, accumulate(2), max_norm=0.1)
+    with pytest.raises(TypeError, match="came with 3, this one with 4"), step:
+        step.backward(loss_of(model, BATCHES[0]), 3)
+        step.backward(loss_of(model, BATCHES[0]), 4)
     for batch in BATCHES[:2]:
         with step:
             weights = iter([3, None])
@@ -775,8 +871,9 @@ def test_a_state_of_another_model_is_refused_before_anything_changes(model, opti
     before = gradients_of(other)
     with pytest.raises(ValueError, match="shape"):
         elsewhere.load_state_dict(state)
-    with pytest.raises(ValueError, match="not the state of a step"):
-        elsewhere.load_state_dict(other.state_dict())
+    for broken in (other.state_dict(), {**state, "window": {}}, {**state, "updates": "a"}, {**state, "gradients": {0: 1}}, []):
+        with pytest.raises(ValueError, match=r"not the state of a step|parameter 0"):
+            elsewhere.load_state_dict(broken)
     assert same_bits(before, gradients_of(other)) and "window" in elsewhere.state_dict()
 
 

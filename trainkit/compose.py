@@ -127,7 +127,7 @@ def _plan_of(part: Any) -> Plan:
         return part.plan
     if isinstance(part, UnboundStep):
         return part._plan
-    if isinstance(part, Surrounding):
+    if isinstance(part, Surrounding) and not isinstance(part, type):
         return Plan(surroundings=(part,))
     remedy = "parts are `accumulate(4)`, `amp()`, `frozen(module)`"
     if isinstance(part, Optimizer):

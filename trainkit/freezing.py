@@ -143,7 +143,7 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     _check_module("freeze", module)
     selection = select(module, normalise(layers))
     for parameter in selection.parameters:
-        if hold := _held.get(id(parameter)):
+        if hold := _hold_of(parameter):
             hold.requires_grad, hold.grad = False, None
         else:
             parameter.requires_grad, parameter.grad = False, None
@@ -179,7 +179,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     # Quantised weights are integers, and have no gradient.
     parameters = [p for p in selection.parameters if p.is_floating_point() or p.is_complex()]
     for parameter in parameters:
-        if hold := _held.get(id(parameter)):
+        if hold := _hold_of(parameter):
             hold.requires_grad = True
         else:
             parameter.requires_grad = True
@@ -238,20 +238,24 @@ _TOO_LATE = (
 
 
 class _Hold:
-    """What a frozen parameter gets back at the end of the last context that holds it."""
+    """What a frozen parameter gets back at the end of the last context that holds it. On the parameter, where steps find it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a pickled copy of the parameter is in no context
+
     def end(self, parameter: nn.Parameter) -> None:
+        del parameter._trainkit_hold  # type: ignore[attr-defined]
         parameter.requires_grad = self.requires_grad
         if self.grad is not None and self.grad.dtype != parameter.dtype:  # the model was cast inside
             self.grad = self.grad.to(parameter)
         parameter.grad = self.grad
 
 
-# Of the parameters that are in a frozen context now, by id. The contexts keep them alive, and take them out again.
-_held: dict[int, _Hold] = {}
+def _hold_of(parameter: nn.Parameter) -> _Hold | None:
+    return getattr(parameter, "_trainkit_hold", None)
 
 
 @contextmanager
@@ -260,8 +264,8 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
     staying: list[_Stay] = []
     try:
         for parameter in parameters:
-            hold = _held.get(id(parameter)) or _Hold(parameter)
-            _held[id(parameter)] = hold
+            hold = _hold_of(parameter) or _Hold(parameter)
+            parameter._trainkit_hold = hold  # type: ignore[attr-defined]
             hold.holders += 1
             held.append(parameter)
             parameter.requires_grad, parameter.grad = False, None
@@ -272,10 +276,11 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
         yield
     finally:
         for parameter in held:
-            hold = _held[id(parameter)]
-            hold.holders -= 1
-            if not hold.holders:
-                _held.pop(id(parameter)).end(parameter)
+            last = _hold_of(parameter)
+            assert last is not None
+            last.holders -= 1
+            if not last.holders:
+                last.end(parameter)
         for stay in reversed(staying):  # inside out: the mode of a compiled module is that of the one it wraps
             stay.holders -= 1
             stay.end()

@@ -14,62 +14,71 @@ class Gradients:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        # One parameter of each optimizer, with the gradient that the last micro-batch left it, and its version.
-        self._watched: list[tuple[nn.Parameter, Tensor | None, int]] = []
+        # One parameter of each optimizer, with what its gradient was: see _version.
+        self._watched: list[tuple[nn.Parameter, int, int]] = []
+        self._noted: list[tuple[nn.Parameter, int, int]] = []
 
     def found(self) -> list[Tensor]:
         """Those that are there."""
         return [p.grad for p in self._plan.parameters() if p.grad is not None]
 
     def drop(self) -> None:
-        """Sets all to None."""
-        self._watched.clear()
+        """Sets all to None, also those that ``frozen`` has set aside: they would come back into an open window."""
+        self.forget()
         for parameter in self._plan.parameters():
             parameter.grad = None
+            if not parameter.requires_grad and (hold := getattr(parameter, "_trainkit_hold", None)):
+                hold.grad = None
+
+    def forget(self) -> None:
+        """Lets go of what is remembered."""
+        self._watched = []
+
+    def note(self) -> None:
+        """Takes note of what is there before a block by hand, for ``touched``."""
+        trainable = (next((p for p in ps if p.requires_grad), None) for ps in self._plan.parameters_by_optimizer())
+        self._noted = [(p, *_version(p)) for p in trainable if p is not None]
+
+    def touched(self) -> bool:
+        """Whether gradients came since ``note``."""
+        return any(p.grad is not None and (left, version) != _version(p) for p, left, version in self._noted)
 
     def watch(self) -> None:
         """Picks the parameters that ``remember`` and ``wiped`` look at: of each optimizer the first one with a gradient."""
-        self._watched.clear()
-        for parameters in self._plan.parameters_by_optimizer():
-            self._watched += [(p, None, 0) for p in parameters if p.grad is not None][:1]
-        self.remember()
+        first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
+        self._watched = [(p, *_version(p)) for p in first if p is not None]
 
     def remember(self) -> None:
         """Takes note of what a micro-batch left, for ``wiped``."""
-        self._watched = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p, _, _ in self._watched]
+        self._watched = [(p, *_version(p)) for p, _, _ in self._watched]
 
     def wiped(self) -> bool:
         """Whether gradients were set to None or to zero since ``remember``."""
         for parameter, left, version in self._watched:
-            found = parameter.grad
-            if found is left and (found is None or found._version == version):
-                continue  # nobody touched it
-            # Of a parameter that is frozen just now the gradient is set aside.
-            if parameter.requires_grad if found is None else not found.any():
+            if parameter.grad is None:
+                # Of a parameter that is frozen just now the gradient is set aside.
+                if left != 0 and parameter.requires_grad:
+                    return True
+            elif (left, version) != _version(parameter) and not any(gradient.any() for gradient in self.found()):
                 return True
         return False
 
-    def touched(self) -> bool:
-        """Whether somebody else left gradients: where there were none, or in those that ``remember`` saw."""
-        if not self._watched:
-            return bool(self.found())
-        return any(
-            p.grad is not None and (p.grad is not left or p.grad._version != version) for p, left, version in self._watched
-        )
-
     def state_dict(self) -> dict[int, Tensor]:
-        """Copies, by the position of the parameter."""
-        return {i: p.grad.clone() for i, p in enumerate(self._plan.parameters()) if p.grad is not None}
+        """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
+        found = ((p.grad, getattr(p, "_trainkit_hold", None)) for p in self._plan.parameters())
+        all_of_them = enumerate(grad if grad is not None or hold is None else hold.grad for grad, hold in found)
+        return {i: gradient.detach().clone() for i, gradient in all_of_them if gradient is not None}
 
     def check_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Raises ValueError where gradients of a state do not fit the parameters."""
         parameters = dict(enumerate(self._plan.parameters()))
         for i, gradient in state.items():
-            shape = tuple(parameters[i].shape) if i in parameters else None
-            if shape != tuple(gradient.shape):
+            here = (tuple(parameters[i].shape), parameters[i].dtype) if i in parameters else None
+            if not isinstance(gradient, Tensor) or here != (tuple(gradient.shape), gradient.dtype):
+                there = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else gradient
                 raise ValueError(
-                    f"the state has a gradient of shape {tuple(gradient.shape)} for parameter {i}, whose shape here is {shape}: "
-                    "build model and optimizer as they were when the state was taken"
+                    f"the state has a gradient of shape and dtype {there} for parameter {i}, and here it is {here}: build model "
+                    "and optimizer as they were when the state was taken"
                 )
 
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
@@ -77,3 +86,8 @@ class Gradients:
         for i, parameter in enumerate(self._plan.parameters()):
             parameter.grad = state[i].to(parameter.device, copy=True) if i in state else None
         self.watch()
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    """Which tensor the gradient is, and how often it was written to; without keeping it alive."""
+    return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)

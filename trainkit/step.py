@@ -24,7 +24,7 @@ from trainkit.losses import read_loss
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
-from trainkit.window import Weight, Window
+from trainkit.window import Weight, Window, widened
 
 try:
     # All that is left of Tensor.backward where the seed is known to fit the loss. Its checks take 7 us, as long as backward
@@ -122,6 +122,8 @@ class Step(Generic[P]):
                 self._surroundings = stack.pop_all()
         if self._autocast is not None:
             self._enter_autocast()
+        if self._function is None:
+            self._gradients.note()
         self._result = result = StepResult()
         return result
 
@@ -133,6 +135,8 @@ class Step(Generic[P]):
                     self._leave_autocast()
                 if self._began_backward and kind is None:
                     self._finish()
+                    if generator is not None:
+                        generator.close()
                     self._began_backward = False
                 elif kind is None and self._gradients.touched():
                     warnings.warn(
@@ -152,7 +156,7 @@ class Step(Generic[P]):
         """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
 
         Further losses (an adversarial one, a penalty) enter with the same scale and weight, and the micro-batch counts
-        once. Autocast is off meanwhile, and on again afterwards. What ``.grad`` then holds is scaled, and of the whole window.
+        once. Autocast is off meanwhile. What ``.grad`` then holds is scaled, and of the whole window.
 
         Args:
             loss: 0-d, floating, with a graph; the mean over the micro-batch. Or whatever else a step function may return.
@@ -167,13 +171,7 @@ class Step(Generic[P]):
                 "step.backward(loss) must be called inside a micro-batch: within `with step:` or the step function"
             )
         loss, weight = read_loss(loss if weight is None else (loss, weight))
-        if self._autocast_is_on:
-            self._leave_autocast()
-        try:
-            self._run_backward(loss, weight)
-        finally:
-            if self._autocast is not None:
-                self._enter_autocast()
+        self._run_backward(loss, weight)
         if self._result.loss is None:
             self._result.loss = loss.detach()
 
@@ -246,23 +244,23 @@ class Step(Generic[P]):
         """
         if not self._device_type:
             self._prepare()
-        if not {"updates", "skipped"} <= state.keys():
-            raise ValueError(
-                f"this is not the state of a step, its keys are {list(state)}: give what `step.state_dict()` returned"
-            )
-        self._gradients.check_state_dict(state.get("gradients", {}))
+        try:
+            skipped, closed = int(state["skipped"]), int(state["updates"]) + int(state["skipped"])
+            window = Window.from_state_dict(state["window"], state.get("reference")) if "window" in state else None
+            gradients = {} if window is None else dict(state["gradients"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from error
+        self._gradients.check_state_dict(gradients)
         self.discard()
         self._owed = None
-        self._skips = state["skipped"]
-        self._closed = state["updates"] + state["skipped"]
-        self._reference = state.get("reference")
+        self._skips, self._closed, self._reference = skipped, closed, state.get("reference")
         if self._loss_scale is not None and "loss_scale" in state:
             self._loss_scale.value.fill_(state["loss_scale"])
             self._loss_scale.growth_tracker.fill_(state["growth_tracker"])
             self._seeds.clear()
-        if "window" in state:
-            self._window = Window.from_state_dict(state["window"], self._reference)
-            self._gradients.load_state_dict(state["gradients"])
+        if window is not None:
+            self._window = window
+            self._gradients.load_state_dict(gradients)
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
@@ -345,15 +343,18 @@ class Step(Generic[P]):
     def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
         if not self._began_backward:
             self._begin_backward(loss, weight)
-        elif weight is not None and self._weight is None:
+        elif weight is not None and (self._weight is None or _differ(weight, self._weight)):
             raise TypeError(
-                "the losses of a micro-batch share one weight, and the first one had none: `step.backward(first, weight)`"
+                f"the losses of a micro-batch share one weight, but the first came with {self._weight}, this one with {weight}: "
+                "give it with the first, `step.backward(first, weight)`"
             )
         seed = self._seed(loss)
         self._began_backward = True
         if torch.is_autocast_enabled(self._device_type):  # by the code around the step
             with torch.autocast(self._device_type, enabled=False):
                 _backward(loss, seed)
+            # Its cache would outlive the update, and serve the old weights to every forward after it.
+            torch.clear_autocast_cache()
         else:
             _backward(loss, seed)
 
@@ -372,7 +373,7 @@ class Step(Generic[P]):
                 "`optimizer.zero_grad()` runs for every micro-batch; move it below the yield, or remove it from a step that "
                 "returns its loss. (Two steps over the same parameters do this to each other, too.)"
             )
-        self._weight = weight.detach().to(loss.device) if isinstance(weight, Tensor) else weight
+        self._weight = None if weight is None else widened(weight, loss.device)
         self._share = window.share(self._weight)
 
     def _seed(self, loss: Tensor) -> Tensor:
@@ -414,6 +415,7 @@ class Step(Generic[P]):
         if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
             self._seeds.clear()
+        self._gradients.forget()
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
@@ -424,7 +426,8 @@ class Step(Generic[P]):
 
     def _update(self, window: Window) -> Outcome:
         """Turns the gradients of a complete window into an update, or skips it."""
-        if not isinstance(window.total, Tensor) and window.total <= 0:
+        empty = window.empty()
+        if empty is True:
             return Outcome(skipped=True)
         optimizers = self._plan.optimizers
         gradients = self._gradients.found()
@@ -432,8 +435,7 @@ class Step(Generic[P]):
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
         if self._generator is None and can_fuse(optimizers, gradients):
-            empty = window.total <= 0 if isinstance(window.total, Tensor) else None
-            return fused_step(optimizers, gradients, divisor, self._check, empty)
+            return fused_step(optimizers, gradients, divisor, self._check, empty if isinstance(empty, Tensor) else None)
         outcome = make_true(gradients, divisor, self._check)
         if not outcome.skipped:
             if self._generator is None:
@@ -450,6 +452,11 @@ def _backward(loss: Tensor, seed: Tensor) -> None:
         loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
     else:
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _differ(a: Weight, b: Weight) -> bool:
+    """Whether two weights are known to differ; tensors are not looked into."""
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a != b
 
 
 def _is_distributed() -> bool:

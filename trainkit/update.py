@@ -42,6 +42,7 @@ class Check:
 
         ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, of float16 to inf above 65504.
         """
+        gradients = [gradient for gradient in gradients if gradient.numel()]  # those without a maximum
         if not gradients:
             return self._zero
         dtypes = {gradient.dtype for gradient in gradients}
@@ -152,7 +153,7 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
             norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
         else:
             norm_value, divisor_value = norm.item(), divisor
-    if not (norm_value < math.inf and divisor_value > 0):
+    if not (norm_value < math.inf and 0 < divisor_value < math.inf):
         return Outcome(True, found_inf, norm)
     clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
     if clip != divisor_value and gradients:

@@ -50,7 +50,7 @@ class Window:
             # There is no window before to take the reference from, so the first weight above zero gives it.
             near = _power_of_two_near(weight)  # 1 for a weight of 0, whose share is 0 whatever it is
             if isinstance(self.total, Tensor):
-                self.reference = torch.where(self.total > 0, self.reference, near)
+                self.reference = _wide(torch.where(self.total > 0, self.reference, near))
             elif self.total == 0:
                 self.reference = near
         share: float | Tensor = _wide(weight) / (self.reference * self.length)
@@ -72,15 +72,25 @@ class Window:
 
     def next_reference(self) -> Weight | None:
         """The reference for the window after this one."""
-        if not self.weighted:
-            return None if self.first_of_all else self.reference
-        return _power_of_two_near(_wide(self.total) / len(self.losses))
+        found = None if self.first_of_all else self.reference
+        if not self.weighted or (not isinstance(self.total, Tensor) and self.total <= 0):
+            return found
+        near = _power_of_two_near(_wide(self.total) / len(self.losses))
+        if isinstance(self.total, Tensor) and found is not None:
+            near = _wide(torch.where(self.total > 0, near, found))
+        return near
 
     def mean_loss(self, count: int) -> Tensor:
         """The weighted mean of the first ``count`` losses; 0-d, nan where they weigh nothing."""
         losses, weights = self.losses[:count], self.weights[:count]
         total: Tensor = sum(_wide(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
         return total.to(losses[0].dtype)
+
+    def empty(self) -> bool | Tensor:
+        """Whether it weighs nothing, or nothing that is a number; a 0-d tensor where that is known only on the device."""
+        if isinstance(self.total, Tensor):
+            return ~((self.total > 0) & (self.total < math.inf))  # a nan compares false
+        return self.total <= 0
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; the gradients are the step's."""
@@ -102,6 +112,15 @@ class Window:
         return window
 
 
+def widened(weight: Weight, device: torch.device) -> Weight:
+    """The weight on that device, in a dtype whose sums stay exact: four times 200 is 32 in uint8."""
+    if not isinstance(weight, Tensor):
+        return weight
+    weight = weight.detach().to(device)
+    wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
+    return wide
+
+
 def _wide(value: Any) -> Any:
     """As a float: of Python, or float64 where the device has it (``int_tensor / 3`` is float32 in torch, 6e-8 off)."""
     if isinstance(value, Tensor):
@@ -110,8 +129,8 @@ def _wide(value: Any) -> Any:
 
 
 def _power_of_two_near(weight: Weight) -> Weight:
-    """2 ** round(log2(weight)), or 1 for a weight of 0, computed where the weight lies."""
+    """2 ** round(log2(weight)), or 1 for a weight that has none, computed where the weight lies."""
     if isinstance(weight, Tensor):
         wide = _wide(weight)
-        return torch.where(wide > 0, wide.log2().round().exp2(), 1.0)
+        return torch.where((wide > 0) & (wide < math.inf), wide.log2().round().exp2(), 1.0)
     return 2.0 ** round(math.log2(weight)) if weight > 0 else 1.0
