@@ -376,6 +376,23 @@ def test_an_exception_in_backward_drops_the_window(model, optimizer, generator):
     assert [step(BATCHES[0], False).complete, step(BATCHES[1], False).complete] == [False, True]
 
 
+def test_an_exception_in_backward_may_be_caught_inside_the_block(model, optimizer):
+    step = train_step(optimizer, accumulate(2))
+    with step as result:
+        with pytest.raises(MemoryError):
+            step.backward(Break.apply(loss_of(model, BATCHES[0])))
+        step.discard()
+    assert not result.complete and "window" not in step.state_dict()
+    with step:
+        with pytest.raises(MemoryError):
+            step.backward(Break.apply(loss_of(model, BATCHES[0])))
+        step.backward(loss_of(model, BATCHES[0]))
+    with step as result:
+        step.backward(loss_of(model, BATCHES[1]))
+    plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), BATCHES[:2], 2)
+    assert result.updated and distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
 def test_an_exception_below_the_yield_drops_the_window_and_goes_on(model, optimizer):
     @accumulate(1, model)
     def step(batch):

@@ -350,13 +350,17 @@ class Step(Generic[P]):
             )
         seed = self._seed(loss)
         self._began_backward = True
-        if torch.is_autocast_enabled(self._device_type):  # by the code around the step
-            with torch.autocast(self._device_type, enabled=False):
+        try:
+            if torch.is_autocast_enabled(self._device_type):  # in a block by hand, or around the whole loop
+                with torch.autocast(self._device_type, enabled=False):
+                    _backward(loss, seed)
+                # Its cache would serve the old weights to every forward after they have moved.
+                torch.clear_autocast_cache()
+            else:
                 _backward(loss, seed)
-            # Its cache would outlive the update, and serve the old weights to every forward after it.
-            torch.clear_autocast_cache()
-        else:
-            _backward(loss, seed)
+        except BaseException:
+            self.discard()  # at once: the block may catch this and go on
+            raise
 
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
