@@ -57,6 +57,7 @@ def test_several_optimizers_take_one_norm_and_step_all_or_none():
     [
         (lambda o, m: train_step(m), TypeError, "the module Sequential where an optimizer belongs"),
         (lambda o, m: train_step(m.parameters()), TypeError, "where an optimizer belongs"),
+        (lambda o, m: train_step(torch.optim.LBFGS(m.parameters())), TypeError, "use it by hand"),
         (lambda o, m: train_step([]), ValueError, "got no optimizer"),
         (lambda o, m: train_step([o, o]), ValueError, "the same optimizer was given twice"),
         (lambda o, m: train_step(o, o), TypeError, r"train_step\(\[optimizer_a, optimizer_b\]\)"),

@@ -138,7 +138,8 @@ def _plan_of(part: Any) -> Plan:
         remedy = f"for windows of {part} micro-batches: `accumulate({part})`"
     elif hasattr(part, "step"):
         remedy = "a scheduler's step goes by name: `train_step(optimizer, after=scheduler.step)`"
-    raise TypeError(f"{part!r} is not a part; {remedy}")
+    shown = type(part).__name__ if isinstance(part, (Optimizer, nn.Module)) else repr(part)
+    raise TypeError(f"{shown} is not a part; {remedy}")
 
 
 def _bind(plan: Plan, function: Callable[P, Any]) -> Step[P]:

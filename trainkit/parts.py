@@ -51,6 +51,8 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
         ...     result = step(x, y)
         >>> step.updates, result.complete
         (2, True)
+
+    Source: what dividing each loss by n does to unequal batches, https://github.com/huggingface/transformers/issues/34242
     """
     if not callable(n) or isinstance(n, nn.Module):
         check_length(n, "accumulate got")

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 
 @runtime_checkable
@@ -112,6 +112,10 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
     """One or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(optimizers) if isinstance(optimizers, (list, tuple)) else (optimizers,)
     for optimizer in found:
+        if isinstance(optimizer, LBFGS):
+            raise TypeError(
+                "LBFGS evaluates the loss again and again in one step, and a step function is called once: use it by hand"
+            )
         if isinstance(optimizer, Optimizer):
             continue
         remedy = (
@@ -143,7 +147,7 @@ def check_clipping(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
     """max_norm and norm_type as floats; TypeError or ValueError for what is none."""
     for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
         if isinstance(value, bool) or not (isinstance(value, (int, float)) or (value is None and name == "max_norm")):
-            raise TypeError(f"{name} must be a number, got {value!r}: `max_norm=1.0`")
+            raise TypeError(f"{name} must be a number, got {value!r}: `{name}={2.0 if name == 'norm_type' else 1.0}`")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(
             f"max_norm must be above 0, got {max_norm}: `max_norm=1.0` clips, `math.inf` only checks for finite gradients"

@@ -186,6 +186,14 @@ class Step(Generic[P]):
 
         Warns:
             UserWarning: where a window stays open, because the last batch did not reach its step.
+
+        Example:
+            >>> import torch
+            >>> from trainkit import accumulate, train_step
+            >>> weight = torch.nn.Parameter(torch.zeros(()))
+            >>> step = train_step(torch.optim.SGD([weight], lr=1.0), accumulate(2))(lambda x: (weight - x) ** 2)
+            >>> [step(x).complete for x in step.over([1.0, 2.0, 3.0])]
+            [False, True, True]
         """
         for step in other_steps:
             if not isinstance(step, Step):
