@@ -16,6 +16,8 @@ class Gradients:
         self._plan = plan
         # One parameter of each optimizer, with what its gradient was: see _version.
         self._watched: list[tuple[nn.Parameter, int, int]] = []
+        # Those whose gradient frozen had set aside when the window began.
+        self._aside: list[nn.Parameter] = []
         self._noted: list[tuple[nn.Parameter, int, int]] = []
 
     def found(self) -> list[Tensor]:
@@ -23,12 +25,20 @@ class Gradients:
         return [p.grad for p in self._plan.parameters() if p.grad is not None]
 
     def drop(self) -> None:
-        """Sets all to None, also those that ``frozen`` has set aside: they would come back into an open window."""
+        """Sets all to None. Those that ``frozen`` has set aside are not the window's: see ``drop_returned``."""
         self.forget()
+        self._aside = []
         for parameter in self._plan.parameters():
             parameter.grad = None
-            if not parameter.requires_grad and (hold := getattr(parameter, "_trainkit_hold", None)):
-                hold.grad = None
+            if not parameter.requires_grad and _aside(parameter) is not None:
+                self._aside.append(parameter)
+
+    def drop_returned(self) -> None:
+        """Drops what was set aside when the window began, and was put back since; it would count in the window."""
+        for parameter in self._aside:
+            if _aside(parameter) is None:
+                parameter.grad = None
+        self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
 
     def forget(self) -> None:
         """Lets go of what is remembered."""
@@ -65,9 +75,11 @@ class Gradients:
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
-        found = ((p.grad, getattr(p, "_trainkit_hold", None)) for p in self._plan.parameters())
-        all_of_them = enumerate(grad if grad is not None or hold is None else hold.grad for grad, hold in found)
-        return {i: gradient.detach().clone() for i, gradient in all_of_them if gradient is not None}
+        others = {id(parameter) for parameter in self._aside}
+        found = (
+            (i, _aside(p) if p.grad is None else p.grad) for i, p in enumerate(self._plan.parameters()) if id(p) not in others
+        )
+        return {i: gradient.detach().clone() for i, gradient in found if gradient is not None}
 
     def check_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Raises ValueError where gradients of a state do not fit the parameters."""
@@ -91,3 +103,9 @@ class Gradients:
 def _version(parameter: nn.Parameter) -> tuple[int, int]:
     """Which tensor the gradient is, and how often it was written to; without keeping it alive."""
     return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
+
+
+def _aside(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient that ``frozen`` has set aside, if it has."""
+    hold = getattr(parameter, "_trainkit_hold", None)
+    return None if hold is None else hold.grad

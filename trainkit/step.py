@@ -385,6 +385,8 @@ class Step(Generic[P]):
                 "`optimizer.zero_grad()` runs for every micro-batch; move it below the yield, or remove it from a step that "
                 "returns its loss. (Two steps over the same parameters do this to each other, too.)"
             )
+        else:
+            self._gradients.drop_returned()
         self._weight = None if weight is None else widened(weight, loss.device)
         self._share = window.share(self._weight)
 
