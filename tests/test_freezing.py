@@ -678,3 +678,12 @@ def test_only_modules_are_taken():
     for function in (frozen, freeze, unfreeze, frozen_parameters, trainable_parameters):
         with pytest.raises(TypeError, match=f"{function.__name__} takes a torch.nn.Module, got a list"):
             function([nn.Linear(1, 1)])
+
+
+def test_an_inner_block_freezes_what_was_thawed_inside_the_outer_one():
+    layer = nn.Linear(2, 2)
+    with frozen(layer):
+        layer.weight.requires_grad = True
+        with frozen(layer, "weight"):
+            assert not layer.weight.requires_grad
+    assert layer.weight.requires_grad and layer.bias.requires_grad

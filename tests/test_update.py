@@ -232,3 +232,11 @@ def test_parameters_of_half_precision_take_the_fused_path_too():
         theirs.step()
         theirs.zero_grad()
     assert step.updates == 2 and distance(list(model.parameters()), list(expected.parameters())) <= 1e-2
+
+
+def test_an_empty_parameter_has_no_part_in_the_norm():
+    model = make_model(torch.float32)
+    empty = torch.nn.Parameter(torch.zeros(0))
+    optimizer = torch.optim.AdamW([*model.parameters(), empty], fused=True)
+    step = train_step(optimizer, max_norm=1.0, norm_type=math.inf)(lambda: loss_of(model, BATCHES[0]) + empty.sum())
+    assert step().updated
