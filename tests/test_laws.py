@@ -148,8 +148,8 @@ def test_bfloat16_autocast_is_the_loop_with_autocast(sizes, n, kind, max_norm):
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-5
 
 
-@given(st.data(), lengths, optimizers, st.sampled_from([None, 0.05]), st.sampled_from([2.0**8, 2.0**16, 2.0**30]))
-def test_float16_takes_the_same_trajectory_as_a_hand_written_scaler(data, n, kind, max_norm, init_scale):
+@given(st.data(), lengths, optimizers, st.sampled_from([None, 0.05]), st.sampled_from([2.0**8, 2.0**16, 2.0**30]), st.booleans())
+def test_float16_takes_the_same_trajectory_as_a_hand_written_scaler(data, n, kind, max_norm, init_scale, yields):
     windows = data.draw(st.integers(1, 5))
     batches = make_batches([4] * (n * windows), torch.float32)
     for broken in data.draw(st.sets(st.integers(0, len(batches) - 1), max_size=2)):
@@ -163,7 +163,17 @@ def test_float16_takes_the_same_trajectory_as_a_hand_written_scaler(data, n, kin
     model, optimizer = made(kind, torch.float32)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     scaler = amp(dtype=torch.float16, init_scale=init_scale, growth_interval=2)
-    step = train_step(optimizer, accumulate(n), scaler, max_norm=max_norm, after=schedule.step)(lambda b: loss_of(model, b))
+
+    def yielding(batch):
+        yield loss_of(model, batch)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    if yields:
+        step = train_step(optimizer, accumulate(n), scaler, max_norm=max_norm)(yielding)
+    else:
+        step = train_step(optimizer, accumulate(n), scaler, max_norm=max_norm, after=schedule.step)(lambda b: loss_of(model, b))
     seen = [step.state_dict()["loss_scale"] for batch in step.over(batches) if step(batch).complete]
 
     assert seen == scales
