@@ -93,6 +93,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     device = torch.device(arguments.device)
     batches = [(torch.randn(16, 8, device=device), torch.randn(16, 8, device=device)) for _ in range(CALLS)]
     contenders = {

@@ -79,8 +79,9 @@ class frozen:
         return _holding(selection.parameters, list({id(m): m for m in modules}.values()))
 
     def __enter__(self) -> list[str]:
-        self._entered.append(self.around_step())
-        self._entered[-1].__enter__()
+        context = self.around_step()
+        context.__enter__()
+        self._entered.append(context)
         return _names(self._module, self._selection.parameters)
 
     def __exit__(self, *exception: Any) -> None:

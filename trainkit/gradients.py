@@ -27,7 +27,6 @@ class Gradients:
     def drop(self) -> None:
         """Sets all to None. Those that ``frozen`` has set aside are not the window's: see ``drop_returned``."""
         self.forget()
-        self._aside = []
         for parameter in self._plan.parameters():
             parameter.grad = None
             if not parameter.requires_grad and _aside(parameter) is not None:
@@ -41,8 +40,8 @@ class Gradients:
         self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
 
     def forget(self) -> None:
-        """Lets go of what is remembered."""
-        self._watched = []
+        """Lets go of what was remembered of a window."""
+        self._watched, self._aside = [], []
 
     def note(self) -> None:
         """Takes note of what is there before a block by hand, for ``touched``."""
@@ -95,6 +94,7 @@ class Gradients:
 
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Puts copies in place; None where the state has nothing."""
+        self.forget()
         for i, parameter in enumerate(self._plan.parameters()):
             parameter.grad = state[i].to(parameter.device, copy=True) if i in state else None
         self.watch()

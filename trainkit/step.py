@@ -429,9 +429,10 @@ class Step(Generic[P]):
         if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
             self._seeds.clear()
-        self._gradients.forget()
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
+        else:  # the update code of the function decides what becomes of them
+            self._gradients.forget()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         if self._plan.after:
             self._owed = Verdict(outcome.skipped)
@@ -449,7 +450,7 @@ class Step(Generic[P]):
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
         if self._generator is None and can_fuse(optimizers, gradients):
-            return fused_step(optimizers, gradients, divisor, self._check, empty if isinstance(empty, Tensor) else None)
+            return fused_step(optimizers, gradients, divisor, self._check, empty)
         outcome = make_true(gradients, divisor, self._check)
         if not outcome.skipped:
             if self._generator is None:

@@ -101,13 +101,14 @@ def fused_step(
     gradients: Sequence[Tensor],
     divisor: float | Tensor,
     check: Check | None,
-    empty: Tensor | None,
+    empty: bool | Tensor,
 ) -> Outcome:
     """Steps fused optimizers with gradients / divisor, clipped; or not at all; and never waits for the device.
 
     Equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the norm reads
     them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
-    ``optimizer.found_inf`` is 1. ``empty``: a 0-d bool tensor, True where nothing in the window had a weight.
+    ``optimizer.found_inf`` is 1. ``empty``: whether nothing in the window had a weight; a 0-d bool tensor where only the device
+    knows, and else False.
     """
     grad_scale = divisor
     skipped = found_inf = norm = None
@@ -117,7 +118,7 @@ def fused_step(
         norm = _divided(scaled_norm, divisor)
         if check.max_norm < math.inf:
             grad_scale = times(divisor, check.inverse_clip(norm))
-    if empty is not None:
+    if isinstance(empty, Tensor):
         skipped = empty.float() if found_inf is None else torch.maximum(found_inf, empty.float())
     if not isinstance(grad_scale, Tensor) and grad_scale != 1.0:
         grad_scale = torch.full((), grad_scale, device=gradients[0].device)
