@@ -110,3 +110,16 @@ def distance(ours, theirs):
 
 def same_bits(ours, theirs):
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def snapshot(model, optimizer):
+    return state_of(model, optimizer), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def unchanged(before, model, optimizer):
+    after = snapshot(model, optimizer)
+    grads = all(a is b is None or torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    return same_bits(before[0], after[0]) and grads
+
+
+BATCHES = make_batches([4, 4, 2])

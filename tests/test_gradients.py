@@ -1,7 +1,10 @@
-import torch
-from oracles import gradients_of, make_model, same_bits
+import warnings
 
-from trainkit import frozen
+import pytest
+import torch
+from oracles import BATCHES, distance, gradients_of, loss_of, make_model, same_bits, state_of
+
+from trainkit import accumulate, amp, frozen, train_step
 from trainkit.gradients import Gradients
 from trainkit.plan import Plan
 
@@ -17,3 +20,76 @@ def test_loaded_gradients_are_not_taken_for_what_frozen_put_back_in_an_earlier_w
     gradients.load_state_dict(state)
     gradients.drop_returned()
     assert same_bits(gradients_of(model), list(state.values()))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_above_the_yield_is_an_error(model, optimizer, set_to_none):
+    @accumulate(2)
+    @amp(optimizer, dtype=torch.float32)
+    def step(batch):
+        optimizer.zero_grad(set_to_none)
+        yield loss_of(model, batch)
+        optimizer.step()
+
+    step(BATCHES[0])
+    with pytest.raises(RuntimeError, match="move it below the yield"):
+        step(BATCHES[1])
+    assert not step.state_dict().get("window")
+
+
+def test_zero_grad_below_the_yield_and_frozen_between_calls_are_fine(model, optimizer):
+    step = train_step(optimizer, accumulate(3))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    with frozen(model, "[0]"):
+        step(BATCHES[1])
+    assert step(BATCHES[2]).updated
+
+
+def test_zeros_that_were_zeros_before_are_not_taken_for_wiped(model, optimizer):
+    """The first gradient is zero because its layer is dead; then somebody else's backward writes into it."""
+    step = train_step(optimizer, accumulate(2))(
+        lambda batch: model[2](torch.zeros(2, 6).double() + 0 * model[0](batch[0][:2])).sum()
+    )
+    step(BATCHES[0])
+    model[0].weight.grad.add_(0)
+    assert step(BATCHES[0]).updated
+
+
+def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):
+    step = train_step(optimizer, accumulate(2))
+    with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
+        loss_of(model, BATCHES[0]).backward()
+    with step:
+        step.backward(loss_of(model, BATCHES[0]))
+    with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
+        loss_of(model, BATCHES[0]).backward()
+    with warnings.catch_warnings(), step, torch.no_grad():
+        warnings.simplefilter("error")
+        loss_of(model, BATCHES[0])
+
+
+def test_gradients_that_frozen_set_aside_are_put_back_and_take_part_in_nothing(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    with frozen(model, "[0]"):
+        step(BATCHES[0])
+        assert len(step.state_dict()["gradients"]) == 2
+    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 1e6))
+    step(BATCHES[1])
+
+    expected = make_model()
+    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    (loss_of(expected, BATCHES[0]) / 2).backward()
+    expected[0].zero_grad()
+    (loss_of(expected, BATCHES[1]) / 2).backward()
+    theirs.step()
+    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
+
+
+def test_a_state_taken_where_part_of_the_window_is_frozen_is_whole(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    found = gradients_of(model)
+    with frozen(model, "[0]"):
+        assert same_bits(list(step.state_dict()["gradients"].values()), found)

@@ -5,35 +5,23 @@ import warnings
 
 import pytest
 import torch
-from oracles import distance, gradients_of, loss_of, make_batches, make_model, plain_loop, same_bits, state_of
+from oracles import (
+    BATCHES,
+    distance,
+    gradients_of,
+    loss_of,
+    make_batches,
+    make_model,
+    plain_loop,
+    same_bits,
+    snapshot,
+    state_of,
+    unchanged,
+)
 from torch.nn import functional as F
 
 import trainkit.step
-from trainkit import Step, accumulate, amp, frozen, train_step
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def optimizer(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.01)
-
-
-BATCHES = make_batches([4, 4, 2])
-
-
-def snapshot(model, optimizer):
-    return state_of(model, optimizer), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
-def unchanged(before, model, optimizer):
-    after = snapshot(model, optimizer)
-    grads = all(a is b is None or torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
-    return same_bits(before[0], after[0]) and grads
-
+from trainkit import Step, accumulate, amp, train_step
 
 # Faces.
 
@@ -88,17 +76,6 @@ def test_amp_with_an_optimizer_alone_is_a_context(model, optimizer):
     assert result.complete and result.updated and result.grad_norm > 1e-3 and scaled.updates == 1
 
 
-def test_a_transformers_output_and_a_mapping_are_losses(model, optimizer):
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    for wrap in (lambda loss: SequenceClassifierOutput(loss=loss), lambda loss: {"loss": loss}, lambda loss: (loss, 3)):
-        step = train_step(optimizer)(lambda batch, wrap=wrap: wrap(loss_of(model, batch)))
-        expected = loss_of(model, BATCHES[0]).detach()
-        assert torch.equal(step(BATCHES[0]).loss, expected)
-    step = train_step(optimizer)(lambda batch: (SequenceClassifierOutput(loss=loss_of(model, batch)), 3))
-    assert step(BATCHES[0]).updated
-
-
 def test_a_step_keeps_name_docstring_and_signature(model, optimizer):
     @accumulate(2, model)
     def step(x, *, y=1):
@@ -151,29 +128,6 @@ def test_a_window_starts_from_no_gradients_and_a_returning_step_ends_with_none(m
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_above_the_yield_is_an_error(model, optimizer, set_to_none):
-    @accumulate(2)
-    @amp(optimizer, dtype=torch.float32)
-    def step(batch):
-        optimizer.zero_grad(set_to_none)
-        yield loss_of(model, batch)
-        optimizer.step()
-
-    step(BATCHES[0])
-    with pytest.raises(RuntimeError, match="move it below the yield"):
-        step(BATCHES[1])
-    assert not step.state_dict().get("window")
-
-
-def test_zero_grad_below_the_yield_and_frozen_between_calls_are_fine(model, optimizer):
-    step = train_step(optimizer, accumulate(3))(lambda batch: loss_of(model, batch))
-    step(BATCHES[0])
-    with frozen(model, "[0]"):
-        step(BATCHES[1])
-    assert step(BATCHES[2]).updated
-
-
 def test_the_length_may_follow_the_number_of_updates(model, optimizer):
     step = train_step(optimizer, accumulate(lambda updates: updates + 1), accumulate(2))(lambda batch: loss_of(model, batch))
     complete = [step(BATCHES[0]).complete for _ in range(12)]
@@ -191,38 +145,6 @@ def test_an_evaluation_in_the_middle_of_a_window_disturbs_nothing(model, optimiz
     assert step.updates == 1
     plain_loop(expected := make_model(), theirs := torch.optim.AdamW(expected.parameters(), lr=0.01), BATCHES[:2], 2)
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
-
-
-def test_zeros_that_were_zeros_before_are_not_taken_for_wiped(model, optimizer):
-    """The first gradient is zero because its layer is dead; then somebody else's backward writes into it."""
-    step = train_step(optimizer, accumulate(2))(
-        lambda batch: model[2](torch.zeros(2, 6).double() + 0 * model[0](batch[0][:2])).sum()
-    )
-    step(BATCHES[0])
-    model[0].weight.grad.add_(0)
-    assert step(BATCHES[0]).updated
-
-
-def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):
-    step = train_step(optimizer, accumulate(2))
-    with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
-        loss_of(model, BATCHES[0]).backward()
-    with step:
-        step.backward(loss_of(model, BATCHES[0]))
-    with pytest.warns(UserWarning, match="in place of `loss.backward"), step:
-        loss_of(model, BATCHES[0]).backward()
-    with warnings.catch_warnings(), step, torch.no_grad():
-        warnings.simplefilter("error")
-        loss_of(model, BATCHES[0])
-
-
-def test_window_loss_is_the_weighted_mean_so_far(model, optimizer):
-    step = train_step(optimizer, accumulate(3))(lambda batch: (loss_of(model, batch), len(batch[0])))
-    results = [step(batch) for batch in BATCHES]
-    losses = [loss_of(make_model(), batch).item() for batch in BATCHES]
-    assert results[0].window_loss.item() == losses[0]
-    assert math.isclose(results[1].window_loss.item(), (4 * losses[0] + 4 * losses[1]) / 8)
-    assert math.isclose(results[2].window_loss.item(), (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10)
 
 
 def test_discard_drops_the_window(model, optimizer):
@@ -295,33 +217,6 @@ def test_a_weight_on_the_device_that_is_no_number_skips_its_window_only(fused, w
     )
     batch = make_batches([3], torch.float32)[0]
     assert [step(batch, w).updated for w in (2.0, weight, 2.0)] == [True, False, True]
-
-
-def test_gradients_that_frozen_set_aside_are_put_back_and_take_part_in_nothing(model, optimizer):
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e6)
-    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
-    with frozen(model, "[0]"):
-        step(BATCHES[0])
-        assert len(step.state_dict()["gradients"]) == 2
-    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 1e6))
-    step(BATCHES[1])
-
-    expected = make_model()
-    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
-    (loss_of(expected, BATCHES[0]) / 2).backward()
-    expected[0].zero_grad()
-    (loss_of(expected, BATCHES[1]) / 2).backward()
-    theirs.step()
-    assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
-
-
-def test_a_state_taken_where_part_of_the_window_is_frozen_is_whole(model, optimizer):
-    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
-    step(BATCHES[0])
-    found = gradients_of(model)
-    with frozen(model, "[0]"):
-        assert same_bits(list(step.state_dict()["gradients"].values()), found)
 
 
 # Exceptions.
@@ -625,47 +520,6 @@ def test_backward_leaves_autocast_on_for_the_forward_that_follows():
 
 
 # Refusals, before anything is changed.
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "words"),
-    [
-        (lambda loss: None, TypeError, "got None"),
-        (lambda loss: loss.item(), TypeError, "a step function hands over the loss"),
-        (lambda loss: loss.expand(2), ValueError, r"has shape \(2,\)"),
-        (lambda loss: loss.detach(), ValueError, "no graph"),
-        (lambda loss: loss.long(), TypeError, "floating-point"),
-        (lambda loss: (loss, 0.5), TypeError, "if this is a metric"),
-        (lambda loss: (loss, torch.tensor(0.5)), TypeError, "if this is a metric"),
-        (lambda loss: (loss, True), TypeError, "if this is a metric"),
-        (lambda loss: (loss, torch.tensor(True)), TypeError, "if this is a metric"),
-        (lambda loss: (loss, torch.tensor([3])), TypeError, r"shape \(1,\).*mask.sum\(\)"),
-        (lambda loss: (loss, -1), ValueError, "must be finite and >= 0"),
-        (lambda loss: {"loss": loss, "weight": math.nan}, ValueError, "must be finite and >= 0"),
-        (lambda loss: {"loss": loss, "weight": "3"}, TypeError, "weight"),
-        (lambda loss: {"losses": loss}, TypeError, "a step function hands over the loss"),
-        (lambda loss: (loss, 1, 2), TypeError, "a tuple of 3"),
-        (lambda loss: (loss, 3), TypeError, "with every loss of a window"),
-    ],
-)
-@pytest.mark.parametrize("face", ["return", "yield"])
-def test_what_is_no_loss_is_refused(model, optimizer, output, error, words, face):
-    wrap = [lambda loss: loss]
-
-    def returning(batch):
-        return wrap[0](loss_of(model, batch))
-
-    def yielding(batch):
-        yield returning(batch)
-
-    step = accumulate(3)(train_step(optimizer)(returning if face == "return" else yielding))
-    step(BATCHES[0])
-    before, saved = snapshot(model, optimizer), step.state_dict()
-    wrap[0] = output
-    with pytest.raises(error, match=words):
-        step(BATCHES[1])
-    assert unchanged(before, model, optimizer)
-    assert len(step.state_dict()["window"]["losses"]) == len(saved["window"]["losses"]) == 1
 
 
 def test_weighted_then_unweighted_is_refused(model, optimizer):
