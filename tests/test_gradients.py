@@ -45,14 +45,17 @@ def test_zero_grad_below_the_yield_and_frozen_between_calls_are_fine(model, opti
     assert step(BATCHES[2]).updated
 
 
-def test_zeros_that_were_zeros_before_are_not_taken_for_wiped(model, optimizer):
-    """The first gradient is zero because its layer is dead; then somebody else's backward writes into it."""
-    step = train_step(optimizer, accumulate(2))(
-        lambda batch: model[2](torch.zeros(2, 6).double() + 0 * model[0](batch[0][:2])).sum()
-    )
+def test_a_foreign_backward_into_an_open_window_is_an_error(model, optimizer):
+    """As that of a generator through the discriminator: accelerate#668."""
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
     step(BATCHES[0])
-    model[0].weight.grad.add_(0)
-    assert step(BATCHES[0]).updated
+    loss_of(model, BATCHES[1]).backward()
+    with pytest.raises(RuntimeError, match=r"1 micro-batch\(es\) were changed from outside.*`with frozen\(model\):`"):
+        step(BATCHES[2])
+    step(BATCHES[0])
+    with frozen(model):  # the remedy
+        (loss_of(model, (BATCHES[1][0].requires_grad_(), BATCHES[1][1]))).backward()
+    assert step(BATCHES[2]).updated
 
 
 def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):

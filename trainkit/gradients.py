@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,24 +54,27 @@ class Gradients:
         return any(p.grad is not None and (left, version) != _version(p) for p, left, version in self._noted)
 
     def watch(self) -> None:
-        """Picks the parameters that ``remember`` and ``wiped`` look at: of each optimizer the first one with a gradient."""
+        """Picks the parameters that ``remember`` and ``disturbance`` look at: of each optimizer the first one with a gradient."""
         first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
         self._watched = [(p, *_version(p)) for p in first if p is not None]
 
     def remember(self) -> None:
-        """Takes note of what a micro-batch left, for ``wiped``."""
+        """Takes note of what a micro-batch left, for ``disturbance``."""
         self._watched = [(p, *_version(p)) for p, _, _ in self._watched]
 
-    def wiped(self) -> bool:
-        """Whether gradients were set to None or to zero since ``remember``."""
+    def disturbance(self) -> str:
+        """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
         for parameter, left, version in self._watched:
             if parameter.grad is None:
                 # Of a parameter that is frozen just now the gradient is set aside.
                 if left != 0 and parameter.requires_grad:
-                    return True
-            elif (left, version) != _version(parameter) and not any(gradient.any() for gradient in self.found()):
-                return True
-        return False
+                    return "wiped"
+            elif (left, version) != _version(parameter):
+                if not any(gradient.any() for gradient in self.found()):
+                    return "wiped"
+                if left != 0:  # else it was set aside then, and is back
+                    return "changed"
+        return ""
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
@@ -93,10 +97,17 @@ class Gradients:
                 )
 
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
-        """Puts copies in place; None where the state has nothing."""
+        """Puts copies in place, for what is frozen just now among what is set aside; None where the state has nothing."""
         self.forget()
         for i, parameter in enumerate(self._plan.parameters()):
-            parameter.grad = state[i].to(parameter.device, copy=True) if i in state else None
+            gradient = state[i].to(parameter.device, copy=True) if i in state else None
+            hold = _hold(parameter)
+            if hold is None or parameter.requires_grad:
+                parameter.grad = gradient
+            elif gradient is not None:
+                hold.grad = gradient
+            elif hold.grad is not None:
+                self._aside.append(parameter)
         self.watch()
 
 
@@ -105,7 +116,11 @@ def _version(parameter: nn.Parameter) -> tuple[int, int]:
     return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
 
 
+def _hold(parameter: nn.Parameter) -> Any:
+    """What ``frozen`` keeps for a parameter that it holds: ``hold.grad`` is the gradient set aside. None where it does not."""
+    return getattr(parameter, "_trainkit_hold", None)
+
+
 def _aside(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient that ``frozen`` has set aside, if it has."""
-    hold = getattr(parameter, "_trainkit_hold", None)
+    hold = _hold(parameter)
     return None if hold is None else hold.grad

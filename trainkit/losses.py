@@ -54,7 +54,8 @@ def check_loss(loss: Any) -> None:
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph, so nothing would be learned: return it without `.item()`, `.detach()` or "
-            "`torch.no_grad()`, and check that not every parameter it depends on is frozen"
+            "`torch.no_grad()`, and check that not every parameter it depends on is frozen; under frozen layers, activation "
+            "checkpointing needs `use_reentrant=False`"
         )
 
 

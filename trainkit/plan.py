@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 
 @runtime_checkable
@@ -112,11 +113,13 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
     """One or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(optimizers) if isinstance(optimizers, (list, tuple)) else (optimizers,)
     for optimizer in found:
-        if isinstance(optimizer, LBFGS):
-            raise TypeError(
-                "LBFGS evaluates the loss again and again in one step, and a step function is called once: use it by hand"
-            )
         if isinstance(optimizer, Optimizer):
+            closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise TypeError(
+                    f"{_name(optimizer)}.step needs a closure that evaluates the loss again, and a step function is called once: "
+                    "use it by hand"
+                )
             continue
         remedy = (
             "`train_step(optimizer, ...)` or `amp(optimizer, ...)`, as in `optimizer = torch.optim.AdamW(model.parameters())`"

@@ -16,14 +16,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainkit.gradients import Gradients
 from trainkit.loaders import mark_last
 from trainkit.losses import read_loss
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
-from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, times
+from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
 from trainkit.window import Weight, Window, widened
 
 try:
@@ -295,13 +295,19 @@ class Step(Generic[P]):
         self._ranks = torch.distributed.get_world_size() if _is_distributed() else 1
         if self._ranks > 1 and not self._plan.modules:
             raise ValueError(f"{self._ranks} ranks run: give the wrapped module, `train_step(..., module=ddp_model)`")
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+            raise ValueError(
+                "parameters have post-accumulate-gradient hooks, as for an optimizer that steps within backward: these see "
+                "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; a hook "
+                "that only looks is one of `parameter.register_hook`"
+            )
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         if precision is not None or max_norm is not None:
             self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
         if precision is not None:
             device_type, dtype = precision.resolve(device)
             if dtype == torch.float16:
-                shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16]
+                shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
                 if shapes:
                     raise ValueError(
                         f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and "
@@ -378,13 +384,9 @@ class Step(Generic[P]):
             raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
         if not window.losses:
             self._gradients.drop()
-        elif self._gradients.wiped():
+        elif disturbance := self._gradients.disturbance():
             self.discard()
-            raise RuntimeError(
-                f"an open window has lost the gradients of its {len(window.losses)} micro-batch(es): something like "
-                "`optimizer.zero_grad()` runs for every micro-batch; move it below the yield, or remove it from a step that "
-                "returns its loss. (Two steps over the same parameters do this to each other, too.)"
-            )
+            raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
         else:
             self._gradients.drop_returned()
         self._weight = None if weight is None else widened(weight, loss.device)
@@ -446,6 +448,10 @@ class Step(Generic[P]):
             return Outcome(skipped=True)
         optimizers = self._plan.optimizers
         gradients = self._gradients.found()
+        if not self._closed:
+            _warn_of_missing(gradients, self._plan.parameters())
+        for optimizer in optimizers:
+            seed_momentum(optimizer)
         divisor = window.divisor()
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
@@ -461,12 +467,33 @@ class Step(Generic[P]):
         return outcome
 
 
+_DISTURBED = {
+    "wiped": "an open window has lost the gradients of its {} micro-batch(es): something like `optimizer.zero_grad()` runs for "
+    "every micro-batch; move it below the yield, or remove it from a step that returns its loss. (Two steps over the same "
+    "parameters do this to each other, too.)",
+    "changed": "the gradients of an open window of {} micro-batch(es) were changed from outside, as by the backward of another "
+    "loss: freeze these parameters meanwhile, `with frozen(model):` or `train_step(other_optimizer, frozen(model))`; a further "
+    "loss of this step goes to `step.backward(loss)`",
+}
+
+
 def _backward(loss: Tensor, seed: Tensor) -> None:
     """``loss.backward(gradient=seed)``."""
     if _engine_run_backward is None or type(loss) is not Tensor:
         loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
     else:
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _warn_of_missing(gradients: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    """Warns where most parameters take no part in the loss: torch says it vaguely, or not at all."""
+    trainable = sum(p.requires_grad for p in parameters)
+    if 2 * len(gradients) < trainable:
+        warnings.warn(
+            f"only {len(gradients)} of {trainable} trainable parameters got a gradient in the first window; if layers below the "
+            "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`",
+            stacklevel=2,
+        )
 
 
 def _differ(a: Weight, b: Weight) -> bool:

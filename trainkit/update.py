@@ -7,6 +7,7 @@ kernel of a fused optimizer, or in a single multiplication just before any other
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -45,12 +46,12 @@ class Check:
         gradients = [gradient for gradient in gradients if gradient.numel()]  # those without a maximum
         if not gradients:
             return self._zero
-        dtypes = {gradient.dtype for gradient in gradients}
-        if _foreach_norm is not None and len(dtypes) == 1 and gradients[0].dtype in (torch.float32, torch.float64):
+        kinds = {(gradient.dtype, gradient.layout) for gradient in gradients}
+        if _foreach_norm is not None and len(kinds) == 1 and kinds <= _SIMPLE:
             norms = _foreach_norm(gradients, self.norm_type)
         else:
-            wide = torch.float64 if torch.float64 in dtypes else torch.float32
-            norms = [torch.linalg.vector_norm(gradient, self.norm_type, dtype=wide) for gradient in gradients]
+            wide = functools.reduce(torch.promote_types, (dtype for dtype, _ in kinds), torch.float32).to_real()
+            norms = [torch.linalg.vector_norm(_entries(gradient), self.norm_type, dtype=wide) for gradient in gradients]
         together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]), self.norm_type)
         return together
 
@@ -61,6 +62,15 @@ class Check:
     def inverse_clip(self, norm: Tensor) -> Tensor:
         """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
         return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self._one)
+
+
+_SIMPLE = {(torch.float32, torch.strided), (torch.float64, torch.strided)}
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """What the norm of a gradient is taken of, where torch has none for it: real numbers, and each row of a sparse one once."""
+    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return entries.abs() if entries.is_complex() else entries
 
 
 class Outcome(NamedTuple):
@@ -124,7 +134,6 @@ def fused_step(
         grad_scale = torch.full((), grad_scale, device=gradients[0].device)
     try:
         for optimizer in optimizers:
-            _seed_momentum(optimizer)
             if isinstance(grad_scale, Tensor):
                 optimizer.grad_scale = grad_scale.float()  # type: ignore[attr-defined]
             if skipped is not None:
@@ -175,7 +184,7 @@ def _is_fused(optimizer: Optimizer) -> bool:
     if type(optimizer) not in (Adam, AdamW, SGD, Adagrad):
         return False
     for group in optimizer.param_groups:
-        # What dampening means for a first step, _seed_momentum cannot say.
+        # What dampening means for a first step, seed_momentum cannot say.
         if group.get("fused") is not True or (group.get("momentum") and group["dampening"]):
             return False
     # A hook around the step, or somebody's own step, would see gradients that are still scaled, and run after a skipped
@@ -190,18 +199,25 @@ def _is_fused(optimizer: Optimizer) -> bool:
     return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
 
 
-def _seed_momentum(optimizer: Optimizer) -> None:
-    """Gives fused SGD the momentum buffers that it lacks, as zeros.
+def seed_momentum(optimizer: Optimizer) -> None:
+    """Gives fused SGD the momentum buffers that it lacks, as zeros: from these, ``momentum * 0 + gradient`` is the first step.
 
-    On its first step the kernel is handed uninitialised buffers, and where found_inf is 1 it leaves them so: the next step
-    makes nan of the weights. With a parameter that joins later it raises. From zeros, ``momentum * 0 + gradient`` is the
-    first step.
+    Its kernel is handed uninitialised buffers on a first step, and where found_inf is 1 it leaves them so: the next step makes
+    nan of the weights. And it raises where a parameter joins the others later.
     """
     for group in optimizer.param_groups:
-        if group.get("momentum"):
-            for parameter in group["params"]:
-                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if not (group.get("momentum") and group.get("fused")):
+            continue
+        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
+        joining = [p for p, state in states.items() if state.get("momentum_buffer") is None]
+        if not group["dampening"]:
+            for parameter in joining:
+                states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        elif 0 < len(joining) < len(states):
+            raise ValueError(
+                f"{len(joining)} parameters join fused SGD with momentum and dampening={group['dampening']} after its first step, "
+                "which its kernel cannot take: make it with `fused=False`"
+            )
 
 
 def _multiply(gradients: Sequence[Tensor], factor: float) -> None:
