@@ -96,3 +96,36 @@ def test_a_state_taken_where_part_of_the_window_is_frozen_is_whole(model, optimi
     found = gradients_of(model)
     with frozen(model, "[0]"):
         assert same_bits(list(step.state_dict()["gradients"].values()), found)
+
+
+def test_a_state_loaded_where_part_of_the_window_is_frozen_moves_nothing_frozen(model, optimizer):
+    """Found by fuzzing: the gradient went to the frozen parameter, and at the end of the window the optimizer moved it."""
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    step(BATCHES[0])
+    state, before = step.state_dict(), model[0].weight.clone()
+    with frozen(model, "[0]"):
+        step.load_state_dict(state)
+        assert model[0].weight.grad is None
+        assert step(BATCHES[1]).updated
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight.grad, state["gradients"][0])
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_what_is_set_aside_where_a_state_is_loaded_takes_no_part_in_it(leftover):
+    model = make_model()
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(2))(lambda batch: loss_of(model, batch))
+    with frozen(model, "[0]"):
+        step(BATCHES[0])
+    state = step.state_dict()
+    if leftover:
+        loss_of(model, BATCHES[2]).backward()
+    with frozen(model, "[0]"):
+        step.load_state_dict(state)
+    assert step(BATCHES[1]).updated
+    theirs = make_model()
+    (loss_of(theirs, BATCHES[0]) / 2).backward()
+    theirs[0].zero_grad()
+    (loss_of(theirs, BATCHES[1]) / 2).backward()
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    assert same_bits(list(model.parameters()), list(theirs.parameters()))

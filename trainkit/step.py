@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainkit.gradients import Gradients
 from trainkit.loaders import mark_last
 from trainkit.losses import read_loss
+from trainkit.parallel import Synchronised, synchronised
 from trainkit.plan import Plan, Surrounding
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
@@ -55,6 +56,7 @@ class Step(Generic[P]):
         # Known from the first call on, when the parameters are where they will be trained.
         self._device_type = ""
         self._ranks = 1
+        self._synchronised: list[Synchronised] = []
         self._autocast: torch.autocast | None = None
         self._loss_scale: LossScale | None = None
         self._check: Check | None = None
@@ -115,10 +117,12 @@ class Step(Generic[P]):
             self.settle()
         if self._window is None:
             self._window = self._new_window()
-        if self._plan.surroundings:
+        if self._plan.surroundings or self._synchronised:
             with ExitStack() as stack:
                 for part in self._plan.surroundings:
                     stack.enter_context(part.around_step())
+                for wrapped in self._synchronised:
+                    wrapped.check()
                 self._surroundings = stack.pop_all()
         if self._autocast is not None:
             self._enter_autocast()
@@ -317,6 +321,7 @@ class Step(Generic[P]):
                 self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
+        self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
     def _new_window(self) -> Window:

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from oracles import BATCHES, loss_of
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit import accumulate, freeze, frozen, train_step, unfreeze
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def make_step(model, optimizer, *parts, **options):
+    wrapped = DistributedDataParallel(model, **options)
+    return train_step(optimizer, *parts, module=wrapped)(lambda batch: loss_of(wrapped, batch))
+
+
+def test_freezing_a_part_after_wrapping_is_refused_and_all_of_it_is_not(one_rank, model, optimizer):
+    """The wrapper waits for gradients that do not come: silently in the first iteration, with an error in the second."""
+    step = make_step(model, optimizer, accumulate(2))
+    step(BATCHES[0])
+    before = [p.grad.clone() for p in model.parameters()]
+    with (
+        frozen(model, "[0]"),
+        pytest.raises(ValueError, match=r"2 parameters were frozen after .* \(first '0.weight'\): freeze before"),
+    ):
+        step(BATCHES[1])
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
+    with frozen(model), step:
+        model(BATCHES[0][0])
+    assert step(BATCHES[1]).updated
+
+
+def test_a_frozen_part_of_a_step_is_left_where_the_wrapper_refuses_it(one_rank, model, optimizer):
+    step = make_step(model, optimizer, frozen(model, "[0]"))
+    with pytest.raises(ValueError, match="frozen after DistributedDataParallel was made"):
+        step(BATCHES[0])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unfreezing_after_wrapping_is_refused(one_rank, model, optimizer):
+    """Its gradients would never be synchronised, without a word."""
+    freeze(model, "[0]")
+    step = make_step(model, optimizer)
+    assert step(BATCHES[0]).updated
+    unfreeze(model)
+    with pytest.raises(ValueError, match=r"2 parameters became trainable .* \(first '0.weight'\): unfreeze before wrapping"):
+        step(BATCHES[0])
+
+
+def test_what_the_wrapper_can_do_without_is_not_refused(one_rank, model, optimizer):
+    step = make_step(model, optimizer, frozen(model, "[0]"), find_unused_parameters=True)
+    assert step(BATCHES[0]).updated
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.bias"])
+    step = make_step(model, optimizer)
+    model[0].bias.requires_grad_(False)
+    assert step(BATCHES[0]).updated
