@@ -22,7 +22,9 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
 
         loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
 
-    w_i is the weight that comes with a loss, or 1. A last window of k < n is divided by what is in it, not by n.
+    w_i is the weight that comes with a loss, or 1. A last window of k < n is divided by what is in it, not by n. Where nothing
+    may be left to count, as when all tokens are masked, a mean is nan, and stays so times 0: give
+    ``cross_entropy(..., reduction="sum") / count.clamp(min=1), count``.
     ``accumulate(1)`` changes nothing; ``accumulate(a)`` with ``accumulate(b)`` is ``accumulate(a * b)``.
 
     Args:

@@ -540,7 +540,7 @@ def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
         step.settle()
         if step._window is not None and step._window.losses:
             warnings.warn(
-                f"the last batch did not reach a step, and {len(step._window.losses)} micro-batches wait in its open window: "
-                "`step.discard()` drops them",
+                f"the last batch did not reach a step (or the loader ended before its length), and {len(step._window.losses)} "
+                "micro-batches wait in its open window: `step.discard()` drops them",
                 stacklevel=2,
             )
