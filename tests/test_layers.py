@@ -305,6 +305,8 @@ def test_an_index_that_is_none_is_a_value_error_with_the_pattern(pattern):
         ("encoder.layer[9:]", "nearest names are .*'encoder.layer'"),
         ("embeddings[0]", "nearest names are 'embeddings'"),
         ("scales", "nearest names are 'scale'"),
+        ("Scale", "nearest names are 'scale'"),
+        ("**.scales", "nearest names are '\\*\\*.scale'"),
         ("qqq", "nearest names are 'embeddings', 'encoder', 'grid'"),
     ],
 )

@@ -176,6 +176,11 @@ def _no_match(module: nn.Module, pattern: str) -> str:
     if next(_match(module, _parse(f"**.{pattern}")), None):
         hint = f"did you mean '**.{pattern}'?"
     else:
-        near = difflib.get_close_matches(re.sub(r"\[.*?\]", "", pattern), names, 3, 0.5) or [n for n in names if "." not in n][:8]
+        anywhere, path = ("**.", pattern[3:]) if pattern.startswith("**.") else ("", pattern)
+        # At any depth it is the last component that was mistaken.
+        known = [name.rpartition(".")[2] if anywhere else name for name in names]
+        spelled = {name.lower(): name for name in reversed(known)}
+        near = difflib.get_close_matches(re.sub(r"\[.*?\]", "", path).lower(), spelled, 3, 0.5)
+        near = [anywhere + spelled[name] for name in near] or [name for name in names if "." not in name][:8]
         hint = "the nearest names are " + ", ".join(map(repr, near))
     return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; {hint}"

@@ -54,8 +54,8 @@ def check_loss(loss: Any) -> None:
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph, so nothing would be learned: return it without `.item()`, `.detach()` or "
-            "`torch.no_grad()`, and check that not every parameter it depends on is frozen; under frozen layers, activation "
-            "checkpointing needs `use_reentrant=False`"
+            "`torch.no_grad()`, and check that not every parameter it depends on is frozen (a tied head is, with its "
+            "embedding); under frozen layers, activation checkpointing needs `use_reentrant=False`"
         )
 
 
