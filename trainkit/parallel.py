@@ -26,14 +26,14 @@ class Synchronised:
             return
         if added := [name for name, parameter in named if id(parameter) in trained - self._known]:
             raise ValueError(
-                f"{len(added)} parameters became trainable after DistributedDataParallel was made, which never synchronises them "
-                f"(first {added[0]!r}): unfreeze before wrapping, `unfreeze(model, layers)`, then `DistributedDataParallel(model)`"
+                f"{len(added)} parameters became trainable after DistributedDataParallel was made, and it never synchronises "
+                f"them (first {added[0]!r}): unfreeze before it, `unfreeze(model, layers)`, `DistributedDataParallel(model)`"
             )
         missing = [name for name, parameter in named if id(parameter) in self._known - trained]
         if not module.find_unused_parameters:
             raise ValueError(
                 f"{len(missing)} parameters were frozen after DistributedDataParallel was made, which waits for their gradients "
-                f"(first {missing[0]!r}): freeze before wrapping, `freeze(model, layers)`, then `DistributedDataParallel(model)`; "
+                f"(first {missing[0]!r}): freeze before it, `freeze(model, layers)`, `DistributedDataParallel(model)`; "
                 "or freeze all of it; or wrap with `find_unused_parameters=True`"
             )
 

@@ -302,8 +302,8 @@ class Step(Generic[P]):
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
             raise ValueError(
                 "parameters have post-accumulate-gradient hooks, as for an optimizer that steps within backward: these see "
-                "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; a hook "
-                "that only looks is one of `parameter.register_hook`"
+                "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; "
+                "hooks that only look are those of `parameter.register_hook`"
             )
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         if precision is not None or max_norm is not None:
