@@ -12,7 +12,6 @@ from oracles import (
     BATCHES,
     OPTIMIZERS,
     distance,
-    full_batch_gradient,
     gradients_of,
     loss_of,
     make_batches,
@@ -65,7 +64,7 @@ def test_fused_sgd_with_dampening_and_a_parameter_that_joins_later_is_refused():
     with frozen(model, "[0]"):
         step(BATCHES[0])
     before = state_of(model, optimizer)
-    with pytest.raises(ValueError, match="2 parameters join fused SGD with momentum and dampening=0.5.*`fused=False`"):
+    with pytest.raises(ValueError, match=r"2 parameters join fused SGD with momentum and dampening=0.5.*`fused=False`"):
         step(BATCHES[1])
     assert same_bits(before, state_of(model, optimizer)) and model[0].weight.grad is None
 
@@ -280,14 +279,16 @@ def test_a_loader_whose_length_lies():
 
     class Loader(list):
         def __len__(self):
-            return says
+            return self.says
 
     for says, updates, warned in ((2, 2, 0), (3, 1, 0), (9, 0, 1)):
+        loader = Loader(BATCHES)
+        loader.says = says
         model = make_model()
         step = train_step(torch.optim.SGD(model.parameters()), accumulate(4))(lambda batch, m=model: loss_of(m, batch))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for batch in step.over(Loader(BATCHES)):
+            for batch in step.over(loader):
                 step(batch)
         assert (step.updates, len(caught)) == (updates, warned)
 
@@ -354,7 +355,7 @@ def test_keyboard_interrupt_in_the_middle_of_a_window_and_going_on():
 
 
 def test_reentrant_checkpointing_under_a_frozen_stem():
-    """It gives no gradients at all, transformers#21381: said after the first window. The other kind gives those of no checkpoint."""
+    """It gives no gradients, transformers#21381: said after the first window. The other kind gives those of no checkpointing."""
     gradients = []
     for reentrant in (True, False, None):
         torch.manual_seed(0)
@@ -377,7 +378,7 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
         if reentrant:
             assert said[0].startswith("only 2 of 6 trainable parameters got a gradient in the first window")
             model[2].requires_grad_(False)
-            with pytest.raises(ValueError, match="no graph.*`use_reentrant=False`"), warnings.catch_warnings():
+            with pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 step(torch.ones(2, 4))
     assert same_bits(gradients[1], gradients[2])
