@@ -117,6 +117,7 @@ def test_spectral_norm_stays(spectral_norm, layers):
 
 
 def test_a_frozen_batch_norm_normalises_with_its_running_statistics():
+    """pytorch#86590, pytorch#66073."""
     norm, x = make_model()[1], torch.randn(8, 4)
     norm(x)
     expected = batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False)

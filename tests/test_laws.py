@@ -88,6 +88,7 @@ def test_law_3_the_order_of_parts_does_not_matter(sizes, n, kind, dtype, order):
 
 @given(sizes, lengths, dtypes, optimizers, norms, st.sampled_from([1.0, 2.0, float("inf")]))
 def test_law_4_a_window_is_one_batch(sizes, n, dtype, kind, max_norm, norm_type):
+    """The last, short one too: Lightning#19987, transformers#38837."""
     batches = make_batches(sizes, dtype)
     expected, theirs = made(kind, dtype)
     plain_loop(expected, theirs, batches, n, max_norm=max_norm, norm_type=norm_type)
@@ -123,6 +124,7 @@ def test_law_4_with_weights(sizes, n, dtype, kind, max_norm, given_as):
 
 @given(sizes, lengths, st.integers(0, 2**31))
 def test_law_4_the_gradient_is_that_of_the_full_batch(sizes, n, seed):
+    """Of unequal batches: transformers#24725, transformers#34242."""
     batches = make_batches(sizes, seed=seed)
     seen = []
     model = make_model()
@@ -220,7 +222,7 @@ def test_law_7_stopping_anywhere_changes_nothing(sizes, n, kind, stop, weighted,
     st.sampled_from(["SGD", "AdamW fused"]),
 )
 def test_two_steps_of_a_gan_do_not_disturb_each_other(sizes, n_d, n_g, kind):
-    """The oracle computes every gradient apart, with torch.autograd.grad, so that nothing can leak through `.grad`."""
+    """accelerate#668, #1414. The oracle takes every gradient apart, by autograd.grad, so that nothing can leak through `.grad`."""
     noise = make_batches(sizes)
 
     def networks():

@@ -571,6 +571,7 @@ def test_a_returning_step_without_an_optimizer_is_refused(model):
 
 
 def test_float16_parameters_under_a_scaler_are_refused():
+    """pytorch#74739: "Attempting to unscale FP16 gradients" does not say whose, nor what to do."""
     model = make_model(torch.float16)
     step = amp(torch.optim.SGD(model.parameters()), dtype=torch.float16)(lambda: model[0].weight.sum())
     with pytest.raises(ValueError, match=r"4 of 4 parameters are float16 .* `dtype=torch.float32`"):
@@ -694,6 +695,7 @@ def slow_device(monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_after_runs_once_for_each_applied_update(fused):
+    """Never after a skipped one: pytorch#67590, accelerate#4242."""
     model = make_model(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     calls = []
