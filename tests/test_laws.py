@@ -222,7 +222,7 @@ def test_law_7_stopping_anywhere_changes_nothing(sizes, n, kind, stop, weighted,
     st.sampled_from(["SGD", "AdamW fused"]),
 )
 def test_two_steps_of_a_gan_do_not_disturb_each_other(sizes, n_d, n_g, kind):
-    """accelerate#668, #1414. The oracle takes every gradient apart, by autograd.grad, so that nothing can leak through `.grad`."""
+    """accelerate#668, #1414. The oracle takes every gradient apart, by autograd.grad, so nothing can leak through `.grad`."""
     noise = make_batches(sizes)
 
     def networks():
