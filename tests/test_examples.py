@@ -81,3 +81,16 @@ def test_data_of_ones_own(finetune, tmp_path):
     (tmp_path / "bad.csv").write_text("text,score\nfine,1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"lacks \['label'\]"):
         finetune.own_data(tmp_path / "bad.csv")
+
+
+def test_gan(tmp_path):
+    pytest.importorskip("sklearn")
+    lines = run("gan.py", "--quick", "--output", tmp_path).splitlines()
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 3
+    for line in epochs:
+        loss_d, loss_g = (float(part.split()[-1]) for part in line.split(","))
+        assert 0 < loss_d < 4 and -4 < loss_g < 4  # and no nan
+    accuracy, nearest, apart = map(float, next(line for line in lines if line.startswith("written")).split()[1:])
+    assert 0 <= accuracy <= 1 and nearest > 0 and apart > 0
+    assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")

@@ -321,6 +321,12 @@ class Step(Generic[P]):
                 self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
+                # Between two forwards the function may move weights along a gradient, as SAM does, and autocast would go on
+                # with its copies of the old ones. So they are dropped whenever the gradient of a weight is taken.
+                for owned in self._plan.parameters_by_optimizer():
+                    weight = next((p for p in owned if p.requires_grad and p.dim() > 1), None)
+                    if weight is not None and _drop_casts not in (weight._backward_hooks or {}).values():
+                        weight.register_hook(_drop_casts)  # type: ignore[no-untyped-call]
         self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
@@ -488,6 +494,10 @@ def _backward(loss: Tensor, seed: Tensor) -> None:
         loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
     else:
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _drop_casts(gradient: Tensor) -> None:
+    torch.clear_autocast_cache()
 
 
 def _warn_of_missing(gradients: list[Tensor], parameters: list[nn.Parameter]) -> None:

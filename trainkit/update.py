@@ -175,9 +175,20 @@ def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bo
     """Whether ``fused_step`` is exact for these optimizers as they are now; asked before every update.
 
     ``_step_supports_amp_scaling`` is no answer: wrappers pass it on and ignore ``grad_scale``, and loading a state leaves it
-    as it was. float64 gradients are refused because the kernels read ``grad_scale`` as float32.
+    as it was. float64 gradients are refused because the kernels read ``grad_scale`` as float32, and shared parameters because
+    they write back what they divided, and the second kernel would divide again.
     """
-    return bool(gradients) and all(g.dtype != torch.float64 for g in gradients) and all(map(_is_fused, optimizers))
+    return (
+        bool(gradients)
+        and all(g.dtype != torch.float64 for g in gradients)
+        and all(map(_is_fused, optimizers))
+        and (len(optimizers) == 1 or not _share_parameters(optimizers))
+    )
+
+
+def _share_parameters(optimizers: Sequence[Optimizer]) -> bool:
+    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return len(set(owned)) < len(owned)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
