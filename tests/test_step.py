@@ -21,7 +21,7 @@ from oracles import (
 from torch.nn import functional as F
 
 import trainkit.step
-from trainkit import Step, accumulate, amp, train_step
+from trainkit import Step, accumulate, amp, frozen, train_step
 
 # Faces.
 
@@ -575,6 +575,22 @@ def test_float16_parameters_under_a_scaler_are_refused():
     model = make_model(torch.float16)
     step = amp(torch.optim.SGD(model.parameters()), dtype=torch.float16)(lambda: model[0].weight.sum())
     with pytest.raises(ValueError, match=r"4 of 4 parameters are float16 .* `dtype=torch.float32`"):
+        step()
+    assert model[0].weight.grad is None
+
+
+def test_float16_parameters_that_are_frozen_are_not():
+    """As long as they are: the base of an adapter, for one."""
+    model = make_model(torch.float32)
+    model[0].half()
+    x, y = make_batches([4], torch.float32)[0]
+    plan = torch.optim.SGD(model.parameters(), lr=0.1), amp(dtype=torch.float16)
+    step = train_step(*plan, frozen(model, "[0]"))(lambda: F.mse_loss(model(x), y))
+    assert step().updated
+    step = train_step(*plan)(lambda: F.mse_loss(model(x), y))
+    with frozen(model, "[0]"):
+        assert step().updated
+    with pytest.raises(ValueError, match="2 of 4 parameters are float16"):
         step()
 
 

@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from trainkit.layers import Layers, Selection, normalise, select, unwrapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Within a compiled function, has torch.compile call this between two graphs: a graph has no modes and no flags."""
+    # The public torch.compiler.disable imports the compiler, which takes seconds.
+    disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
+    return disable(function) if disable else function
 
 
 class frozen:
@@ -78,12 +86,14 @@ class frozen:
         modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
         return _holding(selection.parameters, list({id(m): m for m in modules}.values()))
 
+    @_between_graphs
     def __enter__(self) -> list[str]:
         context = self.around_step()
         context.__enter__()
         self._entered.append(context)
         return _names(self._module, self._selection.parameters)
 
+    @_between_graphs
     def __exit__(self, *exception: Any) -> None:
         self._entered.pop().__exit__(*exception)
 
@@ -99,7 +109,7 @@ class frozen:
 
         @functools.wraps(function)
         def with_frozen(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.around_step():
+            with self:
                 value = function(*args, **kwargs)
             if inspect.isgenerator(value) or inspect.iscoroutine(value) or inspect.isasyncgen(value):
                 getattr(value, "close", bool)()  # a coroutine would warn that nobody awaited it

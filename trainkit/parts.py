@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from trainkit.compose import Part, UnboundStep, train_step
 from trainkit.plan import Plan, Precision, check_clipping, check_length, check_module
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -> Part:
@@ -62,6 +65,13 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
     return Part(Plan(lengths=(n,), modules=check_module(module)), f"accumulate({name})")
 
 
+def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Within a compiled function, has torch.compile call this between two graphs: a graph has no modes and no flags."""
+    # The public torch.compiler.disable imports the compiler, which takes seconds.
+    disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
+    return disable(function) if disable else function
+
+
 class Autocast(Part):
     """``amp()`` without an optimizer: a part, and by itself a context of plain autocast for evaluation."""
 
@@ -69,6 +79,7 @@ class Autocast(Part):
         super().__init__(plan, text)
         self._entered: list[torch.autocast] = []
 
+    @_between_graphs
     def __enter__(self) -> None:
         precision = self.plan.precision
         assert precision is not None
@@ -78,6 +89,7 @@ class Autocast(Part):
         autocast.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(autocast)
 
+    @_between_graphs
     def __exit__(self, *exception: Any) -> None:
         self._entered.pop().__exit__(*exception)
 

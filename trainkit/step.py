@@ -311,13 +311,6 @@ class Step(Generic[P]):
         if precision is not None:
             device_type, dtype = precision.resolve(device)
             if dtype == torch.float16:
-                shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
-                if shapes:
-                    raise ValueError(
-                        f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and "
-                        "their gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the "
-                        "model with `dtype=torch.float32`, or call `model.float()` before the optimizer is made"
-                    )
                 self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
@@ -394,6 +387,8 @@ class Step(Generic[P]):
         if weight is not None and self._ranks > 1:
             raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
         if not window.losses:
+            if self._loss_scale is not None:
+                _refuse_float16(self._plan.parameters())
             self._gradients.drop()
         elif disturbance := self._gradients.disturbance():
             self.discard()
@@ -494,6 +489,17 @@ def _backward(loss: Tensor, seed: Tensor) -> None:
         loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
     else:
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _refuse_float16(parameters: list[nn.Parameter]) -> None:
+    """Raises ValueError where float16 parameters would be trained under a loss scale."""
+    shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
+    if shapes:
+        raise ValueError(
+            f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and their "
+            "gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the model with "
+            "`dtype=torch.float32`, or call `model.float()` before the optimizer is made"
+        )
 
 
 def _drop_casts(gradient: Tensor) -> None:
