@@ -31,9 +31,10 @@ def test_imports_run_one_way():
         "losses": {"losses", "window"},
         "plan": {"plan"},
         "parallel": {"parallel"},
+        "precautions": {"precautions"},
         "gradients": {"gradients", "plan"},
         "result": {"result", "window"},
-        "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "result", "update", "window"},
+        "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},
     }
     for name, allowed in above.items():
         modules = {m.removeprefix("trainkit.") for m in loaded_by(alone.format(name)) if m.startswith("trainkit.")}

@@ -16,13 +16,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainkit.gradients import Gradients
 from trainkit.loaders import mark_last
 from trainkit.losses import read_loss
 from trainkit.parallel import Synchronised, synchronised
 from trainkit.plan import Plan, Surrounding
+from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
 from trainkit.window import Weight, Window, widened
@@ -299,12 +300,7 @@ class Step(Generic[P]):
         self._ranks = torch.distributed.get_world_size() if _is_distributed() else 1
         if self._ranks > 1 and not self._plan.modules:
             raise ValueError(f"{self._ranks} ranks run: give the wrapped module, `train_step(..., module=ddp_model)`")
-        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
-            raise ValueError(
-                "parameters have post-accumulate-gradient hooks, as for an optimizer that steps within backward: these see "
-                "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; "
-                "hooks that only look are those of `parameter.register_hook`"
-            )
+        refuse_hooks(parameters)
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         if precision is not None or max_norm is not None:
             self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
@@ -314,12 +310,7 @@ class Step(Generic[P]):
                 self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
-                # Between two forwards the function may move weights along a gradient, as SAM does, and autocast would go on
-                # with its copies of the old ones. So they are dropped whenever the gradient of a weight is taken.
-                for owned in self._plan.parameters_by_optimizer():
-                    weight = next((p for p in owned if p.requires_grad and p.dim() > 1), None)
-                    if weight is not None and _drop_casts not in (weight._backward_hooks or {}).values():
-                        weight.register_hook(_drop_casts)  # type: ignore[no-untyped-call]
+                keep_casts_fresh(self._plan.parameters_by_optimizer())
         self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
@@ -388,7 +379,7 @@ class Step(Generic[P]):
             raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
         if not window.losses:
             if self._loss_scale is not None:
-                _refuse_float16(self._plan.parameters())
+                refuse_float16(self._plan.parameters())
             self._gradients.drop()
         elif disturbance := self._gradients.disturbance():
             self.discard()
@@ -455,7 +446,7 @@ class Step(Generic[P]):
         optimizers = self._plan.optimizers
         gradients = self._gradients.found()
         if not self._closed:
-            _warn_of_missing(gradients, self._plan.parameters())
+            warn_of_missing(gradients, self._plan.parameters())
         for optimizer in optimizers:
             seed_momentum(optimizer)
         divisor = window.divisor()
@@ -489,32 +480,6 @@ def _backward(loss: Tensor, seed: Tensor) -> None:
         loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
     else:
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _refuse_float16(parameters: list[nn.Parameter]) -> None:
-    """Raises ValueError where float16 parameters would be trained under a loss scale."""
-    shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
-    if shapes:
-        raise ValueError(
-            f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and their "
-            "gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the model with "
-            "`dtype=torch.float32`, or call `model.float()` before the optimizer is made"
-        )
-
-
-def _drop_casts(gradient: Tensor) -> None:
-    torch.clear_autocast_cache()
-
-
-def _warn_of_missing(gradients: list[Tensor], parameters: list[nn.Parameter]) -> None:
-    """Warns where most parameters take no part in the loss: torch says it vaguely, or not at all."""
-    trainable = sum(p.requires_grad for p in parameters)
-    if 2 * len(gradients) < trainable:
-        warnings.warn(
-            f"only {len(gradients)} of {trainable} trainable parameters got a gradient in the first window; if layers below the "
-            "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`",
-            stacklevel=2,
-        )
 
 
 def _differ(a: Weight, b: Weight) -> bool:

@@ -1,0 +1,57 @@
+"""What a step looks at before it runs into it: parameters that cannot be trained as its plan asks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def refuse_hooks(parameters: Sequence[nn.Parameter]) -> None:
+    """Raises ValueError where an optimizer may step within backward: it would see gradients that are scaled and incomplete."""
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
+        raise ValueError(
+            "parameters have post-accumulate-gradient hooks, as for an optimizer that steps within backward: these see "
+            "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; "
+            "hooks that only look are those of `parameter.register_hook`"
+        )
+
+
+def refuse_float16(parameters: Sequence[nn.Parameter]) -> None:
+    """Raises ValueError where float16 parameters would be trained under a loss scale."""
+    shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
+    if shapes:
+        raise ValueError(
+            f"{len(shapes)} of {len(parameters)} parameters are float16 themselves (first of shape {shapes[0]}), and their "
+            "gradients cannot be unscaled; amp keeps parameters in float32 and casts in forward: load the model with "
+            "`dtype=torch.float32`, or call `model.float()` before the optimizer is made"
+        )
+
+
+def keep_casts_fresh(parameters_by_optimizer: Iterable[Sequence[nn.Parameter]]) -> None:
+    """Has autocast forget its copies of the weights whenever a gradient of them is taken.
+
+    Along it a step function may move them, between two forwards of a micro-batch, as SAM does (Foret et al. 2021,
+    https://arxiv.org/abs/2010.01412); and the second forward would use copies of what they were.
+    """
+    for parameters in parameters_by_optimizer:
+        weight = next((p for p in parameters if p.requires_grad and p.dim() > 1), None)
+        if weight is not None and _drop_casts not in (weight._backward_hooks or {}).values():
+            weight.register_hook(_drop_casts)  # type: ignore[no-untyped-call]
+
+
+def _drop_casts(gradient: Tensor) -> None:
+    torch.clear_autocast_cache()
+
+
+def warn_of_missing(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    """Warns where most parameters take no part in the loss: torch says it vaguely, or not at all."""
+    trainable = sum(p.requires_grad for p in parameters)
+    if 2 * len(gradients) < trainable:
+        warnings.warn(
+            f"only {len(gradients)} of {trainable} trainable parameters got a gradient in the first window; if layers below the "
+            "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`",
+            stacklevel=2,
+        )
