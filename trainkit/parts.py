@@ -140,7 +140,8 @@ def amp(
 
     ``amp()`` is the part for a plan that has its optimizer elsewhere; and ``with amp():`` is autocast alone, for evaluation.
     Updates whose gradients are not finite are skipped in every dtype; only float16 has a loss scale. ``amp(dtype=torch.float32)``
-    changes nothing but that.
+    changes nothing but that. A step function that moves weights in place between two of its forwards, other than along a
+    gradient that it takes there, calls ``torch.clear_autocast_cache()`` after it.
 
     Args:
         optimizers: none, one or several.
