@@ -108,7 +108,7 @@ def test_a_state_loaded_where_part_of_the_window_is_frozen_moves_nothing_frozen(
         assert model[0].weight.grad is None
         assert step(BATCHES[1]).updated
     assert torch.equal(model[0].weight, before)
-    assert torch.equal(model[0].weight.grad, state["gradients"][0])
+    assert model[0].weight.grad is None  # the window is over
 
 
 @pytest.mark.parametrize("leftover", [False, True])

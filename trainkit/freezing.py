@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from operator import methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from trainkit.layers import Layers, Selection, normalise, select, unwrapped
+from trainkit.layers import Layers, Selection, Slot, normalise, select, unwrapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,14 +80,16 @@ class frozen:
         self._layers = normalise(layers)
         self._eval_mode = eval_mode
         self._entered: list[AbstractContextManager[None]] = []
-        self._structure: list[Any] = []
+        self._parts: list[dict[str, Any]] = []
+        self._buffers: list[dict[str, Any]] = []
+        self._known: list[Any] | None = None
         self._select()  # whatever is wrong with the layers is wrong here
 
     def around_step(self) -> AbstractContextManager[None]:
         """The context, new, as a step enters it around each micro-batch."""
         selection = self._select()
         modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
-        return _holding(selection.parameters, list({id(m): m for m in modules}.values()))
+        return _holding(selection.slots, list({id(m): m for m in modules}.values()))
 
     @_between_graphs
     def __enter__(self) -> list[str]:
@@ -122,12 +127,20 @@ class frozen:
         return with_frozen
 
     def _select(self) -> Selection:
-        """What the layers mean, anew where modules or parameters were added or replaced since."""
-        structure = [part for m in self._module.modules() for part in (m, *m._parameters.values())]
-        if list(map(id, structure)) != list(map(id, self._structure)):
+        """What the layers mean, anew where modules, parameters or buffers were added or replaced since."""
+        if self._structure() != self._known:
+            modules = list(self._module.modules())
+            self._parts = [parts for m in modules for parts in (m._modules, m._parameters)]
+            self._buffers = [m._buffers for m in modules]
             self._selection = select(self._module, self._layers)
-            self._structure = structure
+            self._known = self._structure()
+            self._kept = [part for parts in self._parts for part in parts.values()]  # or their ids could come again
         return self._selection
+
+    def _structure(self) -> list[Any]:
+        """Every module and parameter, and which buffers there are: a step asks for each micro-batch, so no loop in Python."""
+        parts, buffers = (chain.from_iterable(map(methodcaller("values"), dicts)) for dicts in (self._parts, self._buffers))
+        return [*map(id, parts), *map(type, buffers)]
 
 
 def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
@@ -156,8 +169,7 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     for parameter in selection.parameters:
         if hold := _hold_of(parameter):
             hold.requires_grad, hold.grad = False, None
-        else:
-            parameter.requires_grad, parameter.grad = False, None
+        parameter.requires_grad, parameter.grad = False, None
     for owner in selection.buffer_owners:
         _Stay.of(owner).for_good = True
     return _names(module, selection.parameters)
@@ -255,30 +267,33 @@ class _Hold:
         self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a pickled copy of the parameter is in no context
+        return OrderedDict, ()  # a pickled copy of the parameter is in no context; and torch.load knows this for nothing
 
     def end(self, parameter: nn.Parameter) -> None:
-        del parameter._trainkit_hold  # type: ignore[attr-defined]
-        parameter.requires_grad = self.requires_grad
-        if self.grad is not None and self.grad.dtype != parameter.dtype:  # the model was cast inside
-            self.grad = self.grad.to(parameter)
-        parameter.grad = self.grad
+        """Gives back what still fits: inside, the parameter may have been cast, moved, resized or quantised."""
+        parameter.__dict__.pop("_trainkit_hold", None)
+        can_have_one = parameter.is_floating_point() or parameter.is_complex()
+        if can_have_one and parameter.requires_grad != self.requires_grad:
+            parameter.requires_grad = self.requires_grad
+        fits = self.grad is not None and can_have_one and self.grad.shape == parameter.shape
+        parameter.grad = self.grad.to(parameter.device, parameter.dtype) if fits and self.grad is not None else None
 
 
 def _hold_of(parameter: nn.Parameter) -> _Hold | None:
-    return getattr(parameter, "_trainkit_hold", None)
+    return getattr(parameter, "_trainkit_hold", None) or None
 
 
 @contextmanager
-def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterator[None]:
-    held: list[nn.Parameter] = []
+def _holding(slots: list[Slot], modules: list[nn.Module]) -> Iterator[None]:
+    held: list[tuple[Slot, _Hold]] = []
     staying: list[_Stay] = []
     try:
-        for parameter in parameters:
+        for slot in slots:
+            parameter = slot.parameter
             hold = _hold_of(parameter) or _Hold(parameter)
             parameter._trainkit_hold = hold  # type: ignore[attr-defined]
             hold.holders += 1
-            held.append(parameter)
+            held.append((slot, hold))
             parameter.requires_grad, parameter.grad = False, None
         for module in modules:
             stay = _Stay.of(module)
@@ -286,12 +301,13 @@ def _holding(parameters: list[nn.Parameter], modules: list[nn.Module]) -> Iterat
             staying.append(stay)
         yield
     finally:
-        for parameter in held:
-            last = _hold_of(parameter)
-            assert last is not None
-            last.holders -= 1
-            if not last.holders:
-                last.end(parameter)
+        for (owner, name, parameter), hold in held:
+            hold.holders -= 1
+            if not hold.holders:
+                hold.end(parameter)
+                # What was put in its place inside, as load_state_dict(assign=True) does, has its flag from there.
+                if name in owner._parameters and (other := owner._parameters[name]) is not parameter and other is not None:
+                    other.requires_grad = other.requires_grad or (hold.requires_grad and _hold_of(other) is None)
         for stay in reversed(staying):  # inside out: the mode of a compiled module is that of the one it wraps
             stay.holders -= 1
             stay.end()
@@ -318,10 +334,10 @@ class _Stay:
         found = module.__dict__.get("train")
         return found if isinstance(found, cls) else cls(module)
 
-    def __call__(self, mode: bool = True) -> nn.Module:
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         train = self.found or functools.partial(type(self.module).train, self.module)
         self.module.training = self.asked
-        train(mode)
+        train(*args, **kwargs)
         self.asked, self.module.training = self.module.training, False
         return self.module
 

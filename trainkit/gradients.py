@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from trainkit.plan import Plan
+
+Version = tuple["weakref.ref[Tensor]", int] | None
 
 
 class Gradients:
@@ -16,22 +19,31 @@ class Gradients:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         # One parameter of each optimizer, with what its gradient was: see _version.
-        self._watched: list[tuple[nn.Parameter, int, int]] = []
+        self._watched: list[tuple[nn.Parameter, Version]] = []
         # Those whose gradient frozen had set aside when the window began.
         self._aside: list[nn.Parameter] = []
-        self._noted: list[tuple[nn.Parameter, int, int]] = []
+        self._noted: list[tuple[nn.Parameter, Version]] = []
 
     def found(self) -> list[Tensor]:
         """Those that are there."""
         return [p.grad for p in self._plan.parameters() if p.grad is not None]
 
-    def drop(self) -> None:
-        """Sets all to None. Those that ``frozen`` has set aside are not the window's: see ``drop_returned``."""
+    def begin(self) -> None:
+        """Sets all to None, for a window. Those that ``frozen`` has set aside are not the window's: see ``drop_returned``."""
         self.forget()
         for parameter in self._plan.parameters():
             parameter.grad = None
             if not parameter.requires_grad and _aside(parameter) is not None:
                 self._aside.append(parameter)
+
+    def drop(self) -> None:
+        """Sets all of a window to None, also those that ``frozen`` has set aside since it began."""
+        others = {id(parameter) for parameter in self._aside}
+        for parameter in self._plan.parameters():
+            parameter.grad = None
+            if not parameter.requires_grad and id(parameter) not in others and (hold := _hold(parameter)) is not None:
+                hold.grad = None
+        self.forget()
 
     def drop_returned(self) -> None:
         """Drops what was set aside when the window began, and was put back since; it would count in the window."""
@@ -47,32 +59,35 @@ class Gradients:
     def note(self) -> None:
         """Takes note of what is there before a block by hand, for ``touched``."""
         trainable = (next((p for p in ps if p.requires_grad), None) for ps in self._plan.parameters_by_optimizer())
-        self._noted = [(p, *_version(p)) for p in trainable if p is not None]
+        self._noted = [(p, _version(p)) for p in trainable if p is not None]
 
     def touched(self) -> bool:
         """Whether gradients came since ``note``."""
-        return any(p.grad is not None and (left, version) != _version(p) for p, left, version in self._noted)
+        return any(p.grad is not None and not _is_still(p, left) for p, left in self._noted)
 
     def watch(self) -> None:
         """Picks the parameters that ``remember`` and ``disturbance`` look at: of each optimizer the first one with a gradient."""
         first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
-        self._watched = [(p, *_version(p)) for p in first if p is not None]
+        self._watched = [(p, _version(p)) for p in first if p is not None]
 
     def remember(self) -> None:
         """Takes note of what a micro-batch left, for ``disturbance``."""
-        self._watched = [(p, *_version(p)) for p, _, _ in self._watched]
+        if self._watched:
+            self._watched = [(p, _version(p)) for p, _ in self._watched]
+        else:
+            self.watch()
 
     def disturbance(self) -> str:
         """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
-        for parameter, left, version in self._watched:
+        for parameter, left in self._watched:
             if parameter.grad is None:
                 # Of a parameter that is frozen just now the gradient is set aside.
-                if left != 0 and parameter.requires_grad:
+                if left is not None and parameter.requires_grad:
                     return "wiped"
-            elif (left, version) != _version(parameter):
+            elif not _is_still(parameter, left):
                 if not any(gradient.any() for gradient in self.found()):
                     return "wiped"
-                if left != 0:  # else it was set aside then, and is back
+                if left is not None:  # else it was set aside then, and is back
                     return "changed"
         return ""
 
@@ -111,14 +126,20 @@ class Gradients:
         self.watch()
 
 
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
-    """Which tensor the gradient is, and how often it was written to; without keeping it alive."""
-    return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
+def _version(parameter: nn.Parameter) -> Version:
+    """Which tensor the gradient is, and how often it was written to; without keeping it alive. None for no gradient."""
+    return None if parameter.grad is None else (weakref.ref(parameter.grad), parameter.grad._version)
+
+
+def _is_still(parameter: nn.Parameter, version: Version) -> bool:
+    """Whether the gradient, which is there, is what it was."""
+    gradient = parameter.grad
+    return version is not None and gradient is version[0]() and gradient is not None and gradient._version == version[1]
 
 
 def _hold(parameter: nn.Parameter) -> Any:
     """What ``frozen`` keeps for a parameter that it holds: ``hold.grad`` is the gradient set aside. None where it does not."""
-    return getattr(parameter, "_trainkit_hold", None)
+    return getattr(parameter, "_trainkit_hold", None) or None
 
 
 def _aside(parameter: nn.Parameter) -> Tensor | None:

@@ -25,12 +25,24 @@ Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
 Layers = Layer | Iterable[Layer]
 
 
+class Slot(NamedTuple):
+    """A parameter, and where it is: in ``owner._parameters[name]``."""
+
+    owner: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+
 class Selection(NamedTuple):
     """What was meant, each once: parameters, modules as a whole, and modules that own a buffer that was meant."""
 
-    parameters: list[nn.Parameter]
+    slots: list[Slot]
     modules: list[nn.Module]
     buffer_owners: list[nn.Module]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [slot.parameter for slot in self.slots]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
@@ -72,7 +84,8 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
         if inside and all(id(p) in parameters for p in inside):
             whole.update((id(m), m) for m in candidate.modules())
     owners.update((key, m) for key, m in whole.items() if any(map(_moves, m.buffers(recurse=False))))
-    return Selection(list(parameters.values()), list(modules.values()), list(owners.values()))
+    slots = {id(p): Slot(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None}
+    return Selection([slots[key] for key in parameters], list(modules.values()), list(owners.values()))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from trainkit.window import Weight
 def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
     """The loss and the weight in what a step function handed over; TypeError or ValueError for anything else."""
     weight: Any = None
+    given: Any = None
     if not isinstance(output, Tensor):
         if isinstance(output, tuple) and not hasattr(output, "loss"):
             if len(output) != 2:
@@ -23,12 +24,12 @@ def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
             output, weight = output
             check_weight(weight)
         if isinstance(output, Mapping) and "loss" in output:
-            if "weight" in output and weight is None:
-                weight = output["weight"]
-                check_weight(weight, real=True)
-            output = output["loss"]
+            output, given = output["loss"], output.get("weight")
         elif not isinstance(output, Tensor) and hasattr(output, "loss"):
-            output = output.loss
+            output, given = output.loss, getattr(output, "weight", None)
+        if weight is None and given is not None:
+            weight = given
+            check_weight(weight, real=True)
     check_loss(output)
     return output, weight
 

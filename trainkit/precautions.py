@@ -30,17 +30,21 @@ def refuse_float16(parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
-def keep_casts_fresh(parameters_by_optimizer: Iterable[Sequence[nn.Parameter]]) -> None:
-    """Has autocast forget its copies of the weights whenever a gradient of them is taken.
+def keep_casts_fresh(parameters_by_optimizer: Iterable[Sequence[nn.Parameter]]) -> list[nn.Parameter]:
+    """Has autocast forget its copies of the weights whenever a gradient of them is taken; returns those that it is told by.
 
     Along it a step function may move them, between two forwards of a micro-batch, as SAM does (Foret et al. 2021,
-    https://arxiv.org/abs/2010.01412); and the second forward would use copies of what they were. The last weight stands for
-    all: it is the first that backward comes to, and the last that is frozen.
+    https://arxiv.org/abs/2010.01412); and the second forward would use copies of what they were. The last weight that is
+    trained stands for all of an optimizer: a hook for each would cost as much as backward through a small layer.
     """
+    found = []
     for parameters in parameters_by_optimizer:
         weight = next((p for p in reversed(parameters) if p.requires_grad and p.dim() > 1), None)
-        if weight is not None and _drop_casts not in (weight._backward_hooks or {}).values():
-            weight.register_hook(_drop_casts)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            found.append(weight)
+            if _drop_casts not in (weight._backward_hooks or {}).values():
+                weight.register_hook(_drop_casts)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _drop_casts(gradient: Tensor) -> None:

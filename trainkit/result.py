@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from trainkit.window import Window
@@ -17,13 +19,14 @@ class StepResult:
             was taken.
     """
 
-    __slots__ = ("_count", "_skipped", "_window", "complete", "grad_norm", "loss")
+    __slots__ = ("_count", "_settle", "_skipped", "_window", "complete", "grad_norm", "loss")
 
     def __init__(self) -> None:
         self.loss: Tensor | None = None
         self.complete = False
         self.grad_norm: Tensor | None = None
         self._skipped: bool | Tensor = False
+        self._settle: Callable[[], None] | None = None
         self._window: Window | None = None
         self._count = 0
 
@@ -35,7 +38,9 @@ class StepResult:
     @property
     def updated(self) -> bool:
         """Whether this call applied an update, or in a generator step ran the update code. Reading it, and nothing else here,
-        may wait for the device."""
+        may wait for the device; what the step still owes (``after``) is run before."""
+        if self._settle is not None:
+            self._settle()
         return self.complete and not self._skipped
 
     def __repr__(self) -> str:

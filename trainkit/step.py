@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainkit.gradients import Gradients
 from trainkit.loaders import mark_last
@@ -59,6 +59,7 @@ class Step(Generic[P]):
         self._ranks = 1
         self._synchronised: list[Synchronised] = []
         self._autocast: torch.autocast | None = None
+        self._watched_casts: list[nn.Parameter] = []
         self._loss_scale: LossScale | None = None
         self._check: Check | None = None
         # From window to window.
@@ -67,6 +68,7 @@ class Step(Generic[P]):
         self._reference: Weight | None = None
         self._owed: Verdict | None = None
         self._at_last_batch = False
+        self._ended_early = False
         self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self._gradients = Gradients(plan)
         self._window: Window | None = None
@@ -76,6 +78,7 @@ class Step(Generic[P]):
         self._autocast_is_on = False
         self._generator: types.GeneratorType[Any, None, Any] | None = None
         self._began_backward = False
+        self._is_closing = False
         self._weight: Weight | None = None
         self._share: float | Tensor = 1.0
 
@@ -100,7 +103,7 @@ class Step(Generic[P]):
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Like a call, and closes the window with this micro-batch; for loops that do not go through ``over``."""
-        found, self._at_last_batch = self._at_last_batch, True
+        found, self._at_last_batch, self._ended_early = self._at_last_batch, True, False
         try:
             return self(*args, **kwargs)
         finally:
@@ -113,7 +116,8 @@ class Step(Generic[P]):
                 "micro-batch call `step.backward(loss)`"
             )
         if not self._device_type:
-            self._prepare()
+            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
+                self._prepare()
         if self._owed is not None and self._owed.known():
             self.settle()
         if self._window is None:
@@ -126,6 +130,8 @@ class Step(Generic[P]):
                     wrapped.check()
                 self._surroundings = stack.pop_all()
         if self._autocast is not None:
+            if not (self._watched_casts and all(weight.requires_grad for weight in self._watched_casts)):
+                self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
             self._enter_autocast()
         if self._function is None:
             self._gradients.note()
@@ -153,6 +159,7 @@ class Step(Generic[P]):
                 if self._began_backward:  # and did not finish: some gradients are in, others are not
                     self.discard()
                 self._result = self._generator = None
+                self._is_closing = False
                 self._surroundings = _NOTHING
                 if generator is not None:
                     generator.close()
@@ -174,6 +181,11 @@ class Step(Generic[P]):
         if self._result is None:
             raise RuntimeError(
                 "step.backward(loss) must be called inside a micro-batch: within `with step:` or the step function"
+            )
+        if self._is_closing:
+            raise RuntimeError(
+                "step.backward(loss) below the yield, where gradients are complete, true and clipped already: give a further "
+                "loss above the yield, or add to the gradients yourself, `loss.backward()`"
             )
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         self._run_backward(loss, weight)
@@ -235,9 +247,15 @@ class Step(Generic[P]):
         return int(self._skips)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied."""
+        """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied.
+
+        Raises:
+            RuntimeError: within a micro-batch, from its backward on, when it is counted neither way; call it after the step.
+        """
+        self._refuse_within("state_dict")
         if not self._device_type:
-            self._prepare()
+            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
+                self._prepare()
         state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self._reference is not None:
             state["reference"] = self._reference
@@ -254,26 +272,38 @@ class Step(Generic[P]):
 
         Raises:
             ValueError: for another state, or where its gradients do not fit the parameters; before anything is changed.
+            RuntimeError: within a micro-batch, from its backward on.
         """
+        self._refuse_within("load_state_dict")
         if not self._device_type:
-            self._prepare()
+            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
+                self._prepare()
         try:
             skipped, closed = int(state["skipped"]), int(state["updates"]) + int(state["skipped"])
             window = Window.from_state_dict(state["window"], state.get("reference")) if "window" in state else None
             gradients = {} if window is None else dict(state["gradients"])
+            scale, tracker = float(state.get("loss_scale", 1.0)), int(state["growth_tracker"] if "loss_scale" in state else 0)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from error
         self._gradients.check_state_dict(gradients)
         self.discard()
         self._owed = None
         self._skips, self._closed, self._reference = skipped, closed, state.get("reference")
-        if self._loss_scale is not None and "loss_scale" in state:
-            self._loss_scale.value.fill_(state["loss_scale"])
-            self._loss_scale.growth_tracker.fill_(state["growth_tracker"])
-            self._seeds.clear()
+        here = 1.0
+        if self._loss_scale is not None:
+            if "loss_scale" in state:
+                self._loss_scale.value.fill_(scale)
+                self._loss_scale.growth_tracker.fill_(tracker)
+                self._seeds.clear()
+            here = self._loss_scale.value.item()
         if window is not None:
             self._window = window
-            self._gradients.load_state_dict(gradients)
+            # Another scale than there where another precision is picked here.
+            self._gradients.load_state_dict({i: g if here == scale else g * (here / scale) for i, g in gradients.items()})
+
+    def _refuse_within(self, name: str) -> None:
+        if self._began_backward:
+            raise RuntimeError(f"step.{name}() within a micro-batch, which is half done: call it between two micro-batches")
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
@@ -310,7 +340,6 @@ class Step(Generic[P]):
                 self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
             if dtype != torch.float32:
                 self._autocast = torch.autocast(device_type, dtype)
-                keep_casts_fresh(self._plan.parameters_by_optimizer())
         self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
@@ -357,6 +386,8 @@ class Step(Generic[P]):
                 f"the losses of a micro-batch share one weight, but the first came with {self._weight}, this one with {weight}: "
                 "give it with the first, `step.backward(first, weight)`"
             )
+        else:  # a frozen block within the micro-batch may have begun and ended since the first
+            self._gradients.drop_returned()
         seed = self._seed(loss)
         self._began_backward = True
         try:
@@ -380,7 +411,7 @@ class Step(Generic[P]):
         if not window.losses:
             if self._loss_scale is not None:
                 refuse_float16(self._plan.parameters())
-            self._gradients.drop()
+            self._gradients.begin()
         elif disturbance := self._gradients.disturbance():
             self.discard()
             raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
@@ -411,6 +442,7 @@ class Step(Generic[P]):
         """Counts the micro-batch, and closes the window where this was its last."""
         result, window = self._result, self._window
         assert result is not None and result.loss is not None and window is not None
+        self._gradients.drop_returned()
         window.add(result.loss, self._weight)
         result._window, result._count = window, len(window.losses)
         if result._count < window.length and not self._at_last_batch:
@@ -419,7 +451,16 @@ class Step(Generic[P]):
             else:
                 self._gradients.remember()
             return
+        if result._count < window.length:
+            if self._ended_early:
+                warnings.warn(
+                    "several micro-batches came at the last batch of `step.over`, and each of them ends a window: let the loop "
+                    "over micro-batches be the one that goes through `step.over`",
+                    stacklevel=3,
+                )
+            self._ended_early = True
         self.settle()
+        self._is_closing = True
         outcome = self._update(window)
         self._window = None
         self._reference = window.next_reference()
@@ -433,6 +474,7 @@ class Step(Generic[P]):
         else:  # the update code of the function decides what becomes of them
             self._gradients.forget()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
+        result._settle = self.settle
         if self._plan.after:
             self._owed = Verdict(outcome.skipped)
             if self._owed.known():
@@ -466,8 +508,8 @@ class Step(Generic[P]):
 
 _DISTURBED = {
     "wiped": "an open window has lost the gradients of its {} micro-batch(es): something like `optimizer.zero_grad()` runs for "
-    "every micro-batch; move it below the yield, or remove it from a step that returns its loss. (Two steps over the same "
-    "parameters do this to each other, too.)",
+    "every micro-batch; move it below the yield, or remove it from a step that returns its loss. (`freeze`, and two "
+    "steps over the same parameters, do this too.)",
     "changed": "the gradients of an open window of {} micro-batch(es) were changed from outside, as by the backward of another "
     "loss: freeze these parameters meanwhile, `with frozen(model):` or `train_step(other_optimizer, frozen(model))`; a further "
     "loss of this step goes to `step.backward(loss)`",
@@ -512,7 +554,7 @@ def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     try:
         for batch, is_last in mark_last(loader):
             for step in steps:
-                step._at_last_batch = is_last
+                step._at_last_batch, step._ended_early = is_last, False
             yield batch
     finally:
         for step, was in zip(steps, found, strict=True):

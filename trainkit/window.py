@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,10 @@ class Window:
         """Counts a micro-batch: its loss, detached, and its weight."""
         self.losses.append(loss)
         self.weights.append(1 if weight is None else weight)
-        self.total = self.total + self.weights[-1]
+        latest = self.weights[-1]
+        if isinstance(latest, float) or isinstance(self.total, float):  # which torch adds to an int tensor as float32
+            latest, self.total = _wide(latest), _wide(self.total)
+        self.total = self.total + latest
         self.weighted = weight is not None
 
     def divisor(self) -> float | Tensor:
@@ -98,7 +102,7 @@ class Window:
             "length": self.length,
             "reference": self.reference,
             "weighted": bool(self.weighted),
-            "losses": list(self.losses),
+            "losses": [loss.clone() for loss in self.losses],
             "weights": list(self.weights),
         }
 
@@ -113,9 +117,9 @@ class Window:
 
 
 def widened(weight: Weight, device: torch.device) -> Weight:
-    """The weight on that device, in a dtype whose sums stay exact: four times 200 is 32 in uint8."""
+    """The weight on that device, in a type whose sums stay exact: four times 200 is 32 in uint8, and in NumPy's too."""
     if not isinstance(weight, Tensor):
-        return weight
+        return int(weight) if isinstance(weight, numbers.Integral) else float(weight)
     weight = weight.detach().to(device)
     wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
     return wide
