@@ -688,3 +688,87 @@ def test_an_inner_block_freezes_what_was_thawed_inside_the_outer_one():
         with frozen(layer, "weight"):
             assert not layer.weight.requires_grad
     assert layer.weight.requires_grad and layer.bias.requires_grad
+
+
+def test_an_end_gives_back_all_that_still_fits():
+    """Resized, quantised or exchanged inside: what was found does not fit it any more, and all the others get theirs."""
+    changes = [
+        lambda m: setattr(m[0].weight, "data", torch.zeros(9, 4)),
+        lambda m: setattr(m[0].weight, "data", torch.zeros(4, 4, dtype=torch.int8)),
+        lambda m: torch.utils.swap_tensors(m[0].weight, nn.Parameter(torch.zeros(4, 4), requires_grad=False)),
+    ]
+    for change in changes:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        model(torch.randn(3, 4)).sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        with frozen(model):
+            change(model)
+        assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
+        assert all(p.grad is gradient for p, gradient in list(zip(model.parameters(), gradients, strict=True))[1:])
+        assert model[1].training and not any(hasattr(p, "_trainkit_hold") for p in model.parameters())
+
+
+@pytest.mark.parametrize("held_twice", [False, True])
+def test_parameters_put_in_place_inside_have_the_flags_that_were_found(held_twice):
+    """load_state_dict(assign=True) takes the flag of the frozen one."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model[1].bias.requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with frozen(model, "[0]") if held_twice else contextlib.nullcontext(), frozen(model):
+        model.load_state_dict(state, assign=True)
+    assert frozen_parameters(model) == ["1.bias"]
+
+
+def test_train_of_ones_own_may_take_more():
+    class Model(nn.BatchNorm1d):
+        def train(self, mode=True, freeze_statistics=False):
+            return super().train(mode and not freeze_statistics)
+
+    model = Model(4)
+    with frozen(model):
+        model.train(True, freeze_statistics=True)
+        assert not model.training
+    assert not model.training
+    with frozen(model):
+        model.train()
+    assert model.training
+
+
+def test_parameters_saved_inside_can_be_loaded(tmp_path):
+    model = nn.Linear(2, 1)
+    with frozen(model):
+        torch.save(model.state_dict(keep_vars=True), tmp_path / "state.pt")
+    copy_of_it = nn.Linear(2, 1)
+    copy_of_it.load_state_dict(torch.load(tmp_path / "state.pt"), assign=True)
+    with frozen(copy_of_it):
+        assert not copy_of_it.weight.requires_grad
+    assert torch.equal(copy_of_it.weight, model.weight) and copy_of_it.weight.requires_grad
+
+
+def test_a_buffer_that_appears_later_is_held():
+    class Codebook(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", None)
+
+        def forward(self, x):
+            if self.training:
+                self.codes = x.mean(0) if self.codes is None else 0.9 * self.codes + 0.1 * x.mean(0)
+            return x - self.codes
+
+    model = Codebook()
+    block = frozen(model)
+    model(torch.randn(3, 4))
+    codes = model.codes
+    with block:
+        model(torch.randn(3, 4))
+    assert model.codes is codes
+
+
+def test_freezing_for_good_inside_a_block_holds_at_once():
+    model = nn.Linear(2, 1)
+    with frozen(model):
+        model.requires_grad_(True)
+        freeze(model)
+        assert not model.weight.requires_grad
+    assert not model.weight.requires_grad

@@ -129,3 +129,54 @@ def test_what_is_set_aside_where_a_state_is_loaded_takes_no_part_in_it(leftover)
     (loss_of(theirs, BATCHES[1]) / 2).backward()
     torch.optim.SGD(theirs.parameters(), lr=0.1).step()
     assert same_bits(list(model.parameters()), list(theirs.parameters()))
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_what_a_block_within_the_micro_batch_sets_aside_takes_no_part_in_it(leftover):
+    """It is put back before the micro-batch ends, or before its further loss."""
+    model, theirs = make_model(), make_model()
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(2))
+    if leftover:
+        loss_of(model, BATCHES[2]).backward()
+
+    @step
+    def step(batch):
+        with frozen(model, "[0]"):
+            step.backward(loss_of(model, batch))
+        return model[0](batch[0]).pow(2).mean()
+
+    for batch in BATCHES[:2]:
+        step(batch)
+        theirs[0].requires_grad_(False)
+        (loss_of(theirs, batch) / 2).backward()
+        theirs[0].requires_grad_(True)
+        (theirs[0](batch[0]).pow(2).mean() / 2).backward()
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    assert same_bits(list(model.parameters()), list(theirs.parameters()))
+
+
+def test_gradients_of_a_window_do_not_come_back_after_its_end(model, optimizer):
+    """Set aside when it ends or is dropped, they would be put back into a loop by hand."""
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    for end in (step.discard, lambda: step(BATCHES[1])):
+        step(BATCHES[0])
+        with frozen(model, "[0]"):
+            end()
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_zero_grad_is_seen_where_another_backward_follows_and_where_the_first_loss_left_nothing(model, optimizer):
+    for _ in range(50):  # the new gradient may lie where the old one was
+        step = train_step(optimizer, accumulate(3))(lambda batch: loss_of(model, batch))
+        step(BATCHES[0])
+        optimizer.zero_grad()
+        loss_of(model, BATCHES[1]).backward()
+        with pytest.raises(RuntimeError, match="changed from outside"):
+            step(BATCHES[2])
+    own = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    step = train_step(optimizer, accumulate(3))(lambda loss: loss)
+    step(own * 1)
+    step(loss_of(model, BATCHES[0]))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="lost the gradients"):
+        step(loss_of(model, BATCHES[0]))

@@ -1,10 +1,12 @@
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from oracles import BATCHES, loss_of, snapshot, unchanged
 
 from trainkit import accumulate, train_step
+from trainkit.losses import read_loss
 
 
 def test_a_transformers_output_and_a_mapping_are_losses(model, optimizer):
@@ -57,3 +59,15 @@ def test_what_is_no_loss_is_refused(model, optimizer, output, error, words, face
         step(BATCHES[1])
     assert unchanged(before, model, optimizer)
     assert len(step.state_dict()["window"]["losses"]) == len(saved["window"]["losses"]) == 1
+
+
+def test_an_object_with_a_loss_may_have_a_weight():
+    class Output(NamedTuple):
+        loss: torch.Tensor
+        weight: float | None = None
+
+    loss = torch.ones((), requires_grad=True)
+    assert read_loss(Output(loss, 2.5)) == (loss, 2.5)
+    assert read_loss(Output(loss)) == read_loss({"loss": loss, "weight": None}) == (loss, None)
+    with pytest.raises(TypeError, match="is the weight"):
+        read_loss(Output(loss, "much"))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracles import BATCHES, loss_of
+from oracles import BATCHES, distance, loss_of, make_model, plain_loop
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import accumulate, freeze, frozen, train_step, unfreeze
@@ -58,3 +58,15 @@ def test_what_the_wrapper_can_do_without_is_not_refused(one_rank, model, optimiz
     step = make_step(model, optimizer)
     model[0].bias.requires_grad_(False)
     assert step(BATCHES[0]).updated
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_gradients_that_move_into_rebuilt_buckets_are_the_same(one_rank, model, optimizer, static_graph):
+    """With gradient_as_bucket_view=True they become other tensors in the second forward, or the third."""
+    expected = make_model()
+    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    step = make_step(model, optimizer, accumulate(3), gradient_as_bucket_view=True, static_graph=static_graph)
+    for batch in BATCHES * 3:
+        step(batch)
+    plain_loop(expected, theirs, BATCHES * 3, 3)
+    assert step.updates == 3 and distance(list(model.parameters()), list(expected.parameters())) < 1e-12

@@ -825,3 +825,94 @@ def test_a_loss_of_a_tensor_subclass_runs_its_own_backward(model, optimizer):
 
     train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch).as_subclass(Loss))(BATCHES[0])
     assert [seed.item() for seed in seen] == [0.5]
+
+
+def test_a_state_is_taken_between_two_micro_batches(model, optimizer):
+    """Within one, from backward on, the gradients have what the counters have not; or the other way round."""
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    with step:
+        state = step.state_dict()
+        step.backward(loss_of(model, BATCHES[0]))
+        for call in (step.state_dict, lambda: step.load_state_dict(state)):
+            with pytest.raises(RuntimeError, match="within a micro-batch, which is half done: call it between"):
+                call()
+    assert len(step.state_dict()["window"]["losses"]) == 1
+
+    @accumulate(1, model)
+    def yielding(batch):
+        yield loss_of(model, batch)
+        yielding.state_dict()
+
+    with pytest.raises(RuntimeError, match="between two micro-batches"):
+        yielding(BATCHES[0])
+
+
+def test_a_further_loss_below_the_yield_is_refused(model, optimizer):
+    """It would come scaled to gradients that are not any more, and past the clipping."""
+
+    @amp(optimizer, dtype=torch.float32)
+    def step(batch):
+        yield loss_of(model, batch)
+        step.backward(loss_of(model, batch))
+
+    with pytest.raises(RuntimeError, match=r"below the yield.*`loss.backward\(\)`"):
+        step(BATCHES[0])
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_a_state_goes_from_one_precision_to_another(dtypes):
+    """As from a T4 to an A100: what has added up of the window is scaled in one, and not in the other."""
+    batches, norms = make_batches([4, 4], torch.float32), []
+    for first, second in (dtypes, dtypes[1:] * 2):
+        model = make_model(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        steps = [
+            train_step(optimizer, accumulate(2), amp(dtype=d))(lambda batch, m=model: loss_of(m, batch)) for d in (first, second)
+        ]
+        steps[0](batches[0])
+        steps[1].load_state_dict(steps[0].state_dict())
+        norms.append(steps[1](batches[1]).grad_norm.item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_a_state_without_a_part_of_it_is_refused_before_anything_changes():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.float16))(lambda batch: loss_of(model, batch))
+    step(make_batches([4], torch.float32)[0])
+    state = step.state_dict()
+    del state["growth_tracker"]
+    with pytest.raises(ValueError, match="not the state of a step"):
+        step.load_state_dict({**state, "updates": 7})
+    assert step.updates == 1
+
+
+def test_a_first_evaluation_in_inference_mode_leaves_a_step_usable():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.float16))
+    batch = make_batches([4], torch.float32)[0]
+    with torch.inference_mode(), step:
+        loss_of(model, batch)
+    with step as result:
+        step.backward(loss_of(model, batch))
+    assert result.updated
+
+
+def test_several_micro_batches_at_the_last_batch_are_warned_of(model, optimizer):
+    step = train_step(optimizer, accumulate(4))(lambda batch: loss_of(model, batch))
+    with pytest.warns(UserWarning, match=r"several micro-batches came at the last batch of `step.over`"):
+        for batch in step.over(BATCHES[:2]):
+            step(batch)
+            step(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in BATCHES:
+            step.last(batch)
+
+
+def test_reading_updated_runs_what_is_owed(monkeypatch, model):
+    monkeypatch.setattr(trainkit.step.Verdict, "known", lambda self: False)
+    calls = []
+    step = train_step(torch.optim.SGD(model.parameters()), after=lambda: calls.append(1))(lambda batch: loss_of(model, batch))
+    result = step(BATCHES[0])
+    assert not calls and result.updated and calls == [1]

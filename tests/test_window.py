@@ -1,10 +1,14 @@
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import BATCHES, distance, loss_of, make_model, plain_loop
 
+from trainkit import accumulate, train_step
 from trainkit.window import Window
 
 weights = st.lists(st.integers(0, 10**7), min_size=1, max_size=6)
@@ -47,3 +51,38 @@ def test_a_mean_over_weights_of_zero_is_nan():
         window.share(weight)
         window.add(torch.tensor(1.0), weight)
     assert window.mean_loss(1).isnan() and window.mean_loss(2).isnan()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+def test_numbers_of_numpy_do_not_wrap_around(kind):
+    model = make_model()
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(2))
+    step = step(lambda batch: (loss_of(model, batch), kind(200)))
+    step(BATCHES[0])
+    state = io.BytesIO()
+    torch.save(step.state_dict(), state)
+    assert torch.load(io.BytesIO(state.getvalue()))["window"]["weights"] == [200]
+    step(BATCHES[1])
+    theirs = make_model()
+    plain_loop(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), BATCHES[:2], 2)
+    assert distance(list(model.parameters()), list(theirs.parameters())) < 1e-12
+
+
+def test_real_weights_beside_counts_on_the_device_are_summed_in_float64():
+    window = Window(3, None)
+    for weight in (torch.tensor(3), 0.1, torch.tensor(2)):
+        window.add(torch.tensor(1.0), weight)
+    assert window.total.item() == 3 + 0.1 + 2
+    window = Window(2, None)
+    for weight in (0.1, torch.tensor(3)):
+        window.add(torch.tensor(1.0), weight)
+    assert window.total.item() == 0.1 + 3
+
+
+def test_losses_in_a_state_are_copies():
+    model = make_model()
+    step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))(lambda batch: loss_of(model, batch))
+    result = step(BATCHES[0])
+    state = step.state_dict()
+    result.loss.zero_()
+    assert state["window"]["losses"][0] > 0

@@ -20,6 +20,7 @@ class Gradients:
         self._plan = plan
         # One parameter of each optimizer, with what its gradient was: see _version.
         self._watched: list[tuple[nn.Parameter, Version]] = []
+        self._rebuilt = 0
         # Those whose gradient frozen had set aside when the window began.
         self._aside: list[nn.Parameter] = []
         self._noted: list[tuple[nn.Parameter, Version]] = []
@@ -69,11 +70,13 @@ class Gradients:
         """Picks the parameters that ``remember`` and ``disturbance`` look at: of each optimizer the first one with a gradient."""
         first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
         self._watched = [(p, _version(p)) for p in first if p is not None]
+        self._rebuilt = self._buckets_rebuilt()
 
     def remember(self) -> None:
         """Takes note of what a micro-batch left, for ``disturbance``."""
         if self._watched:
             self._watched = [(p, _version(p)) for p, _ in self._watched]
+            self._rebuilt = self._buckets_rebuilt()
         else:
             self.watch()
 
@@ -87,9 +90,13 @@ class Gradients:
             elif not _is_still(parameter, left):
                 if not any(gradient.any() for gradient in self.found()):
                     return "wiped"
-                if left is not None:  # else it was set aside then, and is back
+                # Else it was set aside then, and is back; or DistributedDataParallel has put the same into a bucket of its own.
+                if left is not None and self._rebuilt == self._buckets_rebuilt():
                     return "changed"
         return ""
+
+    def _buckets_rebuilt(self) -> int:
+        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in self._plan.modules)
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
