@@ -180,3 +180,12 @@ def test_zero_grad_is_seen_where_another_backward_follows_and_where_the_first_lo
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="lost the gradients"):
         step(loss_of(model, BATCHES[0]))
+
+
+def test_a_block_that_ends_with_the_micro_batch_puts_nothing_into_the_update(model, optimizer):
+    loss_of(model, BATCHES[2]).backward()
+    step, before = train_step(optimizer, accumulate(2)), model[0].weight.clone()
+    for batch in BATCHES[:2]:
+        with step as result, frozen(model, "[0]"):
+            step.backward(loss_of(model, batch))
+    assert result.updated and torch.equal(model[0].weight, before)
