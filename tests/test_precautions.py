@@ -2,20 +2,14 @@ import pytest
 import torch
 from oracles import loss_of, make_batches, make_model
 
-from trainkit import amp, frozen, train_step
+from trainkit import amp, frozen, train_step, trainable_parameters
 from trainkit.precautions import _drop_casts
 
 BATCH = make_batches([4], torch.float32)[0]
 
 
-@pytest.mark.parametrize("parts", [lambda model: [], lambda model: [frozen(model, "[0]")]])
-@pytest.mark.parametrize(
-    "of", [lambda model: [p for p in model.parameters() if p.requires_grad], lambda model: [model[2].weight]]
-)
-def test_weights_that_move_along_a_gradient_are_cast_anew(parts, of):
-    """Within one autocast block the second forward would use its copies of what they were."""
-    model = make_model(torch.float32)
-    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.bfloat16), *parts(model))
+def loss_after_a_move(step, model, of):
+    """The loss that a micro-batch sees after its weights moved, and what it should be."""
     with step as result:
         weights = of(model)
         gradients = torch.autograd.grad(loss_of(model, BATCH), weights)
@@ -23,8 +17,27 @@ def test_weights_that_move_along_a_gradient_are_cast_anew(parts, of):
             torch._foreach_add_(weights, list(gradients))
         step.backward(loss_of(model, BATCH))
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            expected = loss_of(model, BATCH)
-    assert torch.equal(result.loss, expected)
+            return result.loss, loss_of(model, BATCH)
+
+
+@pytest.mark.parametrize("stem_is_frozen", [False, True])
+@pytest.mark.parametrize("of", [trainable_parameters, lambda model: [model[2].weight]])
+def test_weights_that_move_along_a_gradient_are_cast_anew(stem_is_frozen, of):
+    """Within one autocast block the second forward would use its copies of what they were."""
+    model = make_model(torch.float32)
+    parts = [frozen(model, "[0]")] * stem_is_frozen
+    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.bfloat16), *parts)
+    seen, expected = loss_after_a_move(step, model, of)
+    assert torch.equal(seen, expected)
+
+
+def test_another_weight_stands_for_all_where_the_last_was_frozen():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.bfloat16))
+    loss_after_a_move(step, model, trainable_parameters)
+    with frozen(model, "[2]"):
+        seen, expected = loss_after_a_move(step, model, trainable_parameters)
+    assert torch.equal(seen, expected)
 
 
 def test_many_steps_over_a_model_leave_one_hook():
