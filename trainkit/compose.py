@@ -86,7 +86,8 @@ def train_step(
         norm_type: 1, 2 or ``math.inf``.
         after: one or several callables without arguments, called after each applied update, and not after a skipped one; for
             example ``scheduler.step`` or the update of an EMA. On an accelerator the call may come as late as just before
-            the next update, when the verdict on this one has arrived; see ``Step.settle``.
+            the next update, when the verdict on this one has arrived; see ``Step.settle``. So a checkpoint is not taken in
+            it, but after the call, where the state is whole.
 
     Returns:
         A ``Step``. Called with a function it decorates it; ``with step:`` it is one micro-batch by hand.

@@ -116,8 +116,7 @@ class Step(Generic[P]):
                 "micro-batch call `step.backward(loss)`"
             )
         if not self._device_type:
-            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
-                self._prepare()
+            self._prepare()
         if self._owed is not None and self._owed.known():
             self.settle()
         if self._window is None:
@@ -254,8 +253,7 @@ class Step(Generic[P]):
         """
         self._refuse_within("state_dict")
         if not self._device_type:
-            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
-                self._prepare()
+            self._prepare()
         state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self._reference is not None:
             state["reference"] = self._reference
@@ -276,8 +274,7 @@ class Step(Generic[P]):
         """
         self._refuse_within("load_state_dict")
         if not self._device_type:
-            with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training
-                self._prepare()
+            self._prepare()
         try:
             skipped, closed = int(state["skipped"]), int(state["updates"]) + int(state["skipped"])
             window = Window.from_state_dict(state["window"], state.get("reference")) if "window" in state else None
@@ -332,14 +329,15 @@ class Step(Generic[P]):
             raise ValueError(f"{self._ranks} ranks run: give the wrapped module, `train_step(..., module=ddp_model)`")
         refuse_hooks(parameters)
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
-        if precision is not None or max_norm is not None:
-            self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
-        if precision is not None:
-            device_type, dtype = precision.resolve(device)
-            if dtype == torch.float16:
-                self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
-            if dtype != torch.float32:
-                self._autocast = torch.autocast(device_type, dtype)
+        with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
+            if precision is not None or max_norm is not None:
+                self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
+            if precision is not None:
+                device_type, dtype = precision.resolve(device)
+                if dtype == torch.float16:
+                    self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
+                if dtype != torch.float32:
+                    self._autocast = torch.autocast(device_type, dtype)
         self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
