@@ -320,37 +320,6 @@ def test_over_nests():
     assert step.updates == 1 + 4
 
 
-def test_keyboard_interrupt_in_the_middle_of_a_window_and_going_on():
-    """Before backward nothing is lost; within it the window is."""
-
-    class Interrupt(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise KeyboardInterrupt
-
-    for where, updates in (("forward", 2), ("backward", 1)):
-        model = make_model()
-        step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))
-
-        @step
-        def step(batch, where, model=model):
-            if where == "forward":
-                raise KeyboardInterrupt
-            loss = loss_of(model, batch)
-            return Interrupt.apply(loss) if where == "backward" else loss
-
-        step(BATCHES[0], None)
-        with pytest.raises(KeyboardInterrupt):
-            step(BATCHES[1], where)
-        for batch in BATCHES[1:] + BATCHES[:1]:
-            step(batch, None)
-        assert step.updates == updates
-
-
 # Freezing
 
 
