@@ -15,6 +15,7 @@ test: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/tiny_mlp.py --device $(DEVICE) $(ARGS)
+	$(BIN)/python benchmarks/update.py --device $(DEVICE) $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -80,9 +80,8 @@ class frozen:
         self._layers = normalise(layers)
         self._eval_mode = eval_mode
         self._entered: list[AbstractContextManager[None]] = []
-        self._parts: list[dict[str, Any]] = []
-        self._buffers: list[dict[str, Any]] = []
         self._known: list[Any] | None = None
+        self._empty: list[Any] = []
         self._select()  # whatever is wrong with the layers is wrong here
 
     def around_step(self) -> AbstractContextManager[None]:
@@ -128,18 +127,20 @@ class frozen:
 
     def _select(self) -> Selection:
         """What the layers mean, anew where modules, parameters or buffers were added or replaced since."""
-        if self._structure() != self._known:
+        if self._known is None or any(self._empty) or self._structure() != self._known:
             modules = list(self._module.modules())
-            self._parts = [parts for m in modules for parts in (m._modules, m._parameters)]
-            self._buffers = [m._buffers for m in modules]
+            parts = [parts for m in modules for parts in (m._modules, m._parameters)]
+            buffers = [m._buffers for m in modules]
+            self._empty = [members for members in parts + buffers if not members]
+            self._parts, self._buffers = ([members for members in found if members] for found in (parts, buffers))
             self._selection = select(self._module, self._layers)
             self._known = self._structure()
-            self._kept = [part for parts in self._parts for part in parts.values()]  # or their ids could come again
+            self._kept = [part for members in parts for part in members.values()]  # or their ids could come again
         return self._selection
 
     def _structure(self) -> list[Any]:
         """Every module and parameter, and which buffers there are: a step asks for each micro-batch, so no loop in Python."""
-        parts, buffers = (chain.from_iterable(map(methodcaller("values"), dicts)) for dicts in (self._parts, self._buffers))
+        parts, buffers = (chain.from_iterable(map(methodcaller("values"), found)) for found in (self._parts, self._buffers))
         return [*map(id, parts), *map(type, buffers)]
 
 
@@ -275,8 +276,10 @@ class _Hold:
         can_have_one = parameter.is_floating_point() or parameter.is_complex()
         if can_have_one and parameter.requires_grad != self.requires_grad:
             parameter.requires_grad = self.requires_grad
-        fits = self.grad is not None and can_have_one and self.grad.shape == parameter.shape
-        parameter.grad = self.grad.to(parameter.device, parameter.dtype) if fits and self.grad is not None else None
+        grad = self.grad
+        if grad is not None:
+            grad = grad.to(parameter.device, parameter.dtype) if can_have_one and grad.shape == parameter.shape else None
+        parameter.grad = grad
 
 
 def _hold_of(parameter: nn.Parameter) -> _Hold | None:

@@ -46,13 +46,16 @@ class Check:
         gradients = [gradient for gradient in gradients if gradient.numel()]  # those without a maximum
         if not gradients:
             return self._zero
-        kinds = {(gradient.dtype, gradient.layout) for gradient in gradients}
-        if _foreach_norm is not None and len(kinds) == 1 and kinds <= _SIMPLE:
+        kinds = {(gradient.dtype, gradient.layout, gradient.device) for gradient in gradients}
+        dtype, layout, device = next(iter(kinds))
+        if _foreach_norm is not None and len(kinds) == 1 and layout == torch.strided and dtype in (torch.float32, torch.float64):
             norms = _foreach_norm(gradients, self.norm_type)
         else:
-            wide = functools.reduce(torch.promote_types, (dtype for dtype, _ in kinds), torch.float32).to_real()
+            wide = functools.reduce(torch.promote_types, (dtype for dtype, *_ in kinds), torch.float32).to_real()
             norms = [torch.linalg.vector_norm(_entries(gradient), self.norm_type, dtype=wide) for gradient in gradients]
-        together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(self.device) for n in norms]), self.norm_type)
+        if len(kinds) > 1 or device != self.device:
+            norms = [norm.to(self.device) for norm in norms]
+        together: Tensor = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
         return together
 
     def not_finite(self, norm: Tensor) -> Tensor:
@@ -62,9 +65,6 @@ class Check:
     def inverse_clip(self, norm: Tensor) -> Tensor:
         """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
         return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self._one)
-
-
-_SIMPLE = {(torch.float32, torch.strided), (torch.float64, torch.strided)}
 
 
 def _entries(gradient: Tensor) -> Tensor:
