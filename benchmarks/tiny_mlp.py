@@ -9,6 +9,7 @@ the ratio to the loop beside it in the same round, which a machine that is slow 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import statistics
 import time
@@ -87,6 +88,67 @@ def yielding(device, batches, fused):
     return model, epoch
 
 
+# The others, as their documentation has it, with the same optimizer. Each is left out where it is not installed.
+
+
+def accelerate(device, batches):
+    """https://huggingface.co/docs/accelerate/usage_guides/gradient_accumulation"""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(gradient_accumulation_steps=N, cpu=device.type == "cpu")
+    model, optimizer = accelerator.prepare(*made(device, True))
+
+    def epoch():
+        for x, y in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(mse_loss(model(x), y))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return model, epoch
+
+
+def fabric(device, batches):
+    """https://lightning.ai/docs/fabric/stable/advanced/gradient_accumulation.html"""
+    from lightning_fabric import Fabric
+
+    runner = Fabric(accelerator=device.type, devices=1)
+    model, optimizer = runner.setup(*made(device, True))
+
+    def epoch():
+        for i, (x, y) in enumerate(batches, 1):
+            is_accumulating = i % N != 0
+            with runner.no_backward_sync(model, enabled=is_accumulating):
+                runner.backward(mse_loss(model(x), y) / N)
+            if not is_accumulating:
+                runner.clip_gradients(model, optimizer, max_norm=MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return model, epoch
+
+
+def ignite(device, batches):
+    """https://docs.pytorch.org/ignite/concepts.html, with the accumulation of its create_supervised_trainer"""
+    from ignite.engine import Engine
+
+    model, optimizer = made(device, True)
+
+    def process(engine, batch):
+        x, y = batch
+        if (engine.state.iteration - 1) % N == 0:
+            optimizer.zero_grad()
+        (mse_loss(model(x), y) / N).backward()
+        if engine.state.iteration % N == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+
+    trainer = Engine(process)
+    return model, lambda: trainer.run(batches, max_epochs=1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -103,6 +165,9 @@ def main():
         "train_step, yielding, fused AdamW": yielding(device, batches, True),
         "train_step, returning, default AdamW": returning(device, batches, False),
     }
+    for name, make in {"Hugging Face Accelerate": accelerate, "Lightning Fabric": fabric, "PyTorch Ignite": ignite}.items():
+        with contextlib.suppress(ImportError):
+            contenders[f"{name}, fused AdamW"] = make(device, batches)
     times = {name: [] for name in contenders}
     for _, epoch in contenders.values():
         epoch()

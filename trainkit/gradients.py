@@ -48,10 +48,11 @@ class Gradients:
 
     def drop_returned(self) -> None:
         """Drops what was set aside when the window began, and was put back since; it would count in the window."""
-        for parameter in self._aside:
-            if _aside(parameter) is None:
-                parameter.grad = None
-        self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
+        if self._aside:
+            for parameter in self._aside:
+                if _aside(parameter) is None:
+                    parameter.grad = None
+            self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
 
     def forget(self) -> None:
         """Lets go of what was remembered of a window."""
@@ -96,7 +97,8 @@ class Gradients:
         return ""
 
     def _buckets_rebuilt(self) -> int:
-        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in self._plan.modules)
+        modules = self._plan.modules
+        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in modules) if modules else 0
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
