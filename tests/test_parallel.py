@@ -1,6 +1,10 @@
+import contextlib
+
 import pytest
 import torch
 from oracles import BATCHES, distance, loss_of, make_model, plain_loop
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import accumulate, freeze, frozen, train_step, unfreeze
@@ -70,3 +74,25 @@ def test_gradients_that_move_into_rebuilt_buckets_are_the_same(one_rank, model, 
         step(batch)
     plain_loop(expected, theirs, BATCHES * 3, 3)
     assert step.updates == 3 and distance(list(model.parameters()), list(expected.parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_fsdp2_parameters_are_frozen_also_after_an_evaluation(one_rank, model, permanent):
+    """It leaves parameters that are gathered for it in place, and freezing those would freeze nothing."""
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    step = train_step(torch.optim.AdamW(model.parameters(), lr=0.1))(lambda batch: loss_of(model, batch))
+    block = frozen(model, "[0]")
+    step(BATCHES[0])
+    with torch.no_grad():
+        loss_of(model, BATCHES[0])
+    if permanent:
+        freeze(model, "[0]")
+    with contextlib.nullcontext() if permanent else block:
+        before = [p.full_tensor().clone() for p in model[0].parameters()]
+        step(BATCHES[0])
+        model.reshard()
+        assert all(torch.equal(p.full_tensor(), found) for p, found in zip(model[0].parameters(), before, strict=True))
+        with torch.no_grad():
+            loss_of(model, BATCHES[0])
+    model.reshard()
+    assert all(p.requires_grad is not permanent for p in model[0].parameters())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ def _is_layer(word: Any) -> bool:
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     """What ``layers``, as ``normalise`` returns them, mean in ``module`` as it is now; ValueError where one means nothing."""
     module = unwrapped(module)
+    _reshard(module)
     parameters: dict[int, nn.Parameter] = {}
     modules: dict[int, nn.Module] = {}
     owners: dict[int, nn.Module] = {}
@@ -86,6 +88,14 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     owners.update((key, m) for key, m in whole.items() if any(map(_moves, m.buffers(recurse=False))))
     slots = {id(p): Slot(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None}
     return Selection([slots[key] for key in parameters], list(modules.values()), list(owners.values()))
+
+
+def _reshard(module: nn.Module) -> None:
+    """Puts the sharded parameters of FSDP2 back in place: after an evaluation it leaves gathered ones, which are other objects."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
+    for part in module.modules() if fsdp else ():
+        if isinstance(part, getattr(fsdp, "FSDPModule", ())):
+            part.reshard()  # type: ignore[operator]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
