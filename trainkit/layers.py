@@ -91,7 +91,7 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
 
 
 def _reshard(module: nn.Module) -> None:
-    """Puts the sharded parameters of FSDP2 back in place: after an evaluation it leaves gathered ones, which are other objects."""
+    """Puts sharded parameters of FSDP2 back in place: an evaluation leaves gathered ones there, which are other objects."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
     for part in module.modules() if fsdp else ():
         if isinstance(part, getattr(fsdp, "FSDPModule", ())):
