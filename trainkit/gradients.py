@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from trainkit.plan import Plan
 
-Version = tuple["weakref.ref[Tensor]", int] | None
+Version = tuple[Tensor, int] | None
 
 
 class Gradients:
@@ -19,15 +18,17 @@ class Gradients:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         # One parameter of each optimizer, with what its gradient was: see _version.
-        self._watched: list[tuple[nn.Parameter, Version]] = []
+        self._watched: dict[nn.Parameter, Version] = {}
         self._rebuilt = 0
         # Those whose gradient frozen had set aside when the window began.
         self._aside: list[nn.Parameter] = []
         self._noted: list[tuple[nn.Parameter, Version]] = []
 
     def found(self) -> list[Tensor]:
-        """Those that are there."""
-        return [p.grad for p in self._plan.parameters() if p.grad is not None]
+        """Those of the window that are there."""
+        if self._aside:
+            self.drop_returned()
+        return [gradient for p in self._plan.parameters() if (gradient := p.grad) is not None]
 
     def begin(self) -> None:
         """Sets all to None, for a window. Those that ``frozen`` has set aside are not the window's: see ``drop_returned``."""
@@ -56,7 +57,7 @@ class Gradients:
 
     def forget(self) -> None:
         """Lets go of what was remembered of a window."""
-        self._watched, self._aside = [], []
+        self._watched, self._aside = {}, []
 
     def note(self) -> None:
         """Takes note of what is there before a block by hand, for ``touched``."""
@@ -69,16 +70,21 @@ class Gradients:
 
     def remember(self) -> None:
         """Takes note of what a micro-batch left, for ``disturbance``: of each optimizer the first parameter with a gradient."""
-        watched = [p for p, _ in self._watched]
-        if not watched:
+        if self._aside:
+            self.drop_returned()
+        if not self._watched:
             first = (next((p for p in ps if p.grad is not None), None) for ps in self._plan.parameters_by_optimizer())
-            watched = [p for p in first if p is not None]
-        self._watched = [(p, _version(p)) for p in watched]
-        self._rebuilt = self._buckets_rebuilt()
+            self._watched = {p: None for p in first if p is not None}
+        for parameter in self._watched:
+            self._watched[parameter] = _version(parameter)
+        if self._plan.modules:
+            self._rebuilt = self._buckets_rebuilt()
 
     def disturbance(self) -> str:
         """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
-        for parameter, left in self._watched:
+        if self._aside:
+            self.drop_returned()
+        for parameter, left in self._watched.items():
             if parameter.grad is None:
                 # Of a parameter that is frozen just now the gradient is set aside.
                 if left is not None and parameter.requires_grad:
@@ -92,8 +98,7 @@ class Gradients:
         return ""
 
     def _buckets_rebuilt(self) -> int:
-        modules = self._plan.modules
-        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in modules) if modules else 0
+        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in self._plan.modules)
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
@@ -131,14 +136,14 @@ class Gradients:
 
 
 def _version(parameter: nn.Parameter) -> Version:
-    """Which tensor the gradient is, and how often it was written to; without keeping it alive. None for no gradient."""
-    return None if parameter.grad is None else (weakref.ref(parameter.grad), parameter.grad._version)
+    """Which tensor the gradient is, and how often it was written to; None for no gradient."""
+    gradient = parameter.grad
+    return None if gradient is None else (gradient, gradient._version)
 
 
 def _is_still(parameter: nn.Parameter, version: Version) -> bool:
     """Whether the gradient, which is there, is what it was."""
-    gradient = parameter.grad
-    return version is not None and gradient is version[0]() and gradient is not None and gradient._version == version[1]
+    return version is not None and parameter.grad is version[0] and version[0]._version == version[1]
 
 
 def _hold(parameter: nn.Parameter) -> Any:

@@ -19,16 +19,14 @@ class StepResult:
             was taken.
     """
 
-    __slots__ = ("_count", "_settle", "_skipped", "_window", "complete", "grad_norm", "loss")
-
-    def __init__(self) -> None:
-        self.loss: Tensor | None = None
-        self.complete = False
-        self.grad_norm: Tensor | None = None
-        self._skipped: bool | Tensor = False
-        self._settle: Callable[[], None] | None = None
-        self._window: Window | None = None
-        self._count = 0
+    # On the class: a result is made for every micro-batch, and most of them keep most of these.
+    loss: Tensor | None = None
+    complete = False
+    grad_norm: Tensor | None = None
+    _skipped: bool | Tensor = False
+    _settle: Callable[[], None] | None = None
+    _window: Window | None = None
+    _count = 0
 
     @property
     def window_loss(self) -> Tensor | None:

@@ -43,17 +43,16 @@ class Check:
 
         ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, of float16 to inf above 65504.
         """
-        gradients = [gradient for gradient in gradients if gradient.numel()]  # those without a maximum
+        if self.norm_type == math.inf:
+            gradients = [gradient for gradient in gradients if gradient.numel()]  # nothing has no maximum
         if not gradients:
             return self._zero
-        kinds = {(gradient.dtype, gradient.layout, gradient.device) for gradient in gradients}
-        dtype, layout, device = next(iter(kinds))
-        if _foreach_norm is not None and len(kinds) == 1 and layout == torch.strided and dtype in (torch.float32, torch.float64):
-            norms = _foreach_norm(gradients, self.norm_type)
+        wide = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+        if _foreach_norm is not None and not wide.is_complex and {g.layout for g in gradients} == {torch.strided}:
+            norms = _foreach_norm(gradients, self.norm_type, wide)
         else:
-            wide = functools.reduce(torch.promote_types, (dtype for dtype, *_ in kinds), torch.float32).to_real()
-            norms = [torch.linalg.vector_norm(_entries(gradient), self.norm_type, dtype=wide) for gradient in gradients]
-        if len(kinds) > 1 or device != self.device:
+            norms = [torch.linalg.vector_norm(_entries(g), self.norm_type, dtype=wide.to_real()) for g in gradients]
+        if {g.device for g in gradients} != {self.device}:
             norms = [norm.to(self.device) for norm in norms]
         together: Tensor = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
         return together
@@ -180,7 +179,7 @@ def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bo
     """
     return (
         bool(gradients)
-        and all(g.dtype != torch.float64 for g in gradients)
+        and torch.float64 not in {g.dtype for g in gradients}
         and all(map(_is_fused, optimizers))
         and (len(optimizers) == 1 or not _share_parameters(optimizers))
     )

@@ -34,17 +34,14 @@ class Window:
         self.first_of_all = reference is None
         self.reference: Weight = 1.0 if reference is None else reference
 
-    def refuse_a_mix(self, weight: Weight | None) -> None:
-        """Raises TypeError where weighted and unweighted losses would meet in one window."""
+    def share(self, weight: Weight | None) -> float | Tensor:
+        """The factor of a micro-batch's gradient on its way in; TypeError where weighted and unweighted losses would meet."""
         if self.losses and self.weighted is not (weight is not None):
             was, came = ("with", "without") if self.weighted else ("without", "with")
             raise TypeError(
                 f"a loss came {came} a weight into a window whose {len(self.losses)} losses so far came {was} one; the mean over "
                 "both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
             )
-
-    def share(self, weight: Weight | None) -> float | Tensor:
-        """The factor of a micro-batch's gradient on its way in."""
         if weight is None:
             return 1.0 / self.length
         if self.first_of_all:
@@ -59,13 +56,13 @@ class Window:
 
     def add(self, loss: Tensor, weight: Weight | None) -> None:
         """Counts a micro-batch: its loss, detached, and its weight."""
+        self.weighted = weight is not None
+        latest: Weight = 1 if weight is None else weight
         self.losses.append(loss)
-        self.weights.append(1 if weight is None else weight)
-        latest = self.weights[-1]
+        self.weights.append(latest)
         if isinstance(latest, float) or isinstance(self.total, float):  # which torch adds to an int tensor as float32
             latest, self.total = _wide(latest), _wide(self.total)
         self.total = self.total + latest
-        self.weighted = weight is not None
 
     def divisor(self) -> float | Tensor:
         """What the gradients that have added up are still to be divided by."""
@@ -120,7 +117,7 @@ def widened(weight: Weight, device: torch.device) -> Weight:
     """The weight on that device, in a type whose sums stay exact: four times 200 is 32 in uint8, and in NumPy's too."""
     if not isinstance(weight, Tensor):
         return int(weight) if isinstance(weight, numbers.Integral) else float(weight)
-    weight = weight.detach().to(device)
+    weight = weight.detach().to(device, non_blocking=True)
     wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
     return wide
 
