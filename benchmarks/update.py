@@ -1,30 +1,16 @@
-"""What an update costs, without the model: a float16 scaler, clipping and AdamW on parameters of several sizes.
+"""What an update costs without the model: a float16 scaler, clipping and AdamW on parameters of several sizes.
 
-    python benchmarks/update.py [--device cuda] [--rounds 20] [--threads 2]
-
-Backward is a function that hands out gradients it has; its time, measured by itself in every round, is taken off. All
-contenders take turns in one process, and take the same updates (the last column). Quoted are medians of the ratios to the loop
-beside it in the same round.
+Backward is a function that hands out gradients it has; its time, measured by itself in every round, is taken off.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
-import time
-
 import torch
+from measure import in_turn, microseconds, ratio, table
 
 from trainkit import amp, train_step
 
 SCALE, MAX_NORM = 65536.0, 1.0
-SIZES = {
-    "1 M in 10 tensors": (10, 100_000),
-    "10 M in 10 tensors": (10, 1_000_000),
-    "40 M in 40 tensors": (40, 1_000_000),
-    "4 k in 400 tensors": (400, 10),
-}
 
 
 class HandOut(torch.autograd.Function):
@@ -41,19 +27,24 @@ class HandOut(torch.autograd.Function):
 
 
 class Problem:
-    def __init__(self, tensors, size, device):
-        generator = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(torch.zeros(size, device=device)) for _ in range(tensors)]
-        self.gradients = [(SCALE * torch.randn(size, generator=generator)).to(device) for _ in range(tensors)]
+    """Parameters of which only the gradients are known; those of all contenders are the same tensors, and are copied."""
+
+    def __init__(self, gradients):
+        self.gradients = gradients
+        self.parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
 
     def loss(self):
         return HandOut.apply(self.gradients, *self.parameters)
 
 
-def by_hand(problem, fused):
+def made_gradients(tensors, size, device):
+    generator = torch.Generator().manual_seed(0)
+    return [(SCALE * torch.randn(size, generator=generator)).to(device) for _ in range(tensors)]
+
+
+def by_hand(problem, fused=True):
     optimizer = torch.optim.AdamW(problem.parameters, fused=fused or None)
-    device = problem.parameters[0].device.type
-    scaler = torch.amp.GradScaler(device, init_scale=SCALE)
+    scaler = torch.amp.GradScaler(problem.parameters[0].device.type, init_scale=SCALE)
 
     def update():
         scaler.scale(problem.loss()).backward()
@@ -66,16 +57,21 @@ def by_hand(problem, fused):
     return update
 
 
-def with_trainkit(problem, fused, yields=False):
+def returning(problem, fused=True):
     optimizer = torch.optim.AdamW(problem.parameters, fused=fused or None)
-    plan = train_step(optimizer, amp(dtype=torch.float16, init_scale=SCALE), max_norm=MAX_NORM)
+    return train_step(optimizer, amp(dtype=torch.float16, init_scale=SCALE), max_norm=MAX_NORM)(problem.loss)
 
-    def yielding():
+
+def yielding(problem):
+    optimizer = torch.optim.AdamW(problem.parameters, fused=True)
+
+    @train_step(optimizer, amp(dtype=torch.float16, init_scale=SCALE), max_norm=MAX_NORM)
+    def step():
         yield problem.loss()
         optimizer.step()
         optimizer.zero_grad()
 
-    return plan(yielding if yields else problem.loss)
+    return step
 
 
 def bare(problem):
@@ -99,54 +95,82 @@ def backward_alone(problem):
 
 
 CONTENDERS = {
-    "by hand, default AdamW": lambda problem: by_hand(problem, False),
-    "by hand, fused AdamW": lambda problem: by_hand(problem, True),
-    "**train_step, returning, fused AdamW**": lambda problem: with_trainkit(problem, True),
-    "train_step, yielding, fused AdamW": lambda problem: with_trainkit(problem, True, yields=True),
-    "train_step, returning, default AdamW": lambda problem: with_trainkit(problem, False),
+    "by hand, default AdamW": lambda problem: by_hand(problem, fused=False),
+    "by hand, fused AdamW": by_hand,
+    "**train_step, returning, fused AdamW**": returning,
+    "train_step, yielding, fused AdamW": yielding,
+    "train_step, returning, default AdamW": lambda problem: returning(problem, fused=False),
     "fused AdamW alone: no scaler, no clipping": bare,
 }
+USUAL, BY_HAND, TRAINKIT, *_, BARE = CONTENDERS
 
 
-def measure(size, device, rounds):
-    """Seconds of each contender in each round, backward taken off, and the parameters it ends with."""
-    problems = {name: Problem(*size, device) for name in ("backward", *CONTENDERS)}
+def compete(tensors, size, device, rounds):
+    """The seconds of each contender per update in each round, backward taken off."""
+    gradients = made_gradients(tensors, size, device)
+    problems = {name: Problem(gradients) for name in ("backward", *CONTENDERS)}
     runs = {"backward": backward_alone(problems["backward"])}
     runs |= {name: make(problems[name]) for name, make in CONTENDERS.items()}
-    repeat = max(1, 100_000 // (size[0] * size[1]))
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(repeat):
-                run()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name].append((time.perf_counter() - start) / repeat)
-    off = seconds.pop("backward")
-    seconds = {name: [t - o for t, o in zip(times, off, strict=True)] for name, times in seconds.items()}
-    return seconds, {name: torch.cat([p.detach().flatten() for p in problems[name].parameters]) for name in CONTENDERS}
+    times = in_turn(runs, device, rounds, repeat=max(1, 100_000 // (tensors * size)))
+    for name in set(CONTENDERS) - {BARE}:
+        for mine, theirs in zip(problems[name].parameters, problems[BY_HAND].parameters, strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), f"{name} takes other updates"
+    off = times.pop("backward")
+    return {name: [t - o for t, o in zip(taken, off, strict=True)] for name, taken in times.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"{platform.machine()}, torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
-    for name, size in SIZES.items():
-        seconds, parameters = measure(size, options.device, options.rounds)
-        usual, fused, *_ = seconds.values()
-        expected = parameters["by hand, fused AdamW"]
-        print(f"\n{name}\n\n| contender | us | / fused by hand | / by hand | parameters off by |\n|---|---|---|---|---|")
-        for contender, times in seconds.items():
-            ratios = [statistics.median(t / o for t, o in zip(times, other, strict=True)) for other in (fused, usual)]
-            distance = ((parameters[contender] - expected).norm() / expected.norm()).item()
-            shown = "-" if "alone" in contender else f"{distance:.0e}"
-            print(f"| {contender} | {1e6 * statistics.median(times):,.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {shown} |")
+def update_table(sizes, device, rounds):
+    """Micro-seconds per update, and the ratio to the loop by hand with the same optimizer, for several sizes."""
+    times = {title: compete(*size, device, rounds) for title, size in sizes.items()}
+    rows = {
+        name: [f"{microseconds(taken[name])}, {ratio(taken[name], taken[BY_HAND])}" for taken in times.values()]
+        for name in CONTENDERS
+    }
+    for other in (USUAL, BARE):
+        rows[f"train_step, returning, / {other}"] = [ratio(taken[TRAINKIT], taken[other]) for taken in times.values()]
+    return table("", list(times), rows)
 
 
-if __name__ == "__main__":
-    main()
+def peak(run, device):
+    """The most bytes of tensors at a time while this runs, beyond those that are there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def waits(run):
+    """Whether the host waits for the GPU while this runs."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def memory_table(device):
+    """The peak of one update of 10 M parameters, after the first, in sizes of the gradients; and on a GPU whether it waits."""
+    gradients = made_gradients(10, 1_000_000, device)
+    size = sum(gradient.nbytes for gradient in gradients)
+    columns, rows = ["peak, in sizes of the gradients"], {}
+    for name, make in CONTENDERS.items():
+        run = make(Problem(gradients))
+        run()
+        rows[name] = [f"{peak(run, device) / size:.2f}"]
+        if device == "cuda":
+            rows[name].append("yes" if waits(run) else "no")
+    return table("", [*columns, "the host waits"] if device == "cuda" else columns, rows)

@@ -1,0 +1,148 @@
+"""Measures everything on one device, and writes tables and a plot into BENCHMARKS.md.
+
+    python benchmarks/run.py                    on the CPU; make bench
+    python benchmarks/run.py --device cuda      make bench DEVICE=cuda
+    python benchmarks/run.py --quick --output /tmp/try.md
+
+Contenders take turns in one process, and take the same updates, which is checked. Quoted are the median of the time and, of the
+ratios to the loop beside it in the same round, the median and both quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import re
+import statistics
+from pathlib import Path
+
+import matplotlib
+import steps
+import torch
+import update
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine(device):
+    """What was measured on, and when."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        found = re.search(r"model name\s*: (.*)", cpu)
+        name = f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "accelerate", "lightning-fabric", "pytorch-ignite"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{name}; {', '.join(versions)}; {datetime.date.today()}."
+
+
+def draw_growth(device, rounds, path):
+    """How the cost grows with the number of parameter tensors, and with n."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    counts = [4, 16, 64, 256, 1024]
+    taken = [update.compete(count, 10, device, rounds) for count in counts]
+    for name in (update.USUAL, update.BY_HAND, update.TRAINKIT, update.BARE):
+        left.plot(counts, [1e3 * statistics.median(times[name]) for times in taken], marker="o", label=name.strip("*"))
+    left.set(xscale="log", yscale="log", xlabel="parameter tensors of 10 elements", ylabel="ms per update")
+    lengths = [1, 2, 4, 8, 16, 32]
+    taken = [steps.compete(steps.tiny(device, n), rounds) for n in lengths]
+    for name in steps.CONTENDERS:
+        if all(name in times for times in taken):
+            right.plot(lengths, [1e6 * statistics.median(times[name]) for times in taken], marker="o", label=name.strip("*"))
+    right.set(xscale="log", xlabel="n, micro-batches in a window", ylabel="us per micro-batch, tiny model", xticks=lengths)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def measured(device, quick, picture):
+    """Everything on a device, in Markdown."""
+    rounds, few = (2, 2) if quick else (80, 15)
+    threads = torch.get_num_threads()
+    title = f"Measured on {machine(device)}"
+    torch.set_num_threads(1)  # where there is hardly any work, a second one adds noise
+    tiny = {
+        "n = 4": steps.tiny(device),
+        "n = 1": steps.tiny(device, 1),
+        "n = 32": steps.tiny(device, 32),
+        "n = 4, bfloat16": steps.tiny(device, precision=torch.bfloat16),
+        "n = 4, float16": steps.tiny(device, precision=torch.float16),
+    }
+    tiny = steps.steps_table(tiny, rounds)
+    draw_growth(device, few, picture)
+    torch.set_num_threads(threads)
+    precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if device == "cpu":
+        del precisions["float16"]  # ten times as slow as float32 there: nobody trains so
+    encoder = {name: steps.encoder(device, precision=precision) for name, precision in precisions.items()}
+    sizes = {
+        "1 M in 10 tensors": (10, 100_000),
+        "10 M in 10 tensors": (10, 1_000_000),
+        "40 M in 40 tensors": (40, 1_000_000),
+        "100 M in 100 tensors": (100, 1_000_000),
+        "4,000 in 400 tensors": (400, 10),
+    }
+    if quick:
+        encoder, sizes = {"float32": encoder["float32"]}, {"1 M in 10 tensors": (10, 100_000)}
+    return f"""{title}
+
+### A step of a tiny model, where all is overhead
+
+{tiny}
+
+Four layers of 8 x 8, clipping, one thread. Microseconds per micro-batch, and the ratio to the correct loop by hand.
+
+### A step of an encoder
+
+{steps.steps_table(encoder, few)}
+
+A BERT of six layers, 384 wide, 11.4 M parameters; n = 4, micro-batches of 8 sentences of 32 tokens, no dropout.
+
+### An update alone
+
+{update.update_table(sizes, device, few)}
+
+float16 scaler, clipping and AdamW; microseconds per update, the time of backward taken off.
+
+### Memory of an update
+
+{update.memory_table(device)}
+
+10 M parameters, scaler and clipping. The gradients themselves are 1.00.
+
+### How it grows
+
+![Milliseconds per update by the number of tensors, and microseconds per micro-batch by n](docs/{picture.name})"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="two rounds of a part of it: that everything runs")
+    parser.add_argument("--output", type=Path, default=ROOT / "BENCHMARKS.md", help="where the section is written (%(default)s)")
+    options = parser.parse_args()
+    begin, end = f"<!-- measured: {options.device} -->\n", f"<!-- end: {options.device} -->"
+    before, _, rest = options.output.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{options.output} has no place for this: a line {begin.strip()} and a line {end}")
+    picture = options.output.parent / "docs" / f"benchmarks_{options.device}.png"
+    picture.parent.mkdir(exist_ok=True)
+    options.output.write_text(f"{before}{begin}{measured(options.device, options.quick, picture)}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()

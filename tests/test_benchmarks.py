@@ -1,0 +1,54 @@
+"""That what BENCHMARKS.md is made with works; nothing here looks at a time."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 4])
+def test_contenders_take_the_same_updates(module, precision, n):
+    steps = module("steps")
+    times = steps.compete(steps.tiny("cpu", n, precision), rounds=2)  # which compares the parameters
+    assert {steps.USUAL, steps.BY_HAND, steps.TRAINKIT} <= set(times)
+    assert all(len(taken) == 2 for taken in times.values())
+
+
+def test_a_contender_that_takes_other_updates_is_found_out(module, monkeypatch):
+    steps = module("steps")
+    task = steps.tiny("cpu")
+    monkeypatch.setitem(steps.CONTENDERS, "other", lambda task: steps.CONTENDERS[steps.USUAL](task._replace(n=2)))
+    with pytest.raises(AssertionError, match="other takes other updates"):
+        steps.compete(task, rounds=1)
+
+
+def test_updates_alone(module):
+    update = module("update")
+    assert set(update.compete(3, 50_000, "cpu", rounds=1)) == set(update.CONTENDERS)
+    rows = update.memory_table("cpu").splitlines()
+    peaks = {row.split(" | ")[0][2:]: float(row.split(" | ")[1].rstrip(" |")) for row in rows[2:]}
+    assert math.isclose(peaks[update.BY_HAND], peaks[update.TRAINKIT], abs_tol=0.01)
+
+
+def test_the_section_of_a_device_is_written_and_the_others_are_left(module, monkeypatch, tmp_path):
+    run = module("run")
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- measured: cpu -->\nold\n<!-- end: cpu -->\nb\n")
+    monkeypatch.setattr(run, "measured", lambda device, quick, picture: f"new, {device}, {picture.name}")
+    monkeypatch.setattr("sys.argv", ["run.py", "--output", str(page)])
+    run.main()
+    assert page.read_text() == "a\n<!-- measured: cpu -->\nnew, cpu, benchmarks_cpu.png\n<!-- end: cpu -->\nb\n"
+    monkeypatch.setattr("sys.argv", ["run.py", "--device", "cuda", "--output", str(page)])
+    with pytest.raises(SystemExit, match="has no place for this"):
+        run.main()
