@@ -54,11 +54,14 @@ def compete(task, rounds):
             models[name], epochs[name] = make(task)
         except (ImportError, Unsupported):
             continue
-    times = in_turn(epochs, task.device, rounds)
-    start, expected = flat(task.made(True)[0]), flat(models[BY_HAND])
+    start = flat(task.made(True)[0])
+    for epoch in epochs.values():
+        epoch()
+    expected = flat(models[BY_HAND])
     for name, model in models.items():
         off = ((flat(model) - expected).norm() / (expected - start).norm()).item()
-        assert off <= (1e-2 if task.precision == torch.float32 else 1e-1), f"{name} takes other updates: {off:.0e}"
+        assert off <= 1e-2, f"{name} takes other updates: {off:.0e}"  # after many, all differ as much as rounding grows
+    times = in_turn(epochs, task.device, rounds)
     return {name: [t / len(task.batches) for t in taken] for name, taken in times.items()}
 
 

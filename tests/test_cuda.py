@@ -85,7 +85,7 @@ def test_a_whole_window_can_be_captured_in_a_cuda_graph(dtype):
     torch.cuda.current_stream().wait_stream(stream)
     expected = copy.deepcopy(model)
     theirs = torch.optim.AdamW(expected.parameters(), lr=0.01, fused=True, capturable=True)
-    theirs.load_state_dict(optimizer.state_dict())
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     eager = train_step(theirs, accumulate(2), amp(dtype=dtype), max_norm=0.1)(lambda batch: loss_of(expected, batch))
     eager.load_state_dict(step.state_dict())
 

@@ -1,4 +1,5 @@
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -69,6 +70,16 @@ def test_a_loss_that_went_around_the_step_is_warned_of(model, optimizer):
     with warnings.catch_warnings(), step, torch.no_grad():
         warnings.simplefilter("error")
         loss_of(model, BATCHES[0])
+
+
+def test_no_gradient_outlives_its_window(model, optimizer):
+    step = train_step(optimizer, accumulate(2))
+    by_call = step(lambda batch: loss_of(model, batch))
+    for run in (by_call, lambda batch: [step.__enter__(), step.backward(loss_of(model, batch)), step.__exit__(None, None, None)]):
+        run(BATCHES[0])
+        left = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+        run(BATCHES[1])
+        assert not any(gradient() is not None for gradient in left)
 
 
 def test_gradients_that_frozen_set_aside_are_put_back_and_take_part_in_nothing(model, optimizer):

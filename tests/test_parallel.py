@@ -2,12 +2,12 @@ import contextlib
 
 import pytest
 import torch
-from oracles import BATCHES, distance, loss_of, make_model, plain_loop
+from oracles import BATCHES, OPTIMIZERS, distance, loss_of, make_batches, make_model, plain_loop
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainkit import accumulate, freeze, frozen, train_step, unfreeze
+from trainkit import accumulate, amp, freeze, frozen, train_step, unfreeze
 
 
 @pytest.fixture
@@ -74,6 +74,25 @@ def test_gradients_that_move_into_rebuilt_buckets_are_the_same(one_rank, model, 
         step(batch)
     plain_loop(expected, theirs, BATCHES * 3, 3)
     assert step.updates == 3 and distance(list(model.parameters()), list(expected.parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW fused"])
+@pytest.mark.parametrize("weight", [None, torch.tensor(3)])
+def test_gradients_of_fsdp2_are_unscaled_and_clipped(one_rank, kind, weight):
+    """Their norm is a sharded tensor, which no scaler takes, until it is made whole."""
+    states = []
+    for wrap in (fully_shard, lambda model, mesh: model):
+        model = make_model(torch.float32)
+        wrap(model, mesh=init_device_mesh("cpu", (1,)))
+
+        @train_step(OPTIMIZERS[kind](model.parameters()), accumulate(2), amp(dtype=torch.float16), max_norm=0.1, module=model)
+        def step(batch, model=model):
+            return loss_of(model, batch) if weight is None else (loss_of(model, batch), weight)
+
+        results = [step(batch) for batch in make_batches([4] * 4, torch.float32)]
+        assert type(results[-1].grad_norm) is torch.Tensor and step.updates == 2
+        states.append([getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()])
+    assert distance(*states) <= 1e-6
 
 
 @pytest.mark.parametrize("permanent", [False, True])

@@ -815,6 +815,20 @@ def test_without_the_private_backward_of_torch_the_result_is_the_same(monkeypatc
     assert same_bits(*states)
 
 
+@pytest.mark.parametrize("weight", [None, 2, torch.tensor(2)])
+@pytest.mark.parametrize("losses", [1, 3])
+def test_a_parameter_of_one_element_does_not_change_what_backward_starts_from(weight, losses):
+    """Its gradient may lie in the memory of that, and is added to there."""
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    step = train_step(torch.optim.SGD([parameter], lr=1.0), accumulate(2))
+    for _ in range(8):
+        with step:
+            step.backward(parameter.squeeze(), weight)
+            for _ in range(1, losses):
+                step.backward(parameter.squeeze())
+    assert step.updates == 4 and math.isclose(parameter.item(), 1 - 4 * losses)
+
+
 def test_a_loss_of_a_tensor_subclass_runs_its_own_backward(model, optimizer):
     seen = []
 

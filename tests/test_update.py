@@ -166,10 +166,11 @@ def test_a_call_inside_a_window_adds_no_operation_but_detach():
     step(BATCHES[0])
     with Count() as ours:
         step(BATCHES[1])
-    seed = torch.tensor(1 / 9)
     with Count() as theirs:
-        loss_of(model, BATCHES[1]).backward(gradient=seed)
+        loss_of(model, BATCHES[1]).backward()
+    # The loss that is kept, and the share of the micro-batch in place of the 1 that backward starts from otherwise.
     assert ours.ops.pop("detach") - theirs.ops.pop("detach", 0) == 1
+    assert ours.ops.pop("full") == theirs.ops.pop("ones_like") == 1
     assert ours.ops == theirs.ops
 
 
@@ -391,7 +392,7 @@ def test_parameters_of_several_dtypes_are_clipped_by_one_norm(fused, other):
     norm = math.sqrt(3 * 2.0**2 + 5 * 4.0**2)
     assert math.isclose(result.grad_norm.item(), norm, rel_tol=1e-6)
     for parameter, slope in zip(parameters, slopes, strict=True):
-        assert torch.allclose(parameter, -slope / (norm + 1e-6), rtol=4 * torch.finfo(parameter.dtype).eps, atol=0)
+        assert torch.allclose(parameter, -slope / (norm + 1e-6), rtol=max(4 * torch.finfo(parameter.dtype).eps, 1e-6), atol=0)
 
 
 def test_an_empty_parameter_has_no_part_in_the_norm():

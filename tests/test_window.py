@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import BATCHES, distance, loss_of, make_model, plain_loop
 
 from trainkit import accumulate, train_step
-from trainkit.window import Window
+from trainkit.window import Window, widened
 
 weights = st.lists(st.integers(0, 10**7), min_size=1, max_size=6)
 
@@ -86,3 +86,8 @@ def test_losses_in_a_state_are_copies():
     state = step.state_dict()
     result.loss.zero_()
     assert state["window"]["losses"][0] > 0
+
+
+def test_a_weight_that_lies_on_the_cpu_is_read_there_and_not_copied_to_a_device():
+    assert widened(torch.tensor(3), torch.device("meta")) == 3 and widened(torch.tensor(0.5), torch.device("meta")) == 0.5
+    assert isinstance(widened(torch.tensor(3), torch.device("cpu")), torch.Tensor)

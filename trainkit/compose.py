@@ -76,7 +76,7 @@ def train_step(
 
     ``train_step(opt, a, b)(f) == train_step(opt)(a(b(f))) == train_step(opt)(b(a(f)))``. A generator function that yields its
     loss keeps the update code that it has below the yield. With fused optimizers (``AdamW(..., fused=True)``) the
-    whole update takes two reads and one write of the gradients, and never waits for the device.
+    whole update takes two reads and one write of the gradients, and does not wait for the device.
 
     Args:
         optimizer: one, or a sequence: one norm over all of them, and all of them step or none.

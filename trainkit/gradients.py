@@ -57,7 +57,7 @@ class Gradients:
 
     def forget(self) -> None:
         """Lets go of what was remembered of a window."""
-        self._watched, self._aside = {}, []
+        self._watched, self._aside, self._noted = {}, [], []
 
     def note(self) -> None:
         """Takes note of what is there before a block by hand, for ``touched``."""

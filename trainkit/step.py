@@ -72,7 +72,6 @@ class Step(Generic[P]):
         self._owed: Verdict | None = None
         self._at_last_batch = False
         self._ended_early = False
-        self._seeds: dict[tuple[Any, ...], Tensor] = {}
         self._gradients = Gradients(plan)
         self._window: Window | None = None
         # The micro-batch under way.
@@ -294,7 +293,6 @@ class Step(Generic[P]):
             if "loss_scale" in state:
                 self._loss_scale.value.fill_(scale)
                 self._loss_scale.growth_tracker.fill_(tracker)
-                self._seeds.clear()
             here = self._loss_scale.value.item()
         if window is not None:
             self._window = window
@@ -422,22 +420,18 @@ class Step(Generic[P]):
             raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
 
     def _seed(self, loss: Tensor) -> Tensor:
-        """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale."""
+        """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale.
+
+        A new tensor every time, as that 1 is: the gradient of a parameter of one element may come to lie in its memory.
+        """
         share = self._share
-        key = (share, loss.dtype, loss.device)
-        if self._weight is None and key in self._seeds:
-            return self._seeds[key]
         if self._loss_scale is not None:
             # Wider than the loss may be: 65,536 is inf in float16, a third of it is not.
             wide = torch.promote_types(loss.dtype, torch.float32)
-            share = self._loss_scale.value.to(loss.device, wide) * share
+            return (self._loss_scale.value.to(loss.device, wide) * share).to(loss.device, loss.dtype)
         if isinstance(share, Tensor):
-            seed = share.to(loss.device, loss.dtype)
-        else:
-            seed = torch.full((), share, dtype=loss.dtype, device=loss.device)
-        if self._weight is None:
-            self._seeds[key] = seed
-        return seed
+            return share.to(loss.device, loss.dtype, copy=True)
+        return torch.full((), share, dtype=loss.dtype, device=loss.device)
 
     def _finish(self) -> None:
         """Counts the micro-batch, and closes the window where this was its last."""
@@ -465,7 +459,6 @@ class Step(Generic[P]):
         self._skips += outcome.skipped
         if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
-            self._seeds.clear()
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them

@@ -47,14 +47,17 @@ class Check:
             gradients = [gradient for gradient in gradients if gradient.numel()]  # nothing has no maximum
         if not gradients:
             return self._zero
-        wide = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+        dtypes = {g.dtype for g in gradients}
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
         if _foreach_norm is not None and not wide.is_complex and {g.layout for g in gradients} == {torch.strided}:
-            norms = _foreach_norm(gradients, self.norm_type, wide)
+            norms = _foreach_norm(gradients, self.norm_type, None if dtypes <= {torch.float32, torch.float64} else wide)
         else:
             norms = [torch.linalg.vector_norm(_entries(g), self.norm_type, dtype=wide.to_real()) for g in gradients]
         if {g.device for g in gradients} != {self.device}:
             norms = [norm.to(self.device) for norm in norms]
         together: Tensor = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
+        if hasattr(together, "full_tensor"):  # of the shards that FSDP2 has on each rank, the norm of all
+            together = together.full_tensor()
         return together
 
     def not_finite(self, norm: Tensor) -> Tensor:

@@ -115,9 +115,11 @@ class Window:
 
 def widened(weight: Weight, device: torch.device) -> Weight:
     """The weight on that device, in a type whose sums stay exact: four times 200 is 32 in uint8, and in NumPy's too."""
+    if isinstance(weight, Tensor) and weight.is_cpu and device.type != "cpu":
+        weight = weight.item()  # no wait, as a copy to the device may be
     if not isinstance(weight, Tensor):
         return int(weight) if isinstance(weight, numbers.Integral) else float(weight)
-    weight = weight.detach().to(device, non_blocking=True)
+    weight = weight.detach().to(device)
     wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
     return wide
 
