@@ -170,7 +170,7 @@ def test_a_call_inside_a_window_adds_no_operation_but_detach():
         loss_of(model, BATCHES[1]).backward()
     # The loss that is kept, and the share of the micro-batch in place of the 1 that backward starts from otherwise.
     assert ours.ops.pop("detach") - theirs.ops.pop("detach", 0) == 1
-    assert ours.ops.pop("full") == theirs.ops.pop("ones_like") == 1
+    assert ours.ops.pop("full_like") == theirs.ops.pop("ones_like") == 1
     assert ours.ops == theirs.ops
 
 

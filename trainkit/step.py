@@ -431,7 +431,7 @@ class Step(Generic[P]):
             return (self._loss_scale.value.to(loss.device, wide) * share).to(loss.device, loss.dtype)
         if isinstance(share, Tensor):
             return share.to(loss.device, loss.dtype, copy=True)
-        return torch.full((), share, dtype=loss.dtype, device=loss.device)
+        return torch.full_like(loss, share)
 
     def _finish(self) -> None:
         """Counts the micro-batch, and closes the window where this was its last."""
