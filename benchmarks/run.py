@@ -61,7 +61,7 @@ def draw_growth(device, rounds, path):
     right.set(xscale="log", xlabel="n, micro-batches in a window", ylabel="us per micro-batch, tiny model", xticks=lengths)
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.5 * right.get_ylim()[1])  # room for the legend
     for axis in (left, right):
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
@@ -70,7 +70,7 @@ def draw_growth(device, rounds, path):
 
 def measured(device, quick, picture):
     """Everything on a device, in Markdown."""
-    rounds, few = (2, 2) if quick else (80, 15)
+    rounds, few = (2, 2) if quick else (80, 25)
     threads = torch.get_num_threads()
     title = f"Measured on {machine(device)}"
     torch.set_num_threads(1)  # where there is hardly any work, a second one adds noise

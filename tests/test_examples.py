@@ -58,7 +58,7 @@ def test_freeze_transformer():
 
 
 def test_finetune_sentiment(tmp_path):
-    # Two micro-batches of 16, and one of 4 that is a window by itself.
+    # Two batches of 16, and one of 4.
     lines = run("finetune_sentiment.py", "--train", 36, "--evaluate", 32, "--output", tmp_path).splitlines()
     assert lines[0] == "training on 36 sentences, evaluation on 32 others, 2 labels"
     table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("plain", "trainkit"))}
