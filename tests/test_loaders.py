@@ -1,6 +1,13 @@
-import pytest
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
-from trainkit.loaders import mark_last
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainkit.loaders import in_step, mark_last
 
 
 class Loader:
@@ -24,11 +31,11 @@ class Loader:
 @pytest.mark.parametrize("says", [None, 0, 1, 2, 3, 4])
 def test_every_batch_comes_once_in_order_and_only_the_last_is_the_last(has, says):
     seen = list(mark_last(Loader(has, says)))
-    assert [batch for batch, _ in seen] == list(range(has))
+    assert [delivery.batch for delivery in seen] == list(range(has))
     if says is None or says <= has:
-        assert [last for _, last in seen][-1:] == [True] * bool(has)
+        assert [delivery.is_last for delivery in seen][-1:] == [True] * bool(has)
     if says in (None, has):
-        assert [last for _, last in seen] == [False] * (has - 1) + [True] * bool(has)
+        assert [delivery.is_last for delivery in seen] == [False] * (has - 1) + [True] * bool(has)
 
 
 def test_a_loader_with_a_length_is_not_run_ahead():
@@ -39,3 +46,53 @@ def test_a_loader_with_a_length_is_not_run_ahead():
 def test_a_loader_without_one_runs_one_batch_ahead():
     loader = Loader(3, None)
     assert [loader.asked for _ in mark_last(loader)] == [2, 3, 3]
+
+
+def on_ranks(loaders, n):
+    """What ``in_step`` delivers on each of several ranks, which are threads here; and how often they told each other."""
+    barrier, said, told = threading.Barrier(len(loaders), timeout=10), [None] * len(loaders), [0] * len(loaders)
+
+    def deliver(rank):
+        def tell_all(*numbers):
+            told[rank] += 1
+            said[rank] = numbers
+            barrier.wait()
+            everyone = torch.tensor(said)
+            barrier.wait()
+            return everyone
+
+        return list(in_step(loaders[rank], lambda: n, tell_all))
+
+    with ThreadPoolExecutor(len(loaders)) as threads:
+        return list(threads.map(deliver, range(len(loaders)))), told[0]
+
+
+@given(st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=4), st.integers(1, 4))
+def test_ranks_run_in_step_and_every_batch_counts_once(loaders, n):
+    lengths = [has for has, _ in loaders]
+    delivered, told = on_ranks([Loader(has, has if sized else None) for has, sized in loaders], n)
+    assert told == -(-max(lengths) // n)
+    for has, deliveries in zip(lengths, delivered, strict=True):
+        assert [d.batch for d in deliveries if not d.is_filler] == list(range(has))
+        assert [d.batch for d in deliveries if d.is_filler] == [has - 1] * (max(lengths) - has)
+        assert [d.is_last for d in deliveries] == [False] * (max(lengths) - 1) + [True]
+    for deliveries in itertools.zip_longest(*delivered):
+        present = sum(not d.is_filler for d in deliveries) / len(loaders)
+        assert all(d.present == pytest.approx(present) for d in deliveries)
+
+
+def test_ranks_without_any_batch_are_an_error_on_all_of_them():
+    with pytest.raises(ValueError, match=r"the loaders of ranks \[1\] have no batch"):
+        on_ranks([Loader(3, 3), Loader(0, 0)], 2)
+    assert on_ranks([Loader(0, None), Loader(0, 0)], 2)[0] == [[], []]
+
+
+def test_a_loader_that_ends_before_its_length_is_an_error():
+    with pytest.raises(RuntimeError, match="a loader of length 3 ended before batch 3"):
+        on_ranks([Loader(2, 3)], 2)
+
+
+def test_in_step_a_loader_with_a_length_is_not_run_ahead_and_another_by_a_window_and_one():
+    for says, asked in ((5, [1, 2, 3, 4, 5]), (None, [3, 3, 5, 5, 5])):
+        loader = Loader(5, says)
+        assert [loader.asked for _ in in_step(loader, lambda: 2, lambda *numbers: torch.tensor([numbers]))] == asked

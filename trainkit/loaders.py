@@ -1,26 +1,84 @@
-"""Running over a loader, so that its last batch is known as the last."""
+"""Running over a loader, so that its last batch is known as the last; by one rank, and by several in step."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
-T = TypeVar("T")
+from torch import Tensor
 
 
-def mark_last(loader: Iterable[T]) -> Iterator[tuple[T, bool]]:
+class Delivery(NamedTuple):
+    """A batch on its way to a step.
+
+    ``present``: the share of ranks that have a batch at this place. ``is_filler``: whether this rank has none, and goes along
+    with the one before, so that no other waits for it.
+    """
+
+    batch: Any
+    is_last: bool
+    present: float = 1
+    is_filler: bool = False
+
+
+def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
     """Every batch, and whether it is the last."""
-    try:
-        size = len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        size = 0
+    size = _length(loader)
     iterator = iter(loader)
     for seen, batch in enumerate(itertools.islice(iterator, size), 1):
-        yield batch, seen == size
+        yield Delivery(batch, seen == size)
     # Without a length, or past the one it gave: only the batch after tells.
     for batch in iterator:
         for following in iterator:
-            yield batch, False
+            yield Delivery(batch, False)
             batch = following
-        yield batch, True
+        yield Delivery(batch, True)
+
+
+def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable[..., Tensor]) -> Iterator[Delivery]:
+    """The same on several ranks, and on each of them as many: who has run out goes along, and counts nothing.
+
+    Before every ``window()`` micro-batches the ranks tell each other how many they have, in one collective of two numbers. A
+    loader with a length is not read ahead; one without is read ahead by a window and one batch.
+
+    Raises:
+        ValueError: on every rank, where one has no batch at all.
+        RuntimeError: where a loader ends before its length.
+    """
+    size, seen = _length(loader), 0
+    iterator, ahead = iter(loader), deque[Any]()
+    batch: Any = None
+    more = True
+    while more:
+        n = window()
+        if seen >= size:
+            ahead.extend(itertools.islice(iterator, n + 1 - len(ahead)))
+        here = max(size - seen, len(ahead))
+        everyone = tell_all(min(here, n), here > n)
+        counts, longest, more = everyone[:, 0], int(everyone[:, 0].max()), bool(everyone[:, 1].any())
+        if batch is None and longest and not counts.all():
+            raise ValueError(
+                f"the loaders of ranks {(counts == 0).nonzero().flatten().tolist()} have no batch, and a rank without one cannot "
+                "go along with the others: give every rank at least one, as a DistributedSampler does"
+            )
+        for i in range(longest):
+            is_filler = i >= min(here, n)
+            if not is_filler:
+                batch = ahead.popleft() if ahead else next(iterator, _END)
+                seen += 1
+                if batch is _END:
+                    raise RuntimeError(f"a loader of length {size} ended before batch {seen}, and other ranks count on it")
+            yield Delivery(batch, i + 1 == longest and not more, (counts > i).double().mean().item(), is_filler)
+
+
+_END = object()
+
+
+def _length(loader: Iterable[Any]) -> int:
+    """The length of a loader; 0 where it has none."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return 0

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.gradients import Gradients
-from trainkit.loaders import mark_last
+from trainkit.loaders import Delivery, in_step, mark_last
 from trainkit.losses import read_loss
-from trainkit.parallel import Synchronised, synchronised
+from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
 from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
@@ -60,7 +60,7 @@ class Step(Generic[P]):
         # Known from the first call on, when the parameters are where they will be trained.
         self._device_type = ""
         self._ranks = 1
-        self._synchronised: list[Synchronised] = []
+        self._wrappers = Wrappers(())
         self._autocast: torch.autocast | None = None
         self._watched_casts: list[nn.Parameter] = []
         self._loss_scale: LossScale | None = None
@@ -72,6 +72,7 @@ class Step(Generic[P]):
         self._owed: Verdict | None = None
         self._at_last_batch = False
         self._ended_early = False
+        self._delivery: Delivery | None = None
         self._gradients = Gradients(plan)
         self._window: Window | None = None
         # The micro-batch under way.
@@ -123,12 +124,11 @@ class Step(Generic[P]):
             self.settle()
         if self._window is None:
             self._window = self._new_window()
-        if self._plan.surroundings or self._synchronised:
+        if self._plan.surroundings or self._wrappers:
             with ExitStack() as stack:
                 for part in self._plan.surroundings:
                     stack.enter_context(part.around_step())
-                for wrapped in self._synchronised:
-                    wrapped.check()
+                stack.enter_context(self._wrappers.micro_batch(self._will_close(self._window)))
                 self._surroundings = stack.pop_all()
         if self._autocast is not None:
             if not (self._watched_casts and all(weight.requires_grad for weight in self._watched_casts)):
@@ -222,6 +222,7 @@ class Step(Generic[P]):
         """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
         if self._began_backward or (self._window is not None and self._window.losses):
             self._gradients.drop()
+            self._wrappers.drop()
         self._window = None
         self._began_backward = False
 
@@ -256,6 +257,11 @@ class Step(Generic[P]):
         self._refuse_within("state_dict")
         if not self._device_type:
             self._prepare()
+        if self._wrappers.hold_gradients():
+            raise RuntimeError(
+                "step.state_dict() in an open window under FSDP2, which keeps its gradients to itself until the window closes: "
+                "call it between two windows, where `result.complete`"
+            )
         state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self._reference is not None:
             state["reference"] = self._reference
@@ -325,9 +331,13 @@ class Step(Generic[P]):
                 "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or "
                 "`amp(optimizer)`, or the module, `accumulate(4, module=model)`"
             )
-        self._ranks = torch.distributed.get_world_size() if _is_distributed() else 1
-        if self._ranks > 1 and not self._plan.modules:
-            raise ValueError(f"{self._ranks} ranks run: give the wrapped module, `train_step(..., module=ddp_model)`")
+        self._ranks = count_ranks()
+        self._wrappers = Wrappers(self._plan.modules)
+        if self._ranks > 1 and not self._wrappers and not any(hasattr(p, "full_tensor") for p in parameters):
+            raise ValueError(
+                f"{self._ranks} ranks run, and would each train a model of their own: give the module that is wrapped in "
+                "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
+            )
         refuse_hooks(parameters)
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
@@ -339,11 +349,13 @@ class Step(Generic[P]):
                     self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
                 if dtype != torch.float32:
                     self._autocast = torch.autocast(device_type, dtype)
-        self._synchronised = synchronised(self._plan.modules)
         self._device_type = device.type
 
     def _new_window(self) -> Window:
-        return Window(self._plan.length(lambda: self.updates), self._reference)
+        return Window(self._length(), self._reference)
+
+    def _length(self) -> int:
+        return self._plan.length(lambda: self.updates)
 
     def _enter_autocast(self) -> None:
         assert self._autocast is not None
@@ -404,20 +416,24 @@ class Step(Generic[P]):
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
         window = self._window = self._window or self._new_window()  # none where the block discarded it
-        if weight is None:
-            self._weight = None
-        elif self._ranks == 1:
-            self._weight = widened(weight, loss.device)
-        else:
-            raise NotImplementedError("weights are not summed over ranks yet; without them, every rank's window counts the same")
+        self._weight = None if weight is None else widened(weight, loss.device)
+        if self._ranks > 1 and self._weight is not None and window.first_of_all and not window.losses:
+            window.agree_on_reference(self._weight, lambda values: over_ranks("max", values, loss.device, self._wrappers.group))
         self._share = window.share(self._weight)
         if not window.losses:
             if self._loss_scale is not None:
                 refuse_float16(self._plan.parameters())
             self._gradients.begin()
+            self._wrappers.drop()
         elif disturbance := self._gradients.disturbance():
             self.discard()
             raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
+        if self._delivery is not None and self._delivery.is_filler:
+            self._share = 0.0
+
+    def _will_close(self, window: Window) -> bool:
+        """Whether the next micro-batch is the window's last."""
+        return self._at_last_batch or len(window.losses) + 1 >= window.length
 
     def _seed(self, loss: Tensor) -> Tensor:
         """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale.
@@ -437,7 +453,11 @@ class Step(Generic[P]):
         """Counts the micro-batch, and closes the window where this was its last."""
         result, window = self._result, self._window
         assert result is not None and result.loss is not None and window is not None
-        window.add(result.loss, self._weight)
+        delivery = self._delivery
+        if delivery is None:
+            window.add(result.loss, self._weight)
+        else:
+            window.add(result.loss, self._weight, delivery.present, delivery.is_filler)
         result._window, result._count = window, len(window.losses)
         if result._count < window.length and not self._at_last_batch:
             self._gradients.remember()
@@ -452,6 +472,9 @@ class Step(Generic[P]):
             self._ended_early = True
         self.settle()
         self._is_closing = True
+        if self._ranks > 1 and (window.weighted or (self._at_last_batch and delivery is None)):
+            device, group = result.loss.device, self._wrappers.group
+            window.sum_up(lambda values: over_ranks("avg", values, device, group))
         outcome = self._update(window)
         self._window = None
         self._reference = window.next_reference()
@@ -520,10 +543,6 @@ def _differ(a: Weight, b: Weight) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a != b
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
     """Runs the update code of a generator function, below its yield."""
     try:
@@ -541,15 +560,16 @@ def _modes() -> tuple[Any, ...]:
 
 
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
-    found = [step._at_last_batch for step in steps]
+    found = [(step._at_last_batch, step._delivery) for step in steps]
+    deliveries = mark_last(loader) if count_ranks() == 1 else in_step(loader, steps[0]._length, tell_all)
     try:
-        for batch, is_last in mark_last(loader):
+        for delivery in deliveries:
             for step in steps:
-                step._at_last_batch, step._ended_early = is_last, False
-            yield batch
+                step._at_last_batch, step._delivery, step._ended_early = delivery.is_last, delivery, False
+            yield delivery.batch
     finally:
-        for step, was in zip(steps, found, strict=True):
-            step._at_last_batch = was
+        for step, (at_last_batch, before) in zip(steps, found, strict=True):
+            step._at_last_batch, step._delivery = at_last_batch, before
     for step in steps:
         step.settle()
         if step._window is not None and step._window.losses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Window:
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
         self.total: Weight = 0
+        self.count: float | Tensor = 0
         self.weighted: bool | None = None
         self.first_of_all = reference is None
         self.reference: Weight = 1.0 if reference is None else reference
@@ -54,20 +55,34 @@ class Window:
         share: float | Tensor = _wide(weight) / (self.reference * self.length)
         return share
 
-    def add(self, loss: Tensor, weight: Weight | None) -> None:
-        """Counts a micro-batch: its loss, detached, and its weight."""
+    def add(self, loss: Tensor, weight: Weight | None, present: float = 1, is_filler: bool = False) -> None:
+        """Counts a micro-batch: its loss, detached, and its weight.
+
+        ``present``: the share of ranks that have one at this place. ``is_filler``: whether this rank has none; then the loss is
+        only there so that the rank goes along with the others.
+        """
         self.weighted = weight is not None
-        latest: Weight = 1 if weight is None else weight
+        self.count += present
+        latest: Weight = 0 if is_filler else 1 if weight is None else weight
         self.losses.append(loss)
         self.weights.append(latest)
         if isinstance(latest, float) or isinstance(self.total, float):  # which torch adds to an int tensor as float32
             latest, self.total = _wide(latest), _wide(self.total)
         self.total = self.total + latest
 
+    def agree_on_reference(self, weight: Weight, largest: Callable[[list[Weight]], list[Tensor]]) -> None:
+        """Takes the first reference of all from the largest weight with which a rank begins."""
+        (self.reference,) = largest([_power_of_two_near(weight)])
+        self.first_of_all = False
+
+    def sum_up(self, average: Callable[[list[Weight]], list[Tensor]]) -> None:
+        """Takes in what the ranks have together, in place of what is here."""
+        self.total, self.count = average([self.total, self.count])
+
     def divisor(self) -> float | Tensor:
         """What the gradients that have added up are still to be divided by."""
         if not self.weighted:
-            return len(self.losses) / self.length
+            return self.count / self.length
         divisor: float | Tensor = _wide(self.total) / (self.reference * self.length)
         return divisor
 
@@ -76,7 +91,7 @@ class Window:
         found = None if self.first_of_all else self.reference
         if not self.weighted or (not isinstance(self.total, Tensor) and self.total <= 0):
             return found
-        near = _power_of_two_near(_wide(self.total) / len(self.losses))
+        near = _power_of_two_near(_wide(self.total) / self.count)
         if isinstance(self.total, Tensor) and found is not None:
             near = _wide(torch.where(self.total > 0, near, found))
         return near
@@ -91,7 +106,7 @@ class Window:
         """Whether it weighs nothing, or nothing that is a number; a 0-d tensor where that is known only on the device."""
         if isinstance(self.total, Tensor):
             return ~((self.total > 0) & (self.total < math.inf))  # a nan compares false
-        return self.total <= 0
+        return bool(self.weighted) and self.total <= 0
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; the gradients are the step's."""
