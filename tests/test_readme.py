@@ -1,9 +1,11 @@
 """Every Python block of the README runs, in order, in one namespace that has what its reader has."""
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,7 +29,18 @@ class Encoder(nn.Module):
         return self.head(x)
 
 
-def test_every_block_runs():
+@pytest.fixture
+def as_torchrun_starts_it(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_every_block_runs(as_torchrun_starts_it):
     model = Encoder()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     space = {
@@ -38,6 +51,7 @@ def test_every_block_runs():
         "loss_fn": nn.functional.cross_entropy,
         "loader": [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))] * 6,
         "D": nn.Linear(2, 2),
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
         "optimizer_g": torch.optim.SGD(model.parameters(), lr=0.1),
     }
     assert len(BLOCKS) >= 6

@@ -81,7 +81,8 @@ def train_step(
     Args:
         optimizer: one, or a sequence: one norm over all of them, and all of them step or none.
         parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``, in any order.
-        module: the DistributedDataParallel or FSDP2 module; needed when more than one rank runs.
+        module: the module that is wrapped in DistributedDataParallel or FSDP, needed when more than one rank runs. Gradients are
+            then reduced once per window, and are those of the weighted mean over all ranks.
         max_norm: clips the norm of the true gradients; ``math.inf`` only checks that they are finite.
         norm_type: 1, 2 or ``math.inf``.
         after: one or several callables without arguments, called after each applied update, and not after a skipped one; for

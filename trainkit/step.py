@@ -199,8 +199,13 @@ class Step(Generic[P]):
         Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader without a length is read
         one batch ahead, one with a length is not.
 
+        On several ranks, all of them get as many batches as the one that has most: who has run out gets its last one again,
+        which counts nothing in any window. They agree before every window; a loader without a length is then read ahead by a
+        window and one batch.
+
         Raises:
             TypeError: where something that is no step is given.
+            ValueError: on several ranks, where one of them has no batch at all.
 
         Warns:
             UserWarning: where a window stays open, because the last batch did not reach its step.
