@@ -3,19 +3,26 @@
 import functools
 import itertools
 import math
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import distance, loss_of, make_batches, make_model
-from ranks import run
+from ranks import SECONDS, run
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainkit import accumulate, amp, train_step
+from trainkit import accumulate, amp, freeze, frozen, train_step, trainable_parameters
 
+ROOT = Path(__file__).parents[1]
 N, SCENARIOS = 3, list(itertools.product(["ddp", "fsdp2"], [False, True], [None, 0.05]))
 
 
@@ -189,12 +196,15 @@ def wrappers_are_left_as_they_were_found(rank, ranks, how):
     assert inside == [False, False, True]
 
 
-def gradients_are_reduced_once_in_a_window(rank, ranks, how):
-    scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-    counted = dict.fromkeys(["all_reduce", scatter, "buckets"], 0)
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+@contextmanager
+def counted_collectives():
+    """How often gradients and numbers are reduced, by the function that does it."""
+    counted = {"all_reduce": 0, SCATTER: 0}
 
     def counting(name, function):
-        @functools.wraps(function)
         def count(*args, **kwargs):
             counted[name] += 1
             return function(*args, **kwargs)
@@ -202,23 +212,50 @@ def gradients_are_reduced_once_in_a_window(rank, ranks, how):
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_reduce", scatter):
+        for name in counted:
             patch.setattr(dist, name, counting(name, getattr(dist, name)))
-        for weighted in (False, True):
-            counted.update(dict.fromkeys(counted, 0))
-            _, model, optimizer = made(ranks, how)
-            if how == "ddp":
-                model.register_comm_hook(None, counting("buckets", default_hooks.allreduce_hook))
-            function = functools.partial(weighted_loss if weighted else loss_of, model)
-            step = train_step(optimizer, accumulate(3), module=model)(function)
+        yield counted
+
+
+def gradients_are_reduced_once_in_a_window(rank, ranks, how):
+    for weighted in (False, True):
+        _, model, optimizer = made(ranks, how)
+        if how == "ddp":
+            model.register_comm_hook(None, default_hooks.allreduce_hook)  # which does it in the same way, in Python
+        step = train_step(optimizer, accumulate(3), module=model)(
+            functools.partial(weighted_loss if weighted else loss_of, model)
+        )
+        with counted_collectives() as counted:
             for i, batch in enumerate(make_batches([3] * 9, seed=rank)):
                 step(batch)
                 windows = (i + 1) // 3
-                scalars = (windows + 1) * weighted  # of the first window of all, its first weight too
-                # The hook that counts buckets reduces them in the same way.
-                assert counted["all_reduce"] == scalars + counted["buckets"], (i, counted)
-                assert counted["buckets"] == (windows if how == "ddp" else 0), (i, counted)
-                assert counted[scatter] == (2 * windows if how == "fsdp2" else 0), (i, counted)
+                numbers = (windows + 1) * weighted  # of the first window of all, its first weight too
+                assert counted["all_reduce"] == numbers + (windows if how == "ddp" else 0), (i, counted)
+                assert counted[SCATTER] == (2 * windows if how == "fsdp2" else 0), (i, counted)
+
+
+def frozen_layers_stay_and_are_not_reduced(rank, ranks, how):
+    base = make_model()
+    if how == "ddp":
+        freeze(base, "[0]")
+    model = wrapped(base, how, ranks)
+    part = [] if how == "ddp" else [frozen(model, "[0]")]
+    before = whole(base)[:2]
+    step = train_step(torch.optim.AdamW(model.parameters(), lr=0.01), *part, module=model)(functools.partial(loss_of, model))
+    with counted_collectives() as counted:
+        for batch in make_batches([3] * 2, seed=rank):
+            step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, whole(base)[:2], strict=True))
+    assert counted[SCATTER] == (2 if how == "fsdp2" else 0)  # once for each update, and not for the layer below
+
+    expected = make_model()
+    freeze(expected, "[0]")
+    theirs = torch.optim.AdamW(trainable_parameters(expected), lr=0.01)
+    for batches in zip(*(make_batches([3] * 2, seed=other) for other in range(ranks)), strict=True):
+        (sum(loss_of(expected, batch) for batch in batches) / ranks).backward()
+        theirs.step()
+        theirs.zero_grad()
+    assert distance(whole(base), list(expected.parameters())) <= 1e-12
 
 
 def without_a_wrapper_it_is_an_error(rank, ranks, how):
@@ -236,6 +273,7 @@ CHECKS = [
     a_window_that_is_dropped_leaves_nothing_behind,
     wrappers_are_left_as_they_were_found,
     gradients_are_reduced_once_in_a_window,
+    frozen_layers_stay_and_are_not_reduced,
     without_a_wrapper_it_is_an_error,
 ]
 
@@ -249,3 +287,43 @@ def all_checks(rank, ranks):
 def test_what_ranks_do_together():
     """One start of two ranks for all of ``CHECKS``; the traceback names the one that fails."""
     run(all_checks, 2)
+
+
+def torchrun(*options):
+    """An agent of torchrun, started."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # Or workers that were restarted read the addresses of those before them: pytorch#135712.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended_well(agents):
+    """Waits for agents of torchrun; whatever happens, none of them is left."""
+    try:
+        for agent in agents:
+            printed, _ = agent.communicate(timeout=SECONDS)
+            assert agent.returncode == 0, printed
+    finally:
+        for agent in agents:
+            agent.terminate()  # it ends its workers
+            agent.wait()
+
+
+def test_torchrun_restarts_a_worker_that_was_killed_and_training_goes_on(tmp_path):
+    script = ROOT / "tests" / "torchrun_train.py"
+    ended_well([torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, script, tmp_path, "--kill")])
+    for rank in range(2):
+        assert distance(torch.load(tmp_path / f"rank{rank}.pt"), expected(2, True, None)) <= 1e-12
+
+
+def test_two_hosts(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    script = ROOT / "tests" / "torchrun_train.py"
+    ended_well([torchrun(*meet, "--local-addr", f"127.0.0.{host}", script, tmp_path) for host in (1, 2)])
+    for rank in range(2):
+        assert distance(torch.load(tmp_path / f"rank{rank}.pt"), expected(2, True, None)) <= 1e-12
