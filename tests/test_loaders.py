@@ -87,12 +87,20 @@ def test_ranks_without_any_batch_are_an_error_on_all_of_them():
     assert on_ranks([Loader(0, None), Loader(0, 0)], 2)[0] == [[], []]
 
 
-def test_a_loader_that_ends_before_its_length_is_an_error():
-    with pytest.raises(RuntimeError, match="a loader of length 3 ended before batch 3"):
-        on_ranks([Loader(2, 3)], 2)
+def test_a_loader_that_is_longer_or_shorter_than_its_length():
+    for has, says in ((5, 2), (5, 4), (1, 2), (3, 4)):
+        ((deliveries,), _) = on_ranks([Loader(has, says)], 2)
+        assert [d.batch for d in deliveries] == list(range(has)) and [d.is_last for d in deliveries][-1]
+    with pytest.raises(RuntimeError, match="a loader of length 5 ended before batch 2"):
+        on_ranks([Loader(1, 5)], 2)
 
 
-def test_in_step_a_loader_with_a_length_is_not_run_ahead_and_another_by_a_window_and_one():
-    for says, asked in ((5, [1, 2, 3, 4, 5]), (None, [3, 3, 5, 5, 5])):
+def test_a_rank_that_has_run_out_gets_its_last_batch_whole_again():
+    (_, deliveries), _ = on_ranks([[1, 2, 3], [{"x": 1}]], 2)
+    assert [d.batch.pop("x") for d in deliveries] == [1, 1, 1]
+
+
+def test_in_step_a_loader_is_run_ahead_only_where_reading_must_tell():
+    for says, asked in ((5, [1, 2, 3, 4, 5]), (4, [1, 2, 5, 5, 5]), (None, [3, 3, 5, 5, 5])):
         loader = Loader(5, says)
         assert [loader.asked for _ in in_step(loader, lambda: 2, lambda *numbers: torch.tensor([numbers]))] == asked

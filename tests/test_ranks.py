@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -267,7 +267,70 @@ def without_a_wrapper_it_is_an_error(rank, ranks, how):
             step(make_batches([3])[0])
 
 
+def a_further_loss_that_would_not_be_reduced_is_an_error(rank, ranks, how):
+    base, model, optimizer = made(ranks, how)
+    batch, other = make_batches([3, 4], seed=rank)
+    step = train_step(optimizer, accumulate(2), module=model)
+    for closes in (False, True):
+        with pytest.raises(RuntimeError, match="add the losses") if closes and how == "ddp" else nullcontext(), step:
+            loss, further = loss_of(model, batch), loss_of(model, batch)
+            step.backward(loss)
+            step.backward(further)
+    step = train_step(optimizer, module=model)
+    with step:
+        step.backward(loss_of(model, batch))
+        step.backward(loss_of(model, other))
+    same_everywhere(whole(base))
+
+
+def after_an_exception_in_backward_training_goes_on(rank, ranks, how):
+    base, model, optimizer = made(ranks, how)
+
+    @train_step(optimizer, accumulate(2), module=model)
+    def step(batch, error=False):
+        loss = loss_of(model, batch)
+        if error:
+            loss.register_hook(lambda gradient: 1 / 0)
+        return loss
+
+    batches = make_batches([3] * 4, seed=rank)
+    with pytest.raises(ZeroDivisionError):
+        step(batches[0], error=True)
+    for batch in batches:
+        step(batch)
+    expected, again, theirs = made(ranks, how)
+    other = train_step(theirs, accumulate(2), module=again)(functools.partial(loss_of, again))
+    for batch in batches:
+        other(batch)
+    assert step.updates == other.updates == 2 and distance(whole(base), whole(expected)) == 0
+
+
+def a_state_of_an_open_window_knows_who_was_there(rank, ranks, how):
+    if how == "fsdp2":  # which keeps its gradients to itself
+        return
+    for weighted, sizes in ((False, [6, 1]), (True, [4, 4])):
+        states = []
+        for interrupted in (False, True):
+            base, model, optimizer = made(ranks, how)
+            first = [0 if weighted and rank == 0 else 2]
+
+            def function(batch, model=model, weighted=weighted, first=first):
+                weight = first.pop() if first else 2
+                return (loss_of(model, batch), weight) if weighted else loss_of(model, batch)
+
+            step = train_step(optimizer, accumulate(4), module=model)(function)
+            for i, batch in enumerate(step.over(make_batches([3] * sizes[rank], seed=rank))):
+                step(batch)
+                if interrupted and i == (0 if weighted else 2):
+                    step.load_state_dict(step.state_dict())
+            states.append(whole(base))
+        assert distance(*states) <= 1e-15
+
+
 CHECKS = [
+    a_further_loss_that_would_not_be_reduced_is_an_error,
+    after_an_exception_in_backward_training_goes_on,
+    a_state_of_an_open_window_knows_who_was_there,
     an_overflow_on_one_rank_skips_the_update_on_all,
     windows_closed_by_hand_may_have_another_length_on_every_rank,
     a_window_that_is_dropped_leaves_nothing_behind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Gradients:
         # One parameter of each optimizer, with what its gradient was: see _version.
         self._watched: dict[nn.Parameter, Version] = {}
         self._rebuilt = 0
+        self.buckets_rebuilt: Callable[[], int] = int
         # Those whose gradient frozen had set aside when the window began.
         self._aside: list[nn.Parameter] = []
         self._noted: list[tuple[nn.Parameter, Version]] = []
@@ -78,7 +79,7 @@ class Gradients:
         for parameter in self._watched:
             self._watched[parameter] = _version(parameter)
         if self._plan.modules:
-            self._rebuilt = self._buckets_rebuilt()
+            self._rebuilt = self.buckets_rebuilt()
 
     def disturbance(self) -> str:
         """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
@@ -93,12 +94,9 @@ class Gradients:
                 if not any(gradient.any() for gradient in self.found()):
                     return "wiped"
                 # Else it was set aside then, and is back; or DistributedDataParallel has put the same into a bucket of its own.
-                if left is not None and self._rebuilt == self._buckets_rebuilt():
+                if left is not None and self._rebuilt == self.buckets_rebuilt():
                     return "changed"
         return ""
-
-    def _buckets_rebuilt(self) -> int:
-        return sum(getattr(module, "_has_rebuilt_buckets", False) for module in self._plan.modules)
 
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -41,11 +42,11 @@ def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable
     """The same on several ranks, and on each of them as many: who has run out goes along, and counts nothing.
 
     Before every ``window()`` micro-batches the ranks tell each other how many they have, in one collective of two numbers. A
-    loader with a length is not read ahead; one without is read ahead by a window and one batch.
+    loader is read ahead by a window and one batch; one with a length only at its end, where reading tells whether it holds.
 
     Raises:
         ValueError: on every rank, where one has no batch at all.
-        RuntimeError: where a loader ends before its length.
+        RuntimeError: where a loader ends a window or more before its length.
     """
     size, seen = _length(loader), 0
     iterator, ahead = iter(loader), deque[Any]()
@@ -53,9 +54,10 @@ def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable
     more = True
     while more:
         n = window()
-        if seen >= size:
+        here = size - seen
+        if here <= n:
             ahead.extend(itertools.islice(iterator, n + 1 - len(ahead)))
-        here = max(size - seen, len(ahead))
+            here = len(ahead)
         everyone = tell_all(min(here, n), here > n)
         counts, longest, more = everyone[:, 0], int(everyone[:, 0].max()), bool(everyone[:, 1].any())
         if batch is None and longest and not counts.all():
@@ -70,7 +72,9 @@ def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable
                 seen += 1
                 if batch is _END:
                     raise RuntimeError(f"a loader of length {size} ended before batch {seen}, and other ranks count on it")
-            yield Delivery(batch, i + 1 == longest and not more, (counts > i).double().mean().item(), is_filler)
+            # The loop may take things out of its batch, which is needed whole again where it was the last.
+            given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
+            yield Delivery(given, i + 1 == longest and not more, (counts > i).double().mean().item(), is_filler)
 
 
 _END = object()

@@ -39,25 +39,49 @@ class Wrappers:
         """The process group that gradients are averaged over; None for the default one."""
         return self._ddp[0].module.process_group if self._ddp else None
 
+    @property
+    def shard_norms(self) -> bool:
+        """Whether gradients are parts that do not know of the others, as those of FSDP1 are."""
+        return bool(self._fsdp1)
+
     @contextmanager
     def micro_batch(self, closes: bool) -> Iterator[None]:
         """Around forward and backward: gradients are reduced only where it ``closes`` a window. All is left as it was found."""
         for wrapped in self._ddp:
             wrapped.check()
         with ExitStack() as stack:
-            if not closes:
-                replicated = [wrapped.module for wrapped in self._ddp if wrapped.may_wait]
-                for module in (*replicated, *self._fsdp1):
-                    stack.enter_context(module.no_sync())  # type: ignore[operator]
+            for wrapped in self._ddp:
+                if closes or not wrapped.may_wait:
+                    stack.enter_context(wrapped.reducing())
+                else:
+                    stack.enter_context(wrapped.module.no_sync())
+            for module in self._fsdp1 if not closes else ():
+                stack.enter_context(module.no_sync())  # type: ignore[operator]
+            for group in self._groups():
+                stack.callback(_reduce, group, group.reduce_grads, group.all_reduce_grads)
             for module in self._fsdp2:
-                stack.callback(_tell, module, True)
-                _tell(module, closes)
+                stack.callback(module.set_is_last_backward, True)  # type: ignore[arg-type]
+                module.set_requires_gradient_sync(closes, recurse=False)  # type: ignore[operator]
+                module.set_is_last_backward(closes)  # type: ignore[operator]
             yield
         for wrapped in self._ddp:
             wrapped.may_wait = wrapped.may_wait or closes
 
+    def before_backward(self) -> None:
+        """Raises RuntimeError where DistributedDataParallel would not reduce the gradients of a loss."""
+        for wrapped in self._ddp:
+            wrapped.before_backward()
+
+    def buckets_rebuilt(self) -> int:
+        """How many of them have put gradients into buckets of their own since the first window."""
+        return sum(getattr(wrapped.module, "_has_rebuilt_buckets", False) for wrapped in self._ddp)
+
     def drop(self) -> None:
-        """Drops the sums of gradients that FSDP2 keeps to itself until a window closes."""
+        """Drops the sums of gradients that FSDP2 keeps to itself until a window closes, and what a failed backward has left."""
+        for module in self._fsdp2:
+            # Else it takes the next backward for one that is under way, and never reduces its gradients.
+            context = module._get_fsdp_state()._state_ctx  # type: ignore[operator]
+            context.post_backward_final_callback_queued = False
         for parameter in self._hidden():
             parameter.unsharded_accumulated_grad = None
             if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
@@ -72,11 +96,14 @@ class Wrappers:
         )
 
     def _hidden(self) -> Iterator[Any]:
+        for group in self._groups():
+            yield from group.fsdp_params
+
+    def _groups(self) -> Iterator[Any]:
         for module in self._fsdp2:
-            # Private, and nothing public leads there without gathering all parameters first.
+            # Private, and nothing public leads to what it holds without gathering all parameters first.
             state = module._get_fsdp_state()  # type: ignore[operator]
-            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
-                yield from group.fsdp_params
+            yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group])
 
 
 def _is(module: nn.Module, name: str) -> bool:
@@ -84,9 +111,8 @@ def _is(module: nn.Module, name: str) -> bool:
     return isinstance(module, getattr(fsdp, name, ()))
 
 
-def _tell(module: Any, closes: bool) -> None:
-    module.set_requires_gradient_sync(closes, recurse=False)
-    module.set_is_last_backward(closes)
+def _reduce(group: Any, gradients: bool, over_replicas: bool) -> None:
+    group.reduce_grads, group.all_reduce_grads = gradients, over_replicas
 
 
 class Synchronised:
@@ -99,6 +125,31 @@ class Synchronised:
         # Only the reducer knows, and only its buckets tell. Without them nothing is checked.
         buckets: list[Any] = getattr(module.reducer, "_get_zeros_like_grad_buckets", list)()
         self._known = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        # Whether a backward would reduce gradients: after a forward it does, once. None before any forward.
+        self._reduces: bool | None = None
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Around a micro-batch whose gradients are reduced: takes note of its forwards, for ``before_backward``."""
+        handle = self.module.register_forward_pre_hook(self._after_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._reduces = None
+
+    def _after_forward(self, *_: Any) -> None:
+        self._reduces = True
+
+    def before_backward(self) -> None:
+        """Raises RuntimeError where the gradients of a backward would not be reduced."""
+        if self._reduces is False:
+            raise RuntimeError(
+                "a further loss of the last micro-batch of a window, after the backward that DistributedDataParallel reduces the "
+                "gradients in: add the losses, `step.backward(loss + further)`, or call the model again between the two"
+            )
+        if self._reduces:
+            self._reduces = False
 
     def check(self) -> None:
         """Raises ValueError where some of them are frozen now, or others are trained."""
@@ -133,16 +184,18 @@ def _full(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def tell_all(*numbers: int) -> Tensor:
-    """What every rank has to say, int64, one row for each; over the CPU, where nobody waits for an accelerator."""
+def tell_all(group: Any, *numbers: int) -> Tensor:
+    """What every rank of a group has to say, int64, one row for each; over the CPU, where nobody waits for an accelerator."""
     mine = torch.tensor(numbers)
-    world = _on_cpu(dist.group.WORLD)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))]
-    dist.all_gather(everyone, mine, world)
+    on_cpu = _on_cpu(group or dist.group.WORLD)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(on_cpu))]
+    dist.all_gather(everyone, mine, on_cpu)
     return torch.stack(everyone)
 
 
-@functools.lru_cache(maxsize=1)
-def _on_cpu(world: Any) -> Any:
-    """A group of all ranks that carries tensors of the CPU."""
-    return world if "gloo" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
+@functools.lru_cache(maxsize=4)
+def _on_cpu(group: Any) -> Any:
+    """A group of the same ranks that carries tensors of the CPU."""
+    if "gloo" in dist.get_backend_config(group):
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)

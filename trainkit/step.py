@@ -338,6 +338,7 @@ class Step(Generic[P]):
             )
         self._ranks = count_ranks()
         self._wrappers = Wrappers(self._plan.modules)
+        self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
         if self._ranks > 1 and not self._wrappers and not any(hasattr(p, "full_tensor") for p in parameters):
             raise ValueError(
                 f"{self._ranks} ranks run, and would each train a model of their own: give the module that is wrapped in "
@@ -345,6 +346,11 @@ class Step(Generic[P]):
             )
         refuse_hooks(parameters)
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
+        if self._ranks > 1 and self._wrappers.shard_norms and (precision is not None or max_norm is not None):
+            raise ValueError(
+                "FullyShardedDataParallel leaves each rank a part of the gradients, and their norm and verdict would be that of "
+                "the part: wrap with FSDP2, `torch.distributed.fsdp.fully_shard(model)`"
+            )
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
             if precision is not None or max_norm is not None:
                 self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
@@ -404,6 +410,8 @@ class Step(Generic[P]):
             )
         else:  # a frozen block within the micro-batch may have begun and ended since the first
             self._gradients.drop_returned()
+        if self._wrappers:
+            self._wrappers.before_backward()
         seed = self._seed(loss)
         self._began_backward = True
         try:
@@ -566,7 +574,12 @@ def _modes() -> tuple[Any, ...]:
 
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     found = [(step._at_last_batch, step._delivery) for step in steps]
-    deliveries = mark_last(loader) if count_ranks() == 1 else in_step(loader, steps[0]._length, tell_all)
+    if count_ranks() == 1:
+        deliveries = mark_last(loader)
+    else:
+        if not steps[0]._device_type:
+            steps[0]._prepare()
+        deliveries = in_step(loader, steps[0]._length, functools.partial(tell_all, steps[0]._wrappers.group))
     try:
         for delivery in deliveries:
             for step in steps:

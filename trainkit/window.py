@@ -114,6 +114,8 @@ class Window:
             "length": self.length,
             "reference": self.reference,
             "weighted": bool(self.weighted),
+            "first_of_all": self.first_of_all,
+            "count": self.count,
             "losses": [loss.clone() for loss in self.losses],
             "weights": list(self.weights),
         }
@@ -124,7 +126,10 @@ class Window:
         window = cls(state["length"], reference)
         window.reference = state["reference"]
         for loss, weight in zip(state["losses"], state["weights"], strict=True):
-            window.add(loss, weight if state["weighted"] else None)
+            window.add(loss, weight)
+        window.weighted = state["weighted"]
+        window.first_of_all = state.get("first_of_all", window.first_of_all)
+        window.count = state.get("count", window.count)
         return window
 
 
