@@ -30,9 +30,7 @@ class Wrappers:
         self._ddp = [Synchronised(part) for part in inner if isinstance(part, DistributedDataParallel)]
         self._fsdp1 = [part for part in inner if _is(part, "FullyShardedDataParallel")]
         self._fsdp2 = [part for part in inner if _is(part, "FSDPModule")]
-
-    def __bool__(self) -> bool:
-        return bool(self._ddp or self._fsdp1 or self._fsdp2)
+        self.found = bool(self._ddp or self._fsdp1 or self._fsdp2)
 
     @property
     def group(self) -> Any:

@@ -124,7 +124,7 @@ class Step(Generic[P]):
             self.settle()
         if self._window is None:
             self._window = self._new_window()
-        if self._plan.surroundings or self._wrappers:
+        if self._plan.surroundings or self._wrappers.found:
             with ExitStack() as stack:
                 for part in self._plan.surroundings:
                     stack.enter_context(part.around_step())
@@ -339,7 +339,7 @@ class Step(Generic[P]):
         self._ranks = count_ranks()
         self._wrappers = Wrappers(self._plan.modules)
         self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
-        if self._ranks > 1 and not self._wrappers and not any(hasattr(p, "full_tensor") for p in parameters):
+        if self._ranks > 1 and not self._wrappers.found and not any(hasattr(p, "full_tensor") for p in parameters):
             raise ValueError(
                 f"{self._ranks} ranks run, and would each train a model of their own: give the module that is wrapped in "
                 "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
@@ -410,7 +410,7 @@ class Step(Generic[P]):
             )
         else:  # a frozen block within the micro-batch may have begun and ended since the first
             self._gradients.drop_returned()
-        if self._wrappers:
+        if self._wrappers.found:
             self._wrappers.before_backward()
         seed = self._seed(loss)
         self._began_backward = True
