@@ -2,6 +2,7 @@
 
     python examples/causal_lm.py             all of it; two minutes on two CPU cores
     python examples/causal_lm.py --quick     the same on fewer documents, in less than one
+    torchrun --nproc-per-node 2 examples/causal_lm.py [--fsdp]     the training, by two GPUs or two processes
 
 A document is a speech, a stanza or a stage direction, so micro-batches of equally many documents differ in their tokens. The
 check compares the gradients of whole windows with that of one batch of everything in them, in float64: as trainkit accumulates
@@ -26,7 +27,10 @@ import tarfile
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -46,6 +50,9 @@ PADDING = -100  # the label that cross_entropy leaves out
 BATCH = 4  # documents in a micro-batch
 WINDOW = 4  # micro-batches in a window, which makes one update
 
+# torchrun sets these; without it, one process is all there is.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def new_model(seed):
     """A GPT-2 of two layers: 460,000 parameters."""
@@ -61,38 +68,64 @@ def collate(documents):
     return pad_sequence(documents, batch_first=True, padding_value=PADDING)
 
 
+def count_tokens(labels):
+    """How many tokens are predicted: all but the first of each document."""
+    return (labels[:, 1:] != PADDING).sum()
+
+
 def mean_loss(model, labels):
-    """The mean loss over the tokens that are predicted, in nats, and how many these are: all but the first of each document."""
+    """The mean loss over the tokens that are predicted, in nats, and how many these are."""
     # Padding comes last, where causal attention does not look; so it needs no mask, and can be any token.
     logits = model(labels.clamp(min=0)).logits[:, :-1]
-    predicted = labels[:, 1:]
     # The model's own loss is the same, but rounds the logits to float32, also those of the check in float64.
-    return cross_entropy(logits.flatten(0, 1), predicted.flatten()), (predicted != PADDING).sum()
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()), count_tokens(labels)
+
+
+def parallel(model, fsdp):
+    """The model as all ranks train it together: each has all of it or, with FSDP2, a shard of every layer."""
+    if RANKS == 1:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model)
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    for part in (*layers, model):
+        fully_shard(part)
+    return model
 
 
 def train(model, documents, held_out, options):
     """Trains. Returns the loss of every window, and by number of windows the held-out loss after so many; in bits per byte."""
     order = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(documents, BATCH, shuffle=True, collate_fn=collate, generator=order)
+    parallel_model = parallel(model, options.fsdp)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     windows = math.ceil(len(loader) / WINDOW) * options.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, windows // 10, windows)
     dtype = options.dtype and getattr(torch, options.dtype)
 
-    @train_step(optimizer, accumulate(WINDOW), amp(dtype=dtype), max_norm=1.0, after=schedule.step)
+    @train_step(optimizer, accumulate(WINDOW), amp(dtype=dtype), module=parallel_model, max_norm=1.0, after=schedule.step)
     def step(labels):
         # With the number of tokens, so that each of them counts the same, whatever micro-batch it is in.
-        return mean_loss(model, labels.to(model.device))
+        # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
+        loss, _ = mean_loss(parallel_model, labels[RANK % len(labels) :: RANKS].to(model.device))
+        return loss, count_tokens(labels[RANK::RANKS])
 
     losses, held_out_losses = [], {0: evaluate(model, held_out)}
+    here = everywhere = 0
     for _ in range(options.epochs):
-        for labels in step.over(tqdm(loader, desc="training")):
+        for labels in step.over(tqdm(loader, desc="training", disable=RANK > 0)):
             result = step(labels)
+            here, everywhere = here + count_tokens(labels[RANK::RANKS]), everywhere + count_tokens(labels)
             if result.complete:
-                losses.append(result.window_loss)
+                # The part of the mean that is from this rank; without tokens, its window_loss is nan.
+                losses.append((result.window_loss if here else result.loss) * (here / everywhere))
+                here = everywhere = 0
                 if len(losses) % math.ceil(windows / 8) == 0 or len(losses) == windows:
                     held_out_losses[len(losses)] = evaluate(model, held_out)
-    return (torch.stack(losses) / math.log(2)).tolist(), held_out_losses
+    losses = torch.stack(losses)
+    if RANKS > 1:
+        dist.all_reduce(losses)  # adds up the parts of all ranks; only here, since they wait for each other
+    return (losses / math.log(2)).tolist(), held_out_losses
 
 
 @torch.no_grad()
@@ -211,6 +244,7 @@ def main():
     parser.add_argument("--check-windows", type=int, default=6, help="windows whose gradients are checked (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: what amp() picks for the device")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DistributedDataParallel")
     parser.add_argument("--quick", action="store_true", help="1,000 documents, too few to learn to spell; two windows checked")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curve (%(default)s)")
     parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
@@ -223,16 +257,28 @@ def main():
     held_out, documents = documents[: options.evaluate], documents[options.evaluate :]
     model = new_model(options.seed)
     # Of so many documents, the last window has but two micro-batches, of 4 and 3. On the CPU: not every device has float64.
-    check(model, documents[: options.check_windows * WINDOW * BATCH - 9])
+    if RANKS == 1:
+        check(model, documents[: options.check_windows * WINDOW * BATCH - 9])
+    else:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
 
     model.to(torch.accelerator.current_accelerator() or "cpu").train()
     documents = documents[: options.train]
-    print(f"\ntraining on {len(documents):,} documents, {len(held_out)} others are held out", flush=True)
+    if RANK == 0:
+        print(f"\ntraining on {len(documents):,} documents, {len(held_out)} others are held out", flush=True)
     losses, held_out_losses = train(model, documents, held_out, options)
+    # On every rank the same, as FSDP2 needs all of them for a forward.
+    texts = sample(model.eval(), "ROMEO.\n", options.seed)
+    if RANKS > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     before, *_, after = held_out_losses.values()
     print(f"{len(losses)} windows: held-out loss {before:.3f} bits per byte before, {after:.3f} after")
     print(f"loss curve: {draw(losses, held_out_losses, options.output)}")
-    for text in sample(model.eval(), "ROMEO.\n", options.seed):
+    for text in texts:
         print(f"\n{text}")
 
 

