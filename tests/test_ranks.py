@@ -17,7 +17,7 @@ from ranks import SECONDS, run
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import accumulate, amp, freeze, frozen, train_step, trainable_parameters
@@ -27,9 +27,9 @@ N, SCENARIOS = 3, list(itertools.product(["ddp", "fsdp2"], [False, True], [None,
 
 
 def batches_of(rank):
-    """Ragged micro-batches, of other sizes on every rank; rank 1 has three fewer, so that a window of it is empty."""
-    sizes = [[4, 4, 2, 5, 1, 3, 4, 2, 6, 3, 2], [1, 2, 3, 4, 5, 6, 7, 1], [3] * 10, [2, 5] * 5][rank]
-    return make_batches(sizes, seed=rank)
+    """Ragged micro-batches for 20 windows, of other sizes on every rank; rank 1 has three fewer, and so one window less."""
+    sizes = [[4, 4, 2, 5, 1, 3], [1, 2, 3, 4, 5, 6], [3, 3], [2, 5]][rank]
+    return make_batches((sizes * 30)[: 57 if rank == 1 else 60], seed=rank)
 
 
 def wrapped(model, how, ranks):
@@ -88,7 +88,7 @@ def test_ranks_together_train_as_one_process_with_all_they_have(ranks):
         reference = expected(ranks, *scenario[1:])
         for answer in answers:
             updates, parameters = answer[scenario]
-            assert updates == 4
+            assert updates == 20
             assert distance(parameters, reference) <= 1e-12, scenario
 
 
@@ -258,6 +258,24 @@ def frozen_layers_stay_and_are_not_reduced(rank, ranks, how):
     assert distance(whole(base), list(expected.parameters())) <= 1e-12
 
 
+def fsdp1_is_refused_where_a_norm_is_asked(rank, ranks, how):
+    """It leaves each rank a part of the gradients that knows nothing of the others; without a norm it is right."""
+    base = make_model()
+    model = FullyShardedDataParallel(base, device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batches = make_batches([3] * 4, seed=rank)
+    refused = train_step(optimizer, module=model, max_norm=1.0)(functools.partial(loss_of, model))
+    with pytest.raises(ValueError, match="wrap with FSDP2"):
+        refused(batches[0])
+    _, again, theirs = made(ranks, "ddp")
+    for wrapper, other in ((model, optimizer), (again, theirs)):
+        step = train_step(other, accumulate(2), module=wrapper)(functools.partial(loss_of, wrapper))
+        for batch in batches:
+            step(batch)
+    with FullyShardedDataParallel.summon_full_params(model):
+        assert distance([p.detach() for p in base.parameters()], whole(again)) <= 1e-12
+
+
 def without_a_wrapper_it_is_an_error(rank, ranks, how):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -337,6 +355,7 @@ CHECKS = [
     wrappers_are_left_as_they_were_found,
     gradients_are_reduced_once_in_a_window,
     frozen_layers_stay_and_are_not_reduced,
+    fsdp1_is_refused_where_a_norm_is_asked,
     without_a_wrapper_it_is_an_error,
 ]
 
