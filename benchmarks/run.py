@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                    on the CPU; make bench
     python benchmarks/run.py --device cuda      make bench DEVICE=cuda
-    python benchmarks/run.py --quick --output /tmp/try.md
+    python benchmarks/run.py --quick --output copy.md     two rounds of a part of it, into a copy of the page
 
 Contenders take turns in one process, and take the same updates, which is checked. Quoted are the median of the time and, of the
 ratios to the loop beside it in the same round, the median and both quartiles.
