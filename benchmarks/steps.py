@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 
-def tiny(device, n=4, precision=torch.float32, calls=None):
+def tiny(device, n=4, precision=torch.float32):
     """Four layers of 8 x 8."""
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(2, 16, 8, generator=generator).to(device).unbind() for _ in range(calls or max(2 * n, 40 // n * n))]
+    batches = [torch.randn(2, 16, 8, generator=generator).to(device).unbind() for _ in range(max(2 * n, 40 // n * n))]
     return Task(
         device,
         lambda: nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())][:-1]),

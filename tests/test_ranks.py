@@ -66,10 +66,7 @@ def weighted_loss(model, batch):
 
 
 def trained(rank, ranks, how, weighted, max_norm):
-    base = make_model()
-    model = wrapped(base, how, ranks)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-
+    base, model, optimizer = made(ranks, how)
     function = functools.partial(weighted_loss if weighted else loss_of, model)
     step = train_step(optimizer, accumulate(N), module=model, max_norm=max_norm)(function)
     for batch in step.over(batches_of(rank)):

@@ -50,11 +50,10 @@ class Gradients:
 
     def drop_returned(self) -> None:
         """Drops what was set aside when the window began, and was put back since; it would count in the window."""
-        if self._aside:
-            for parameter in self._aside:
-                if _aside(parameter) is None:
-                    parameter.grad = None
-            self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
+        for parameter in self._aside:
+            if _aside(parameter) is None:
+                parameter.grad = None
+        self._aside = [parameter for parameter in self._aside if _aside(parameter) is not None]
 
     def forget(self) -> None:
         """Lets go of what was remembered of a window."""
