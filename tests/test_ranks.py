@@ -1,5 +1,6 @@
 """The laws over several ranks: as one process with everything that they have."""
 
+import copy
 import functools
 import itertools
 import math
@@ -219,14 +220,20 @@ def gradients_are_reduced_once_in_a_window(rank, ranks, how):
         _, model, optimizer = made(ranks, how)
         if how == "ddp":
             model.register_comm_hook(None, default_hooks.allreduce_hook)  # which does it in the same way, in Python
-        step = train_step(optimizer, accumulate(3), module=model)(
-            functools.partial(weighted_loss if weighted else loss_of, model)
-        )
+        begun = []  # when backward begins
+
+        @train_step(optimizer, accumulate(3), module=model)
+        def step(batch, model=model, weighted=weighted, begun=begun):
+            loss = loss_of(model, batch)
+            loss.register_hook(lambda gradient: begun.append(counted["all_reduce"]))
+            return (loss, len(batch[0])) if weighted else loss
+
         with counted_collectives() as counted:
             for i, batch in enumerate(make_batches([3] * 9, seed=rank)):
                 step(batch)
                 windows = (i + 1) // 3
                 numbers = (windows + 1) * weighted  # of the first window of all, its first weight too
+                assert begun[i] == numbers + ((i // 3) if how == "ddp" else 0)
                 assert counted["all_reduce"] == numbers + (windows if how == "ddp" else 0), (i, counted)
                 assert counted[SCATTER] == (2 * windows if how == "fsdp2" else 0), (i, counted)
 
@@ -342,7 +349,32 @@ def a_state_of_an_open_window_knows_who_was_there(rank, ranks, how):
         assert distance(*states) <= 1e-15
 
 
+def the_largest_gradient_is_that_of_all_ranks(rank, ranks, how):
+    """Of the layer with one row, FSDP2 gives a rank nothing; and a nan on one rank is no larger than anything."""
+    for bad in (False, True):
+        base = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1)).double()
+        expected = copy.deepcopy(base)
+        model = wrapped(base, how, ranks)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = make_batches([3] * ranks)
+        step = train_step(optimizer, module=model, max_norm=0.01, norm_type=math.inf)
+        with step as result:
+            if bad:  # for the last row of the first layer alone, which is on the last rank
+                nan = torch.tensor([0.0, 0.0, 0.0, 0.0, math.nan])
+                base[0].register_forward_hook(lambda *given: given[-1].register_hook(lambda gradient: gradient + nan) and None)
+            step.backward(model(batches[rank][0]).pow(2).mean())
+        if bad:
+            assert not result.updated
+            continue
+        (sum(expected(x).pow(2).mean() for x, _ in batches) / ranks).backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.01, math.inf)
+        torch.optim.SGD(expected.parameters(), lr=0.1).step()
+        assert result.updated and abs(result.grad_norm / norm - 1) < 1e-6
+        assert distance(whole(base), list(expected.parameters())) <= 1e-12
+
+
 CHECKS = [
+    the_largest_gradient_is_that_of_all_ranks,
     a_further_loss_that_would_not_be_reduced_is_an_error,
     after_an_exception_in_backward_training_goes_on,
     a_state_of_an_open_window_knows_who_was_there,

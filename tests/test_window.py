@@ -21,7 +21,7 @@ def test_shares_over_the_divisor_are_the_weights_over_their_sum(weights, length,
     for weight in weights:
         weight = torch.tensor(weight) if as_tensors else weight
         shares.append(float(window.share(weight)))
-        window.add(torch.tensor(1.0), weight)
+        window.add(weight)
         assert math.log2(window.reference).is_integer()
     for weight, share in zip(weights, shares, strict=True):
         if sum(weights):
@@ -34,7 +34,7 @@ def test_without_weights_a_full_window_is_divided_by_nothing(length, count):
     window = Window(length, None)
     for _ in range(count):
         assert window.share(None) == 1 / length
-        window.add(torch.tensor(1.0), None)
+        window.add(None)
     assert window.divisor() == count / length and window.next_reference() is None
 
 
@@ -49,7 +49,8 @@ def test_a_mean_over_weights_of_zero_is_nan():
     window = Window(2, None)
     for weight in (0, torch.tensor(0)):
         window.share(weight)
-        window.add(torch.tensor(1.0), weight)
+        window.add(weight)
+        window.losses.append(torch.tensor(1.0))
     assert window.mean_loss(1).isnan() and window.mean_loss(2).isnan()
 
 
@@ -71,11 +72,11 @@ def test_numbers_of_numpy_do_not_wrap_around(kind):
 def test_real_weights_beside_counts_on_the_device_are_summed_in_float64():
     window = Window(3, None)
     for weight in (torch.tensor(3), 0.1, torch.tensor(2)):
-        window.add(torch.tensor(1.0), weight)
+        window.add(weight)
     assert window.total.item() == 3 + 0.1 + 2
     window = Window(2, None)
     for weight in (0.1, torch.tensor(3)):
-        window.add(torch.tensor(1.0), weight)
+        window.add(weight)
     assert window.total.item() == 0.1 + 3
 
 

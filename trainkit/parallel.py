@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -170,12 +170,18 @@ class Synchronised:
             )
 
 
-def over_ranks(what: str, values: Sequence[float | Tensor], device: torch.device, group: Any) -> list[Tensor]:
-    """The "avg" or "max" of some numbers over all ranks, in one collective; nobody waits for it on an accelerator."""
+def over_ranks(what: str, values: Sequence[float | Tensor], device: torch.device, group: Any) -> Callable[[], list[Tensor]]:
+    """Begins to take the "avg" or "max" of some numbers over all ranks, in one collective. Returns what waits for them: on an
+    accelerator its stream does, and nobody else."""
     wide = [value.double() if isinstance(value, Tensor) else _full(value, device) for value in values]
     together = torch.stack(wide)
-    dist.all_reduce(together, dist.ReduceOp.MAX if what == "max" else dist.ReduceOp.SUM, group)
-    return list(together if what == "max" else together / dist.get_world_size(group))
+    work = dist.all_reduce(together, dist.ReduceOp.MAX if what == "max" else dist.ReduceOp.SUM, group, async_op=True)
+
+    def arrived() -> list[Tensor]:
+        work.wait()
+        return list(together if what == "max" else together / dist.get_world_size(group))
+
+    return arrived
 
 
 def _full(value: float, device: torch.device) -> Tensor:

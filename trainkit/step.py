@@ -84,6 +84,7 @@ class Step(Generic[P]):
         self._is_closing = False
         self._weight: Weight | None = None
         self._share: float | Tensor = 1.0
+        self._over_ranks: Callable[[], list[Tensor]] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         assert self._function is not None
@@ -145,7 +146,8 @@ class Step(Generic[P]):
             try:
                 if self._autocast_is_on:
                     self._leave_autocast()
-                if self._began_backward and kind is None:
+                result = self._result
+                if kind is None and self._began_backward and result is not None and result.loss is not None:
                     self._finish()
                     if generator is not None:
                         generator.close()
@@ -228,7 +230,7 @@ class Step(Generic[P]):
         if self._began_backward or (self._window is not None and self._window.losses):
             self._gradients.drop()
             self._wrappers.drop()
-        self._window = None
+        self._window = self._over_ranks = None
         self._began_backward = False
 
     def settle(self) -> None:
@@ -413,7 +415,6 @@ class Step(Generic[P]):
         if self._wrappers.found:
             self._wrappers.before_backward()
         seed = self._seed(loss)
-        self._began_backward = True
         try:
             if torch.is_autocast_enabled(self._device_type):  # in a block by hand, or around the whole loop
                 with torch.autocast(self._device_type, enabled=False):
@@ -429,9 +430,11 @@ class Step(Generic[P]):
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
         window = self._window = self._window or self._new_window()  # none where the block discarded it
+        delivery = self._delivery
         self._weight = None if weight is None else widened(weight, loss.device)
         if self._ranks > 1 and self._weight is not None and window.first_of_all and not window.losses:
-            window.agree_on_reference(self._weight, lambda values: over_ranks("max", values, loss.device, self._wrappers.group))
+            (largest,) = over_ranks("max", [self._weight], loss.device, self._wrappers.group)()
+            window.agree_on_reference(largest)
         self._share = window.share(self._weight)
         if not window.losses:
             if self._loss_scale is not None:
@@ -441,8 +444,17 @@ class Step(Generic[P]):
         elif disturbance := self._gradients.disturbance():
             self.discard()
             raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
-        if self._delivery is not None and self._delivery.is_filler:
-            self._share = 0.0
+        self._began_backward = True
+        if delivery is None:
+            window.add(self._weight)
+        else:
+            window.add(self._weight, delivery.present, delivery.is_filler)
+            if delivery.is_filler:
+                self._share = 0.0
+        must_sum = window.weighted or (self._at_last_batch and delivery is None)
+        if self._ranks > 1 and must_sum and self._will_close(window):
+            # Here, and not after backward, which it is hidden behind.
+            self._over_ranks = over_ranks("avg", [window.total, window.count], loss.device, self._wrappers.group)
 
     def _will_close(self, window: Window) -> bool:
         """Whether the next micro-batch is the window's last."""
@@ -466,11 +478,7 @@ class Step(Generic[P]):
         """Counts the micro-batch, and closes the window where this was its last."""
         result, window = self._result, self._window
         assert result is not None and result.loss is not None and window is not None
-        delivery = self._delivery
-        if delivery is None:
-            window.add(result.loss, self._weight)
-        else:
-            window.add(result.loss, self._weight, delivery.present, delivery.is_filler)
+        window.losses.append(result.loss)
         result._window, result._count = window, len(window.losses)
         if result._count < window.length and not self._at_last_batch:
             self._gradients.remember()
@@ -485,9 +493,9 @@ class Step(Generic[P]):
             self._ended_early = True
         self.settle()
         self._is_closing = True
-        if self._ranks > 1 and (window.weighted or (self._at_last_batch and delivery is None)):
-            device, group = result.loss.device, self._wrappers.group
-            window.sum_up(lambda values: over_ranks("avg", values, device, group))
+        if self._over_ranks is not None:
+            window.total, window.count = self._over_ranks()
+            self._over_ranks = None
         outcome = self._update(window)
         self._window = None
         self._reference = window.next_reference()

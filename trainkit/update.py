@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,19 +43,24 @@ class Check:
 
         ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, of float16 to inf above 65504.
         """
-        if self.norm_type == math.inf:
-            gradients = [gradient for gradient in gradients if gradient.numel()]  # nothing has no maximum
-        if not gradients:
-            return self._zero
+        meshes: list[Any] = []
         dtypes = {g.dtype for g in gradients}
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        if _foreach_norm is not None and not wide.is_complex and {g.layout for g in gradients} == {torch.strided}:
+        if self.norm_type == math.inf:
+            # Nothing has no maximum, and of a sharded gradient a rank may have nothing.
+            meshes = list({id(g.device_mesh): g.device_mesh for g in gradients if hasattr(g, "device_mesh")}.values())
+            gradients = [part for part in (g.to_local() if hasattr(g, "to_local") else g for g in gradients) if part.numel()]
+        if not gradients:
+            norms = [self._zero.to(wide)]
+        elif _foreach_norm is not None and not wide.is_complex and {g.layout for g in gradients} == {torch.strided}:
             norms = _foreach_norm(gradients, self.norm_type, None if dtypes <= {torch.float32, torch.float64} else wide)
         else:
             norms = [torch.linalg.vector_norm(_entries(g), self.norm_type, dtype=wide.to_real()) for g in gradients]
         if {g.device for g in gradients} != {self.device}:
             norms = [norm.to(self.device) for norm in norms]
         together: Tensor = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
+        for mesh in meshes:
+            together = _maximum_over(mesh, together)
         if hasattr(together, "full_tensor"):  # of the shards that FSDP2 has on each rank, the norm of all
             together = together.full_tensor()
         return together
@@ -67,6 +72,14 @@ class Check:
     def inverse_clip(self, norm: Tensor) -> Tensor:
         """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
         return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self._one)
+
+
+def _maximum_over(mesh: Any, norm: Tensor) -> Tensor:
+    """The largest of the norms that ranks have of their shards."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    norm = torch.where(norm.isnan(), math.inf, norm)  # a nan is not found by comparing
+    return DTensor.from_local(norm, mesh, [Partial("max")] * mesh.ndim).full_tensor()
 
 
 def _entries(gradient: Tensor) -> Tensor:

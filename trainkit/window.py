@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,29 +55,24 @@ class Window:
         share: float | Tensor = _wide(weight) / (self.reference * self.length)
         return share
 
-    def add(self, loss: Tensor, weight: Weight | None, present: float = 1, is_filler: bool = False) -> None:
-        """Counts a micro-batch: its loss, detached, and its weight.
+    def add(self, weight: Weight | None, present: float = 1, is_filler: bool = False) -> None:
+        """Counts the weight of a micro-batch, whose loss joins ``losses`` when its backward is over.
 
-        ``present``: the share of ranks that have one at this place. ``is_filler``: whether this rank has none; then the loss is
-        only there so that the rank goes along with the others.
+        ``present``: the share of ranks that have one at this place. ``is_filler``: whether this rank has none; then it is only
+        there so that the rank goes along with the others.
         """
         self.weighted = weight is not None
         self.count += present
         latest: Weight = 0 if is_filler else 1 if weight is None else weight
-        self.losses.append(loss)
         self.weights.append(latest)
         if isinstance(latest, float) or isinstance(self.total, float):  # which torch adds to an int tensor as float32
             latest, self.total = _wide(latest), _wide(self.total)
         self.total = self.total + latest
 
-    def agree_on_reference(self, weight: Weight, largest: Callable[[list[Weight]], list[Tensor]]) -> None:
+    def agree_on_reference(self, largest: Tensor) -> None:
         """Takes the first reference of all from the largest weight with which a rank begins."""
-        (self.reference,) = largest([_power_of_two_near(weight)])
+        self.reference = _power_of_two_near(largest)
         self.first_of_all = False
-
-    def sum_up(self, average: Callable[[list[Weight]], list[Tensor]]) -> None:
-        """Takes in what the ranks have together, in place of what is here."""
-        self.total, self.count = average([self.total, self.count])
 
     def divisor(self) -> float | Tensor:
         """What the gradients that have added up are still to be divided by."""
@@ -126,7 +121,8 @@ class Window:
         window = cls(state["length"], reference)
         window.reference = state["reference"]
         for loss, weight in zip(state["losses"], state["weights"], strict=True):
-            window.add(loss, weight)
+            window.add(weight)
+            window.losses.append(loss)
         window.weighted = state["weighted"]
         window.first_of_all = state.get("first_of_all", window.first_of_all)
         window.count = state.get("count", window.count)
