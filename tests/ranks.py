@@ -17,6 +17,7 @@ SECONDS = 150
 
 def _child(function, rank, ranks, store, answers, arguments):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for by Accelerate; a FileStore needs none
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:

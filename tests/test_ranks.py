@@ -33,10 +33,10 @@ def batches_of(rank):
     return make_batches((sizes * 30)[: 57 if rank == 1 else 60], seed=rank)
 
 
-def wrapped(model, how, ranks):
+def wrapped(model, how, ranks, mesh=None):
     if how == "ddp":
-        return DistributedDataParallel(model)
-    mesh = init_device_mesh("cpu", (ranks,))
+        return DistributedDataParallel(model, process_group=mesh and mesh.get_group())
+    mesh = mesh or init_device_mesh("cpu", (ranks,))
     fully_shard(model[0], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -66,17 +66,64 @@ def weighted_loss(model, batch):
     return loss_of(model, batch), len(batch[0])
 
 
-def trained(rank, ranks, how, weighted, max_norm):
-    base, model, optimizer = made(ranks, how)
+def trained(rank, ranks, how, weighted, max_norm, mesh=None, windows=20):
+    return train(rank, *made(ranks, how, mesh=mesh), weighted, max_norm, windows)
+
+
+def train(rank, base, model, optimizer, weighted, max_norm, windows=20):
     function = functools.partial(weighted_loss if weighted else loss_of, model)
     step = train_step(optimizer, accumulate(N), module=model, max_norm=max_norm)(function)
-    for batch in step.over(batches_of(rank)):
+    for batch in step.over(batches_of(rank)[: windows * N]):
         step(batch)
     return step.updates, whole(base)
 
 
 def all_scenarios(rank, ranks):
     return {scenario: trained(rank, ranks, *scenario) for scenario in SCENARIOS}
+
+
+def prepared_by_others(rank, ranks):
+    """Modules in which DistributedDataParallel or FSDP2 is found inside of what another library has put around it."""
+    from accelerate import Accelerator
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    def shard(model, mesh):
+        return fully_shard(model, mesh=mesh["data_parallel"])
+
+    def fabric(strategy):
+        found = Fabric(accelerator="cpu", devices=ranks, strategy=strategy)
+        found.launch()
+        return found.setup_module
+
+    answers = []
+    for prepare in (
+        Accelerator(cpu=True).prepare,
+        fabric(DDPStrategy()),
+        fabric(ModelParallelStrategy(shard, data_parallel_size=ranks, tensor_parallel_size=1)),
+    ):
+        base = make_model()
+        model = prepare(base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        answers.append(train(rank, base, model, optimizer, True, 0.05))
+    return answers
+
+
+def test_modules_prepared_by_accelerate_and_fabric():
+    pytest.importorskip("accelerate")
+    pytest.importorskip("lightning_fabric")
+    reference = expected(2, True, 0.05)
+    for answer in run(prepared_by_others, 2):
+        assert len(answer) == 3
+        for updates, parameters in answer:
+            assert updates == 20 and distance(parameters, reference) <= 1e-12
+
+
+def two_trainings_at_once(rank, ranks):
+    """Of two ranks each; the second is over long before the first."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("training", "rank"))["rank"]
+    windows = 5 if rank >= 2 else 20
+    return [trained(rank % 2, 2, how, True, 0.05, mesh, windows) for how in ("ddp", "fsdp2")]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -90,9 +137,17 @@ def test_ranks_together_train_as_one_process_with_all_they_have(ranks):
             assert distance(parameters, reference) <= 1e-12, scenario
 
 
-def made(ranks, how, dtype=torch.float64, fused=False):
+def test_ranks_in_groups_train_apart():
+    reference = expected(2, True, 0.05)
+    for rank, answer in enumerate(run(two_trainings_at_once, 4)):
+        for updates, parameters in answer:
+            assert updates == (5 if rank >= 2 else 20)
+            assert rank >= 2 or distance(parameters, reference) <= 1e-12
+
+
+def made(ranks, how, dtype=torch.float64, fused=False, mesh=None):
     base = make_model(dtype)
-    model = wrapped(base, how, ranks)
+    model = wrapped(base, how, ranks, mesh)
     return base, model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
 
 

@@ -35,7 +35,10 @@ class Wrappers:
     @property
     def group(self) -> Any:
         """The process group that gradients are averaged over; None for the default one."""
-        return self._ddp[0].module.process_group if self._ddp else None
+        if self._ddp:
+            return self._ddp[0].module.process_group
+        meshes = [group.mesh_info.mesh for group in self._groups()]
+        return meshes[0].get_group() if meshes and meshes[0].ndim == 1 else None  # with two dimensions it is all of the ranks
 
     @property
     def shard_norms(self) -> bool:
