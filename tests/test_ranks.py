@@ -406,6 +406,7 @@ def a_state_of_an_open_window_knows_who_was_there(rank, ranks, how):
 
 def the_largest_gradient_is_that_of_all_ranks(rank, ranks, how):
     """Of the layer with one row, FSDP2 gives a rank nothing; and a nan on one rank is no larger than anything."""
+    nan = torch.tensor([0.0, 0.0, 0.0, 0.0, math.nan])
     for bad in (False, True):
         base = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1)).double()
         expected = copy.deepcopy(base)
@@ -415,7 +416,6 @@ def the_largest_gradient_is_that_of_all_ranks(rank, ranks, how):
         step = train_step(optimizer, module=model, max_norm=0.01, norm_type=math.inf)
         with step as result:
             if bad:  # for the last row of the first layer alone, which is on the last rank
-                nan = torch.tensor([0.0, 0.0, 0.0, 0.0, math.nan])
                 base[0].register_forward_hook(lambda *given: given[-1].register_hook(lambda gradient: gradient + nan) and None)
             step.backward(model(batches[rank][0]).pow(2).mean())
         if bad:
