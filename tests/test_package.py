@@ -36,6 +36,7 @@ def test_imports_run_one_way():
         "result": {"result", "window"},
         "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},
     }
+    above["microbatching"] = {"microbatching", *above["step"]}
     for name, allowed in above.items():
         modules = {m.removeprefix("trainkit.") for m in loaded_by(alone.format(name)) if m.startswith("trainkit.")}
         assert modules == allowed, name
@@ -50,6 +51,7 @@ def test_nothing_else_is_public():
         "freeze",
         "frozen",
         "frozen_parameters",
+        "microbatch",
         "train_step",
         "trainable_parameters",
         "unfreeze",

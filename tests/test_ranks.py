@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainkit import accumulate, amp, freeze, frozen, train_step, trainable_parameters
+from trainkit import accumulate, amp, freeze, frozen, microbatch, train_step, trainable_parameters
 
 ROOT = Path(__file__).parents[1]
 N, SCENARIOS = 3, list(itertools.product(["ddp", "fsdp2"], [False, True], [None, 0.05]))
@@ -428,7 +429,58 @@ def the_largest_gradient_is_that_of_all_ranks(rank, ranks, how):
         assert distance(whole(base), list(expected.parameters())) <= 1e-12
 
 
+def chunks_of_batches_are_reduced_once_in_a_window(rank, ranks, how):
+    """Also where memory runs out on one rank, and where another has more chunks."""
+    sizes = [[7, 3, 8, 6], [2, 5, 4, 1]]
+    for size in (2, "auto") if how == "ddp" else (2,):
+        for weighted in (False, True):
+            base, model, optimizer = made(ranks, how)
+            if how == "ddp":
+                model.register_comm_hook(None, default_hooks.allreduce_hook)
+            rows = []
+            base[2].bias.register_hook(lambda g, rows=rows, fit=3 if size == "auto" and rank == 0 else 8: run_out(rows, fit))
+
+            @train_step(optimizer, accumulate(2), microbatch(size), module=model, max_norm=0.05)
+            def step(batch, model=model, weighted=weighted, rows=rows):
+                rows.append(len(batch[0]))
+                loss = loss_of(model, batch)
+                return (loss, len(batch[0])) if weighted else loss
+
+            with counted_collectives() as counted, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "memory ran out")
+                for batch in step.over(make_batches(sizes[rank], seed=rank)):
+                    step(batch)
+            assert step.updates == 2
+            assert counted["all_reduce"] == weighted * 3 + (2 if how == "ddp" else 0), counted
+            assert counted[SCATTER] == (4 if how == "fsdp2" else 0)
+            if size == "auto":
+                assert step.chunk_sizes == {7: 3}  # on the other rank, too
+
+            expected = make_model()
+            theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+            loaders = [make_batches(sizes[other], seed=other) for other in range(ranks)]
+            for start in (0, 2):
+                window = [batch for loader in loaders for batch in loader[start : start + 2]]
+                weights = [len(x) if weighted else 1 for x, _ in window]
+                sum(loss_of(expected, b) * w / sum(weights) for b, w in zip(window, weights, strict=True)).backward()
+                torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
+                theirs.step()
+                theirs.zero_grad()
+            assert distance(whole(base), list(expected.parameters())) <= 1e-12
+    if how == "fsdp2":
+        _, model, optimizer = made(ranks, how)
+        step = train_step(optimizer, microbatch("auto"), module=model)(functools.partial(loss_of, model))
+        with pytest.raises(ValueError, match="leaves the others waiting"):
+            step(make_batches([4])[0])
+
+
+def run_out(rows, fit):
+    if rows[-1] > fit:
+        raise torch.OutOfMemoryError("of a test")
+
+
 CHECKS = [
+    chunks_of_batches_are_reduced_once_in_a_window,
     the_largest_gradient_is_that_of_all_ranks,
     a_further_loss_that_would_not_be_reduced_is_an_error,
     after_an_exception_in_backward_training_goes_on,

@@ -2,7 +2,7 @@
 
 from trainkit.compose import train_step
 from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
-from trainkit.parts import accumulate, amp
+from trainkit.parts import accumulate, amp, microbatch
 from trainkit.result import StepResult
 from trainkit.step import Step
 
@@ -14,6 +14,7 @@ __all__ = [
     "freeze",
     "frozen",
     "frozen_parameters",
+    "microbatch",
     "train_step",
     "trainable_parameters",
     "unfreeze",

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from trainkit.microbatching import ChunkedStep
 from trainkit.plan import Plan, Surrounding, check_clipping, check_module, check_optimizers
 from trainkit.step import Step
 
@@ -146,10 +147,16 @@ def _plan_of(part: Any) -> Plan:
 
 def _bind(plan: Plan, function: Callable[P, Any]) -> Step[P]:
     """The step of this function, or this step with more in its plan."""
+    if isinstance(function, UnboundStep):
+        return type(function)(plan + function._plan)  # type: ignore[return-value]
     if isinstance(function, Step):
-        return type(function)(plan + function._plan, function._function)
+        return _step(plan + function._plan, function._function)
     if isinstance(function, (Part, Surrounding)) or not callable(function):
         raise TypeError(f"only functions are decorated, got {function!r}; parts go together in `train_step(optimizer, a, b)`")
     for part in getattr(function, "__trainkit_parts__", ()):
         plan += _plan_of(part)
-    return Step(plan, function)
+    return _step(plan, function)
+
+
+def _step(plan: Plan, function: Callable[P, Any] | None) -> Step[P]:
+    return (Step if plan.chunk is None else ChunkedStep)(plan, function)

@@ -97,6 +97,18 @@ class Gradients:
                     return "changed"
         return ""
 
+    def versions(self) -> list[tuple[nn.Parameter, Version]]:
+        """What there is now, for ``take``."""
+        return [(parameter, _version(parameter)) for parameter in self._plan.parameters()]
+
+    def take(self, before: list[tuple[nn.Parameter, Version]]) -> dict[nn.Parameter, Tensor]:
+        """Takes out those that have changed since."""
+        taken = {p: p.grad for p, found in before if p.grad is not None and not _is_still(p, found)}
+        for parameter in taken:
+            parameter.grad = None
+        self.remember()
+        return taken
+
     def state_dict(self) -> dict[int, Tensor]:
         """Copies, by the position of the parameter; also of those that ``frozen`` has set aside."""
         others = {id(parameter) for parameter in self._aside}

@@ -45,6 +45,11 @@ class Wrappers:
         """Whether gradients are parts that do not know of the others, as those of FSDP1 are."""
         return bool(self._fsdp1)
 
+    @property
+    def gather_parameters(self) -> bool:
+        """Whether a forward needs all ranks."""
+        return bool(self._fsdp1 or self._fsdp2)
+
     @contextmanager
     def micro_batch(self, closes: bool) -> Iterator[None]:
         """Around forward and backward: gradients are reduced only where it ``closes`` a window. All is left as it was found."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ class Plan:
     norm_type: float = 2.0
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
+    chunk: int | Literal["auto"] | None = None
 
     def __add__(self, other: Plan) -> Plan:
         if self.optimizers and other.optimizers:
@@ -57,6 +58,8 @@ class Plan:
             raise ValueError("amp was given twice, and a step runs in one precision: leave out one of the two")
         if self.max_norm is not None and other.max_norm is not None:
             raise ValueError(f"max_norm was given twice, {self.max_norm} and {other.max_norm}: leave out one of the two")
+        if self.chunk and other.chunk:
+            raise ValueError(f"microbatch was given twice, {self.chunk!r} and {other.chunk!r}: leave out one of the two")
         norm_types = {self.norm_type, other.norm_type} - {2.0}
         if len(norm_types) == 2:
             raise ValueError(f"norm_type was given twice, {self.norm_type} and {other.norm_type}: leave out one of the two")
@@ -69,6 +72,7 @@ class Plan:
             norm_type=norm_types.pop() if norm_types else 2.0,
             after=self.after + other.after,
             surroundings=self.surroundings + other.surroundings,
+            chunk=self.chunk or other.chunk,
         )
 
     def length(self, updates: Callable[[], int]) -> int:

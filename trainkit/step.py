@@ -26,7 +26,7 @@ from trainkit.plan import Plan, Surrounding
 from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
 from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
-from trainkit.window import Weight, Window, widened
+from trainkit.window import Chunk, Weight, Window, widened
 
 try:
     # All that is left of Tensor.backward where the seed is known to fit the loss. What it checks and carries over to the threads
@@ -76,6 +76,7 @@ class Step(Generic[P]):
         self._gradients = Gradients(plan)
         self._window: Window | None = None
         # The micro-batch under way.
+        self._chunk = Chunk()
         self._result: StepResult | None = None
         self._surroundings: AbstractContextManager[Any] = _NOTHING
         self._autocast_is_on = False
@@ -338,6 +339,11 @@ class Step(Generic[P]):
                 "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or "
                 "`amp(optimizer)`, or the module, `accumulate(4, module=model)`"
             )
+        if self._plan.chunk is not None and self._function is None:
+            raise ValueError(
+                "microbatch cuts the arguments of a step function, and a block by hand has none: decorate a function, "
+                "`train_step(optimizer, microbatch(8))(function)`"
+            )
         self._ranks = count_ranks()
         self._wrappers = Wrappers(self._plan.modules)
         self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
@@ -423,9 +429,14 @@ class Step(Generic[P]):
                 torch.clear_autocast_cache()
             else:
                 _backward(loss, seed)
-        except BaseException:
-            self.discard()  # at once: the block may catch this and go on
+        except BaseException as error:
+            if not self._take_back(error):
+                self.discard()  # at once: the block may catch this and go on
             raise
+
+    def _take_back(self, error: BaseException) -> bool:
+        """Whether what a failed backward has left could be taken out of the gradients again."""
+        return False
 
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
         """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
@@ -435,7 +446,7 @@ class Step(Generic[P]):
         if self._ranks > 1 and self._weight is not None and window.first_of_all and not window.losses:
             (largest,) = over_ranks("max", [self._weight], loss.device, self._wrappers.group)()
             window.agree_on_reference(largest)
-        self._share = window.share(self._weight)
+        self._share = window.share(self._weight, self._chunk.fraction)
         if not window.losses:
             if self._loss_scale is not None:
                 refuse_float16(self._plan.parameters())
@@ -445,12 +456,10 @@ class Step(Generic[P]):
             self.discard()
             raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
         self._began_backward = True
-        if delivery is None:
-            window.add(self._weight)
-        else:
-            window.add(self._weight, delivery.present, delivery.is_filler)
-            if delivery.is_filler:
-                self._share = 0.0
+        is_filler = self._chunk.fraction == 0 or (delivery is not None and delivery.is_filler)
+        window.add(self._weight, self._chunk, 1 if delivery is None else delivery.present, is_filler)
+        if is_filler:
+            self._share = 0.0
         must_sum = window.weighted or (self._at_last_batch and delivery is None)
         if self._ranks > 1 and must_sum and self._will_close(window):
             # Here, and not after backward, which it is hidden behind.
@@ -458,7 +467,7 @@ class Step(Generic[P]):
 
     def _will_close(self, window: Window) -> bool:
         """Whether the next micro-batch is the window's last."""
-        return self._at_last_batch or len(window.losses) + 1 >= window.length
+        return self._chunk.is_last and (self._at_last_batch or window.batches + 1 >= window.length)
 
     def _seed(self, loss: Tensor) -> Tensor:
         """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale.
@@ -480,10 +489,11 @@ class Step(Generic[P]):
         assert result is not None and result.loss is not None and window is not None
         window.losses.append(result.loss)
         result._window, result._count = window, len(window.losses)
-        if result._count < window.length and not self._at_last_batch:
+        window.batches += self._chunk.is_last
+        if not self._chunk.is_last or (window.batches < window.length and not self._at_last_batch):
             self._gradients.remember()
             return
-        if result._count < window.length:
+        if window.batches < window.length:
             if self._ended_early:
                 warnings.warn(
                     "several micro-batches came at the last batch of `step.over`, and each of them ends a window: let the loop "

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Weight = int | float | Tensor
+
+
+class Chunk(NamedTuple):
+    """What a micro-batch is of its batch, where ``microbatch`` cuts batches into chunks; else it is all of it.
+
+    ``fraction``: of its rows; 0 for a chunk that is run again only because other ranks wait, and counts nothing. ``is_last``:
+    whether the batch is over with it. ``stop``: the row where it ends.
+    """
+
+    fraction: float = 1
+    is_last: bool = True
+    stop: int = 0
+
+
+_WHOLE = Chunk()
 
 
 class Window:
@@ -27,6 +42,7 @@ class Window:
 
     def __init__(self, length: int, reference: Weight | None) -> None:
         self.length = length
+        self.batches = 0
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
         self.total: Weight = 0
@@ -35,7 +51,7 @@ class Window:
         self.first_of_all = reference is None
         self.reference: Weight = 1.0 if reference is None else reference
 
-    def share(self, weight: Weight | None) -> float | Tensor:
+    def share(self, weight: Weight | None, fraction: float = 1) -> float | Tensor:
         """The factor of a micro-batch's gradient on its way in; TypeError where weighted and unweighted losses would meet."""
         if self.losses and self.weighted is not (weight is not None):
             was, came = ("with", "without") if self.weighted else ("without", "with")
@@ -44,10 +60,10 @@ class Window:
                 "both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
             )
         if weight is None:
-            return 1.0 / self.length
+            return fraction / self.length
         if self.first_of_all:
             # There is no window before to take the reference from, so the first weight above zero gives it.
-            near = _power_of_two_near(weight)  # 1 for a weight of 0, whose share is 0 whatever it is
+            near = _power_of_two_near(weight / (fraction or 1))  # 1 for a weight of 0, whose share is 0 whatever it is
             if isinstance(self.total, Tensor):
                 self.reference = _wide(torch.where(self.total > 0, self.reference, near))
             elif self.total == 0:
@@ -55,19 +71,29 @@ class Window:
         share: float | Tensor = _wide(weight) / (self.reference * self.length)
         return share
 
-    def add(self, weight: Weight | None, present: float = 1, is_filler: bool = False) -> None:
+    def add(self, weight: Weight | None, chunk: Chunk = _WHOLE, present: float = 1, is_filler: bool = False) -> None:
         """Counts the weight of a micro-batch, whose loss joins ``losses`` when its backward is over.
 
         ``present``: the share of ranks that have one at this place. ``is_filler``: whether this rank has none; then it is only
         there so that the rank goes along with the others.
         """
         self.weighted = weight is not None
-        self.count += present
-        latest: Weight = 0 if is_filler else 1 if weight is None else weight
+        if chunk.is_last:
+            self.count += present
+        latest: Weight = 0 if is_filler else chunk.fraction if weight is None else weight
         self.weights.append(latest)
         if isinstance(latest, float) or isinstance(self.total, float):  # which torch adds to an int tensor as float32
             latest, self.total = _wide(latest), _wide(self.total)
         self.total = self.total + latest
+
+    def mark(self) -> tuple[Any, ...]:
+        """What there is, for ``rewind``."""
+        return len(self.losses), self.total, self.count, self.weighted
+
+    def rewind(self, mark: tuple[Any, ...]) -> None:
+        """Takes back what was added since ``mark``."""
+        size, self.total, self.count, self.weighted = mark
+        del self.losses[size:], self.weights[size:]
 
     def agree_on_reference(self, largest: Tensor) -> None:
         """Takes the first reference of all from the largest weight with which a rank begins."""
@@ -93,9 +119,7 @@ class Window:
 
     def mean_loss(self, count: int) -> Tensor:
         """The weighted mean of the first ``count`` losses; 0-d, nan where they weigh nothing."""
-        losses, weights = self.losses[:count], self.weights[:count]
-        total: Tensor = sum(_wide(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
-        return total.to(losses[0].dtype)
+        return weighted_mean(self.losses[:count], self.weights[:count])
 
     def empty(self) -> bool | Tensor:
         """Whether it weighs nothing, or nothing that is a number; a 0-d tensor where that is known only on the device."""
@@ -111,6 +135,7 @@ class Window:
             "weighted": bool(self.weighted),
             "first_of_all": self.first_of_all,
             "count": self.count,
+            "batches": self.batches,
             "losses": [loss.clone() for loss in self.losses],
             "weights": list(self.weights),
         }
@@ -126,7 +151,14 @@ class Window:
         window.weighted = state["weighted"]
         window.first_of_all = state.get("first_of_all", window.first_of_all)
         window.count = state.get("count", window.count)
+        window.batches = state.get("batches", len(window.losses))
         return window
+
+
+def weighted_mean(losses: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
+    """0-d, in the dtype of the losses; nan where they weigh nothing."""
+    total: Tensor = sum(_wide(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    return total.to(losses[0].dtype)
 
 
 def widened(weight: Weight, device: torch.device) -> Weight:

@@ -1,0 +1,251 @@
+"""Steps that take the batch of a call in chunks of its rows, and find out how many of them memory allows."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.parallel import tell_all
+from trainkit.plan import Plan
+from trainkit.result import StepResult
+from trainkit.step import Step
+from trainkit.window import Chunk, Weight, weighted_mean
+
+P = ParamSpec("P")
+
+
+class ChunkedStep(Step[P]):
+    """A step whose calls take batches, each of them as several micro-batches.
+
+    ``chunk_sizes``: with ``microbatch("auto")``, how many rows to take where more have run out of memory; by how many numbers
+    a row has, as rows of longer text need more. Can be read, changed and cleared between two calls.
+    """
+
+    def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
+        super().__init__(plan, function)
+        self.chunk_sizes: dict[int, int] = {}
+        self._is_auto = plan.chunk == "auto"
+        self._untold: list[int] = []  # sizes of rows whose entry other ranks do not know
+        # The gradients before the backward under way, where it can be taken back.
+        self._before: list[Any] = []
+        # By the row up to which they are: gradients that are complete, although the chunk ran out of memory before all were.
+        self._complete: list[tuple[int, dict[nn.Parameter, Tensor]]] = []
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        batch = Batch(args, kwargs)
+        if not self._device_type:
+            self._prepare()
+        if self._is_auto and self._wrappers.gather_parameters:
+            raise ValueError(
+                "microbatch('auto') under FSDP, which gathers parameters from all ranks in every forward: a rank that ran out of "
+                "memory and tries again leaves the others waiting. Give a number, `microbatch(8)`"
+            )
+        if self._window is None:
+            self._window = self._new_window()
+        for_others = self._count_for_others(batch)
+        losses: list[Tensor] = []
+        weights: list[Weight] = []
+        result, start, last = None, 0, 0
+        try:
+            while result is None or start < batch.rows:
+                end = self._complete[-1][0] if self._complete else batch.rows
+                stop = min(start + self._rows_for(batch), end)
+                fraction = (stop - start) / batch.rows if batch.rows else 1
+                result = self._try(batch, start, Chunk(fraction, stop == batch.rows and not for_others, stop))
+                if result is not None and result.loss is not None:
+                    losses.append(result.loss)
+                    weights.append(fraction if self._weight is None else self._weight)
+                    last, start = start, stop
+            for left in reversed(range(for_others)):
+                result = self._try(batch, last, Chunk(0, not left, batch.rows)) or result
+        except BaseException:
+            if losses or self._complete:  # a part of the batch is in
+                self.discard()
+            raise
+        finally:
+            self._chunk = Chunk()
+            self._complete.clear()
+        if len(losses) > 1:
+            result.loss = weighted_mean(losses, weights)
+        return result
+
+    def _count_for_others(self, batch: Batch) -> int:
+        """How many chunks are run only for the sake of other ranks, which wait for them."""
+        if self._ranks == 1:
+            return 0
+        if self._is_auto:  # where the backward that gradients are reduced in must not run out of memory
+            assert self._window is not None
+            return self._will_close(self._window)
+        if not self._wrappers.gather_parameters:
+            return 0
+        count = -(-batch.rows // self._rows_for(batch)) or 1
+        return int(tell_all(self._wrappers.group, count).max()) - count
+
+    def _rows_for(self, batch: Batch) -> int:
+        """How many rows to take of this batch, as far as is known: what is too much for a row is so for a larger one."""
+        if isinstance(self._plan.chunk, int):
+            return self._plan.chunk
+        return min((rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row), default=batch.rows or 1)
+
+    def _try(self, batch: Batch, start: int, chunk: Chunk) -> StepResult | None:
+        """Runs a chunk. None where memory ran out: then all is as before but for ``chunk_sizes`` and ``_complete``."""
+        window, rows = self._window, chunk.stop - start
+        assert window is not None
+        mark = window.mark()
+        self._chunk = chunk
+        args, kwargs = batch.chunk(start, chunk.stop)
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            is_lost = self._window is not window  # more was in than can be taken out again, or the update was under way
+            if not self._is_auto or is_lost or not chunk.fraction or not is_out_of_memory(error):
+                raise
+            if rows <= 1:
+                error.args = (f"{error}\n{_ADVICE}",)
+                raise
+            window.rewind(mark)
+            _let_go(error)
+        # Only here, where the error is gone, nothing holds the activations.
+        getattr(torch.get_device_module(self._device_type), "empty_cache", bool)()
+        if not self.chunk_sizes:
+            warnings.warn(
+                f"memory ran out with {rows} rows of {batch.size_of_row} numbers, and microbatch('auto') goes on with "
+                f"{rows // 2}; what it finds is in `step.chunk_sizes`, and is said only once",
+                stacklevel=3,
+            )
+        self.chunk_sizes[batch.size_of_row] = rows // 2
+        self._untold.append(batch.size_of_row)
+        return None
+
+    def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
+        self._before = self._gradients.versions() if self._is_auto else []
+        super()._begin_backward(loss, weight)
+
+    def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
+        if self._began_backward:
+            self._before = []  # of several losses, what a parameter has of which could not be told
+        super()._run_backward(loss, weight)
+
+    def _take_back(self, error: BaseException) -> bool:
+        """Where memory ran out: the gradient of a parameter has got all of the chunk, or nothing.
+
+        Those that have all of it are kept as they are, and put back when the others have it too, from smaller chunks.
+        """
+        if not (self._before and self._chunk.fraction and is_out_of_memory(error)):
+            return False
+        ignored = {id(parameter) for _, complete in self._complete for parameter in complete}
+        changed = self._gradients.take(self._before)
+        self._complete.append((self._chunk.stop, {p: gradient for p, gradient in changed.items() if id(p) not in ignored}))
+        self._began_backward = False
+        return True
+
+    def _finish(self) -> None:
+        while self._complete and self._complete[-1][0] == self._chunk.stop:
+            for parameter, gradient in self._complete.pop()[1].items():
+                parameter.grad = gradient
+        super()._finish()
+        if self._is_auto and self._ranks > 1 and self._window is None:
+            self._tell_sizes()
+
+    def _tell_sizes(self) -> None:
+        """The latest that this rank and the others have found, once per window."""
+        latest = self._untold.pop(0) if self._untold else 0
+        for size, rows in tell_all(self._wrappers.group, latest, self.chunk_sizes.get(latest, 0)).tolist():
+            if rows:
+                self.chunk_sizes[size] = min(rows, self.chunk_sizes.get(size, rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "chunk_sizes": dict(self.chunk_sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.chunk_sizes = dict(state.get("chunk_sizes", {}))
+
+
+_ADVICE = (
+    "A single row does not fit into memory. What makes it smaller: shorter rows; activation checkpointing; freezing the lower "
+    "layers, `freeze(model, layers)`; half precision, `amp()`"
+)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Has the frames of an error, and of those that it came from, forget their variables."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+class Batch:
+    """The arguments of a call, which can be taken in chunks.
+
+    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth. What is no tensor, or has no
+    dimension, goes to every chunk as it is.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._arguments = (args, dict(kwargs))
+        tensors = list(_tensors(self._arguments))
+        lengths = {len(tensor) for tensor in tensors}
+        if not tensors:
+            raise ValueError(
+                f"microbatch found no tensor to cut in {[type(value).__name__ for value in (*args, *kwargs.values())]}; it cuts "
+                "tensors along their first dimension, also in tuples, lists and mappings: `step(inputs, targets)`"
+            )
+        if len(lengths) > 1:
+            raise ValueError(
+                f"microbatch cuts tensors along their first dimension, and these have {len(lengths)} lengths: "
+                f"{[tuple(tensor.shape) for tensor in tensors]}; let the function find what is no batch elsewhere than in its "
+                "arguments"
+            )
+        (self.rows,) = lengths
+        # By this, more or less, the memory that a row needs is known before it is needed.
+        self.size_of_row = sum(tensor.numel() for tensor in tensors) // max(self.rows, 1)
+
+    def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call for some of the rows: views, no copies."""
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = _cut(self._arguments, start, stop)
+        return arguments
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.dim():
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _cut(value: Any, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() else value
+    if isinstance(value, (tuple, list)):
+        items = [_cut(item, start, stop) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple takes them one by one
+    if isinstance(value, Mapping):
+        # A copy keeps what else a mapping has, as the BatchEncoding of a tokenizer does.
+        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for name, item in value.items():
+            found[name] = _cut(item, start, stop)
+        return found
+    return value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of whatever device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # torch has no type for those of a CPU, of Apple's GPUs and of the libraries of CUDA.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
