@@ -31,7 +31,7 @@ def test_imports_run_one_way():
         "losses": {"losses", "window"},
         "plan": {"plan"},
         "parallel": {"parallel"},
-        "precautions": {"precautions"},
+        "precautions": {"precautions", "plan"},
         "gradients": {"gradients", "plan"},
         "result": {"result", "window"},
         "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},

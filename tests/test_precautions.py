@@ -1,8 +1,12 @@
+import math
+
 import pytest
 import torch
-from oracles import loss_of, make_batches, make_model
+from oracles import OPTIMIZERS, loss_of, make_batches, make_model
+from torch import nn
+from torch.nn import functional as F
 
-from trainkit import amp, frozen, train_step, trainable_parameters
+from trainkit import accumulate, amp, frozen, train_step, trainable_parameters
 from trainkit.precautions import _drop_casts
 
 BATCH = make_batches([4], torch.float32)[0]
@@ -45,3 +49,90 @@ def test_many_steps_over_a_model_leave_one_hook():
     for _ in range(3):
         train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.bfloat16))(lambda: loss_of(model, BATCH))()
     assert list(model[2].weight._backward_hooks.values()) == [_drop_casts]
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW fused"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_updates_skipped_in_a_row_are_an_error_that_says_where(kind, dtype):
+    model = make_model(torch.float32)
+    before = [p.clone() for p in model.parameters()]
+
+    @train_step(OPTIMIZERS[kind](model.parameters()), accumulate(2), amp(dtype=dtype), module=model, max_skips=3)
+    def step(batch, bad):
+        hidden = model[:2](batch[0])
+        if bad:
+            hidden.register_hook(lambda gradient: gradient * math.inf)
+        return F.mse_loss(model[2](hidden), batch[1])
+
+    batches = make_batches([4] * 2, torch.float32)
+
+    def window(bad):
+        step(batches[0], False)
+        return step(batches[1], bad)
+
+    assert window(False).updated
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        assert not window(True).updated
+    assert window(False).updated  # the next two are the first in a row again
+    for _ in range(2):
+        assert not window(True).updated
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"^3 updates in a row were skipped") as found:
+        window(True)
+    message = str(found.value)
+    assert "those of 2 of 4 parameters, first '0.weight', '0.bias'. The last good update was number 2," in message
+    assert ("the loss scale is 2048" in message) is (dtype == torch.float16)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    assert (step.updates, step.skipped) == (2, 5)
+    assert window(False).updated
+
+
+def test_parameters_that_nobody_has_named_and_the_default():
+    bad = nn.Parameter(torch.ones(2))
+    good = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [good]}, {"params": [good.new_ones(1).requires_grad_(), bad]}], lr=0.1)
+
+    @train_step(optimizer, accumulate(1), max_norm=1.0)
+    def step(factor):
+        return (good.detach() * bad).sum() * factor
+
+    with pytest.warns(UserWarning, match="only 1 of 3"):
+        for _ in range(24):
+            step(torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match=r"^25 .* of 1 of 3 parameters, first params\[1\] of param_groups\[1\] of SGD"):
+        step(torch.tensor(math.nan))
+    bad.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"of shape \(2,\) \(which is not finite itself\)"):
+        for _ in range(25):
+            step(torch.tensor(math.nan))
+    forever = train_step(optimizer, max_norm=1.0, max_skips=math.inf)(lambda: bad.sum() * torch.tensor(math.nan))
+    for _ in range(30):
+        forever()
+    assert forever.skipped == 30
+
+
+def test_gradients_whose_norm_alone_is_not_finite():
+    weight = nn.Parameter(torch.ones(2))
+    step = train_step(torch.optim.SGD([weight], lr=0.1), max_norm=1.0, max_skips=1)(lambda: (weight * 3e38).sum())
+    with pytest.raises(FloatingPointError, match="each entry here is, but their norm is not"):
+        step()
+
+
+def test_windows_without_weight_are_not_bad():
+    weight = nn.Parameter(torch.ones(2))
+    step = train_step(torch.optim.SGD([weight], lr=0.1), max_norm=1.0, max_skips=2)(lambda w: (weight.sum(), w))
+    for _ in range(5):
+        assert not step(0).updated and not step(torch.tensor(0)).updated
+
+
+def test_max_skips_is_a_number_of_updates():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    for wrong in (True, 2.5, "25"):
+        with pytest.raises(TypeError, match="max_skips counts updates"):
+            train_step(optimizer, max_skips=wrong)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        amp(max_skips=0)
+    with pytest.raises(ValueError, match="max_skips was given twice, 3 and 4"):
+        train_step(optimizer, amp(max_skips=4), max_skips=3)

@@ -176,6 +176,10 @@ def an_overflow_on_one_rank_skips_the_update_on_all(rank, ranks, how):
         assert skipped == [False, True, False, False], skipped
         assert scales == [65536.0, 32768.0, 32768.0, 32768.0]
         same_everywhere(whole(base))
+        step = train_step(optimizer, amp(dtype=torch.float16), module=model, max_skips=2)
+        for error in (nullcontext(), pytest.raises(FloatingPointError, match="2 updates in a row were skipped")):
+            with error, step:
+                step.backward(loss_of(model, batch) * (math.nan if rank == 1 else 1.0))
 
 
 def windows_closed_by_hand_may_have_another_length_on_every_rank(rank, ranks, how):

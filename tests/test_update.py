@@ -401,3 +401,29 @@ def test_an_empty_parameter_has_no_part_in_the_norm():
     optimizer = torch.optim.AdamW([*model.parameters(), empty], fused=True)
     step = train_step(optimizer, max_norm=1.0, norm_type=math.inf)(lambda: loss_of(model, BATCHES[0]) + empty.sum())
     assert step().updated
+
+
+def test_a_streak_is_known_late_where_the_device_is_late_and_by_all_ranks_at_the_same_time(monkeypatch):
+    arrived = []
+
+    class Late(update.Verdict):
+        """As of an accelerator whose answers have come where ``arrived``, and are waited for else."""
+
+        def known(self, at_once=False):
+            return bool(arrived) and not at_once
+
+        def skipped(self):
+            return self._skipped
+
+    monkeypatch.setattr(update, "Verdict", Late)
+    streak, on_two = update.Streak(1), update.Streak(2)
+    for i in range(update.Streak.LAG + 2):
+        assert streak.length == on_two.length == max(0, i - update.Streak.LAG)
+        streak.add(True)
+        on_two.add(True)
+    arrived.append(True)
+    streak.add(True)
+    on_two.add(True)
+    assert streak.length == update.Streak.LAG + 3 and on_two.length == 3
+    streak.add(False)
+    assert streak.length == 0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainkit.microbatching import ChunkedStep
-from trainkit.plan import Plan, Surrounding, check_clipping, check_module, check_optimizers
+from trainkit.plan import Plan, Surrounding, check_clipping, check_max_skips, check_module, check_optimizers
 from trainkit.step import Step
 
 P = ParamSpec("P")
@@ -52,6 +52,7 @@ def train_step(
     module: nn.Module | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    max_skips: float | None = None,
     after: Callable[[], Any] | Sequence[Callable[[], Any]] = (),
 ) -> UnboundStep:
     """Makes a training step of a function that computes a loss; by itself, a context for a step written by hand.
@@ -86,6 +87,8 @@ def train_step(
             then reduced once per window, and are those of the weighted mean over all ranks.
         max_norm: clips the norm of the true gradients; ``math.inf`` only checks that they are finite.
         norm_type: 1, 2 or ``math.inf``.
+        max_skips: so many updates skipped in a row, because gradients were not finite, are an error: an int, or ``math.inf``.
+            None is 25. With a loss scale, which every one of them halves, that is a factor of 3e-8.
         after: one or several callables without arguments, called after each applied update, and not after a skipped one; for
             example ``scheduler.step`` or the update of an EMA. On an accelerator the call may come as late as just before
             the next update, when the verdict on this one has arrived; see ``Step.settle``. So a checkpoint is not taken in
@@ -96,6 +99,8 @@ def train_step(
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or value, or is given twice.
+        FloatingPointError: by a call, after ``max_skips``; it names parameters, the last good update and the loss scale. On an
+            accelerator, which is not waited for, it may come some updates later.
 
     Example:
         >>> import torch
@@ -119,7 +124,14 @@ def train_step(
             raise TypeError(f"after takes callables without arguments, got {call!r}: `after=scheduler.step`")
         if isinstance(getattr(call, "__self__", None), ReduceLROnPlateau):
             raise TypeError("ReduceLROnPlateau.step needs a metric: call `scheduler.step(metric)` after each evaluation yourself")
-    plan = Plan(check_optimizers(optimizer), check_module(module), max_norm=max_norm, norm_type=norm_type, after=calls)
+    plan = Plan(
+        optimizers=check_optimizers(optimizer),
+        modules=check_module(module),
+        max_norm=max_norm,
+        norm_type=norm_type,
+        max_skips=check_max_skips(max_skips),
+        after=calls,
+    )
     for part in parts:
         plan += _plan_of(part)
     return UnboundStep(plan)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainkit.compose import Part, UnboundStep, train_step
-from trainkit.plan import Plan, Precision, check_clipping, check_length, check_module
+from trainkit.plan import Plan, Precision, check_clipping, check_length, check_max_skips, check_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -157,6 +157,7 @@ def amp(
     device: str | torch.device | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    max_skips: float | None = None,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
 ) -> Autocast: ...
@@ -169,6 +170,7 @@ def amp(
     device: str | torch.device | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    max_skips: float | None = None,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
 ) -> UnboundStep: ...
@@ -178,6 +180,7 @@ def amp(
     device: str | torch.device | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
+    max_skips: float | None = None,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
 ) -> Autocast | UnboundStep:
@@ -206,6 +209,7 @@ def amp(
         device: the type of device that forward runs on, as "cuda"; None takes that of the first parameter.
         max_norm: clips the norm of the true gradients; ``math.inf`` only checks, as amp does anyway.
         norm_type: 1, 2 or ``math.inf``.
+        max_skips: so many updates skipped in a row are a FloatingPointError; None is 25. See ``train_step``.
         init_scale: the first loss scale, for float16.
         growth_interval: updates without an overflow after which the loss scale doubles.
 
@@ -239,5 +243,7 @@ def amp(
         raise ValueError(f"device must be a type of device, got {device!r}: `amp(device='cuda')`") from error
     max_norm, norm_type = check_clipping(max_norm, norm_type)
     precision = Precision(dtype, device_type, float(init_scale), growth_interval)
-    part = Autocast(Plan(precision=precision, max_norm=max_norm, norm_type=norm_type), f"amp(dtype={dtype})")
+    max_skips = check_max_skips(max_skips)
+    plan = Plan(precision=precision, max_norm=max_norm, norm_type=norm_type, max_skips=max_skips)
+    part = Autocast(plan, f"amp(dtype={dtype})")
     return train_step(optimizers, part) if optimizers else part

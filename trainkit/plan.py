@@ -47,6 +47,7 @@ class Plan:
     precision: Precision | None = None
     max_norm: float | None = None
     norm_type: float = 2.0
+    max_skips: float | None = None
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
     chunk: int | Literal["auto"] | None = None
@@ -60,6 +61,8 @@ class Plan:
             raise ValueError(f"max_norm was given twice, {self.max_norm} and {other.max_norm}: leave out one of the two")
         if self.chunk and other.chunk:
             raise ValueError(f"microbatch was given twice, {self.chunk!r} and {other.chunk!r}: leave out one of the two")
+        if self.max_skips is not None and other.max_skips is not None:
+            raise ValueError(f"max_skips was given twice, {self.max_skips} and {other.max_skips}: leave out one of the two")
         norm_types = {self.norm_type, other.norm_type} - {2.0}
         if len(norm_types) == 2:
             raise ValueError(f"norm_type was given twice, {self.norm_type} and {other.norm_type}: leave out one of the two")
@@ -70,6 +73,7 @@ class Plan:
             precision=self.precision or other.precision,
             max_norm=self.max_norm if self.max_norm is not None else other.max_norm,
             norm_type=norm_types.pop() if norm_types else 2.0,
+            max_skips=self.max_skips if self.max_skips is not None else other.max_skips,
             after=self.after + other.after,
             surroundings=self.surroundings + other.surroundings,
             chunk=self.chunk or other.chunk,
@@ -162,6 +166,17 @@ def check_clipping(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
     if norm_type not in (1, 2, math.inf):
         raise ValueError(f"norm_type must be 1, 2 or math.inf, got {norm_type}: p = 0 would miss a nan, a large p overflows")
     return (None if max_norm is None else float(max_norm)), float(norm_type)
+
+
+def check_max_skips(max_skips: Any) -> float | None:
+    """max_skips, if it is a number of updates or inf; else TypeError or ValueError."""
+    if max_skips is None or (isinstance(max_skips, float) and max_skips == math.inf):
+        return max_skips
+    if isinstance(max_skips, bool) or not isinstance(max_skips, int):
+        raise TypeError(f"max_skips counts updates, an int or math.inf, got {max_skips!r}: `max_skips=25`")
+    if max_skips < 1:
+        raise ValueError(f"max_skips must be at least 1, got {max_skips}: `max_skips=25`, or `math.inf` to go on for ever")
+    return max_skips
 
 
 def _name(thing: Any) -> str:

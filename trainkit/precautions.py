@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from trainkit.plan import Plan
+
 
 def refuse_hooks(parameters: Sequence[nn.Parameter]) -> None:
     """Raises ValueError where an optimizer may step within backward: it would see gradients that are scaled and incomplete."""
@@ -60,3 +62,24 @@ def warn_of_missing(gradients: Sequence[Tensor], parameters: Sequence[nn.Paramet
             "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`",
             stacklevel=2,
         )
+
+
+def not_finite(plan: Plan) -> str:
+    """The first parameters whose gradients are not finite, in words."""
+    names = {id(p): f"{name!r}" for module in plan.modules for name, p in module.named_parameters()}
+    for optimizer in plan.optimizers:
+        for g, group in enumerate(optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                given = group["param_names"][i] if "param_names" in group else ""
+                place = f"params[{i}] of param_groups[{g}] of {type(optimizer).__name__}, of shape {tuple(parameter.shape)}"
+                names.setdefault(id(parameter), repr(given) if given else place)
+    bad = [p for p in plan.parameters() if p.grad is not None and not _is_finite(p.grad)]
+    if not bad:
+        return "each entry here is, but their norm is not"
+    first = ", ".join(names[id(p)] + ("" if _is_finite(p) else " (which is not finite itself)") for p in bad[:3])
+    return f"those of {len(bad)} of {len(plan.parameters())} parameters, first {first}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what other ranks have, they say themselves
+    return bool(here.isfinite().all())

@@ -23,9 +23,9 @@ from trainkit.loaders import Delivery, in_step, mark_last
 from trainkit.losses import read_loss
 from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
-from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_hooks, warn_of_missing
+from trainkit.precautions import keep_casts_fresh, not_finite, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
-from trainkit.update import Check, LossScale, Outcome, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
+from trainkit.update import Check, LossScale, Outcome, Streak, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
 from trainkit.window import Chunk, Weight, Window, widened
 
 try:
@@ -65,6 +65,7 @@ class Step(Generic[P]):
         self._watched_casts: list[nn.Parameter] = []
         self._loss_scale: LossScale | None = None
         self._check: Check | None = None
+        self._streak: Streak | None = None
         # From window to window.
         self._closed = 0
         self._skips: int | Tensor = 0
@@ -240,7 +241,7 @@ class Step(Generic[P]):
         Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
         """
         owed, self._owed = self._owed, None
-        if owed is not None and owed.applied():
+        if owed is not None and not owed.skipped():
             for call in self._plan.after:
                 call()
 
@@ -362,6 +363,7 @@ class Step(Generic[P]):
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
             if precision is not None or max_norm is not None:
                 self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
+                self._streak = Streak(self._ranks)
             if precision is not None:
                 device_type, dtype = precision.resolve(device)
                 if dtype == torch.float16:
@@ -511,8 +513,12 @@ class Step(Generic[P]):
         self._reference = window.next_reference()
         self._closed += 1
         self._skips += outcome.skipped
-        if self._loss_scale is not None and outcome.found_inf is not None:
+        if self._loss_scale is not None and isinstance(outcome.found_inf, Tensor):
             self._loss_scale.update(outcome.found_inf)
+        if self._streak is not None and outcome.found_inf is not None:
+            self._streak.add(outcome.found_inf)
+            if self._streak.length >= (self._plan.max_skips or 25):
+                self._give_up(self._streak)
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them
@@ -523,6 +529,16 @@ class Step(Generic[P]):
             self._owed = Verdict(outcome.skipped)
             if self._owed.known():
                 self.settle()
+
+    def _give_up(self, streak: Streak) -> None:
+        """Raises FloatingPointError, and says all that is known."""
+        count, streak.length = streak.length, 0
+        scale = "" if self._loss_scale is None else f"; the loss scale is {self._loss_scale.value.item():g}"
+        raise FloatingPointError(
+            f"{count} updates in a row were skipped, because gradients are not finite: {not_finite(self._plan)}. The last good "
+            f"update was number {self.updates}, and the parameters are as it left them{scale}. Look at the loss and the data of "
+            "these windows, or go back to a checkpoint with a lower learning rate; `max_skips=math.inf` goes on for ever"
+        )
 
     def _update(self, window: Window) -> Outcome:
         """Turns the gradients of a complete window into an update, or skips it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,12 +92,13 @@ def _entries(gradient: Tensor) -> Tensor:
 class Outcome(NamedTuple):
     """What became of a window.
 
-    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: such a tensor, the
-    loss scale's verdict; ``norm``: 0-d, of the true gradients before clipping; both None where no norm was taken.
+    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: the same for
+    gradients that are not finite, a tensor where there is a loss scale to be told; ``norm``: 0-d, of the true gradients before
+    clipping; both None where no norm was taken.
     """
 
     skipped: bool | Tensor
-    found_inf: Tensor | None = None
+    found_inf: bool | Tensor | None = None
     norm: Tensor | None = None
 
 
@@ -167,7 +169,8 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
 
     Waits for the device once, where the verdict lies there. Gradients of a skipped update are left as they are.
     """
-    found_inf = norm = None
+    found_inf: bool | Tensor | None = None
+    norm = None
     if check is None:
         norm_value, divisor_value = 0.0, float(divisor)
     else:
@@ -178,6 +181,7 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
             norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
         else:
             norm_value, divisor_value = norm.item(), divisor
+            found_inf = not norm_value < math.inf
     if not (norm_value < math.inf and 0 < divisor_value < math.inf):
         return Outcome(True, found_inf, norm)
     clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
@@ -268,7 +272,7 @@ def _is_one(divisor: float | Tensor) -> bool:
 
 
 class Verdict:
-    """Whether an update was applied, on its way from the device.
+    """Whether an update was skipped, on its way from the device.
 
     A CPU knows at once. From an accelerator a copy is started, and the host need not wait for it until the answer matters.
     """
@@ -281,12 +285,33 @@ class Verdict:
             self._event = torch.Event(skipped.device)
             self._event.record()
 
-    def known(self) -> bool:
-        """Whether the answer is there without waiting for it."""
-        return self._event is None or self._event.query()
+    def known(self, at_once: bool = False) -> bool:
+        """Whether the answer is there without waiting for it; ``at_once``: from the start."""
+        return self._event is None or (not at_once and self._event.query())
 
-    def applied(self) -> bool:
+    def skipped(self) -> bool:
         """The answer; waits for it."""
         if self._event is not None:
             self._event.synchronize()
-        return not bool(self._skipped)
+        return bool(self._skipped)
+
+
+class Streak:
+    """How many updates in a row were skipped because gradients were not finite, as far as is known without waiting.
+
+    On an accelerator, that is some updates late. Several ranks must come to know it at the same time, and do so when it is
+    ``LAG`` updates ago: then nobody who is not as far ahead of the device has to wait.
+    """
+
+    LAG = 16
+
+    def __init__(self, ranks: int) -> None:
+        self.length = 0
+        self._ranks = ranks
+        self._verdicts: deque[Verdict] = deque()
+
+    def add(self, found_inf: bool | Tensor) -> None:
+        """Takes in whether the gradients of an update were not finite."""
+        self._verdicts.append(Verdict(found_inf))
+        while self._verdicts and (len(self._verdicts) > self.LAG or self._verdicts[0].known(self._ranks > 1)):
+            self.length = self.length + 1 if self._verdicts.popleft().skipped() else 0
