@@ -700,13 +700,13 @@ class Event:
 
 @pytest.fixture
 def slow_device(monkeypatch):
-    class Slow(trainkit.step.Verdict):
+    class Slow(trainkit.step.Answer):
         def __init__(self, skipped):
             super().__init__(skipped)
             Event.ready = False
             self._event = Event()
 
-    monkeypatch.setattr(trainkit.step, "Verdict", Slow)
+    monkeypatch.setattr(trainkit.step, "Answer", Slow)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -925,7 +925,7 @@ def test_several_micro_batches_at_the_last_batch_are_warned_of(model, optimizer)
 
 
 def test_reading_updated_runs_what_is_owed(monkeypatch, model):
-    monkeypatch.setattr(trainkit.step.Verdict, "known", lambda self: False)
+    monkeypatch.setattr(trainkit.step.Answer, "known", lambda self: False)
     calls = []
     step = train_step(torch.optim.SGD(model.parameters()), after=lambda: calls.append(1))(lambda batch: loss_of(model, batch))
     result = step(BATCHES[0])

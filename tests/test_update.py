@@ -403,27 +403,25 @@ def test_an_empty_parameter_has_no_part_in_the_norm():
     assert step().updated
 
 
+def test_a_streak_is_looked_at_when_it_could_be_the_limit(monkeypatch):
+    looked = []
+    monkeypatch.setattr(update.Answer, "read", lambda answer, read=update.Answer.read: looked.append(1) or read(answer))
+    streak, good, found = update.Streak(5, lag=0), torch.tensor(0.0), torch.tensor(1.0)
+    assert [streak.add(found) for _ in range(4)] == [False] * 4 and not looked
+    assert not streak.add(good) and len(looked) == 1
+    for _ in range(20):
+        streak.add(good)
+    assert len(looked) == 5
+    assert [streak.add(f) for f in [good, good, found, found, found]] == [False] * 5 and streak.length == 3
+    assert not streak.add(good)  # unseen: two more could be the limit
+    assert [streak.add(found) for _ in range(5)] == [False] * 4 + [True]
+
+
 def test_a_streak_is_known_late_where_the_device_is_late_and_by_all_ranks_at_the_same_time(monkeypatch):
     arrived = []
-
-    class Late(update.Verdict):
-        """As of an accelerator whose answers have come where ``arrived``, and are waited for else."""
-
-        def known(self, at_once=False):
-            return bool(arrived) and not at_once
-
-        def skipped(self):
-            return self._skipped
-
-    monkeypatch.setattr(update, "Verdict", Late)
-    streak, on_two = update.Streak(1), update.Streak(2)
-    for i in range(update.Streak.LAG + 2):
-        assert streak.length == on_two.length == max(0, i - update.Streak.LAG)
-        streak.add(True)
-        on_two.add(True)
-    arrived.append(True)
-    streak.add(True)
-    on_two.add(True)
-    assert streak.length == update.Streak.LAG + 3 and on_two.length == 3
-    streak.add(False)
-    assert streak.length == 0
+    monkeypatch.setattr(update.Answer, "known", lambda _: bool(arrived))
+    alone, together = update.Streak(3, lag=0), update.Streak(3, lag=4)
+    told = [(alone.add(torch.ones(())), together.add(torch.ones(()))) for _ in range(7)]
+    assert told == [(False, False)] * 6 + [(False, True)]
+    arrived.append(1)
+    assert alone.add(torch.ones(())) and alone.length == 3

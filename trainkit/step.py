@@ -25,7 +25,7 @@ from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
 from trainkit.precautions import keep_casts_fresh, not_finite, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
-from trainkit.update import Check, LossScale, Outcome, Streak, Verdict, can_fuse, fused_step, make_true, seed_momentum, times
+from trainkit.update import Answer, Check, LossScale, Outcome, Streak, can_fuse, fused_step, make_true, seed_momentum, times
 from trainkit.window import Chunk, Weight, Window, widened
 
 try:
@@ -70,7 +70,7 @@ class Step(Generic[P]):
         self._closed = 0
         self._skips: int | Tensor = 0
         self._reference: Weight | None = None
-        self._owed: Verdict | None = None
+        self._owed: Answer | None = None
         self._at_last_batch = False
         self._ended_early = False
         self._delivery: Delivery | None = None
@@ -241,7 +241,7 @@ class Step(Generic[P]):
         Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
         """
         owed, self._owed = self._owed, None
-        if owed is not None and not owed.skipped():
+        if owed is not None and not owed.read():
             for call in self._plan.after:
                 call()
 
@@ -363,7 +363,8 @@ class Step(Generic[P]):
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
             if precision is not None or max_norm is not None:
                 self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
-                self._streak = Streak(self._ranks)
+                if (limit := self._plan.max_skips or 25) < math.inf:
+                    self._streak = Streak(limit, lag=16 if self._ranks > 1 and device.type != "cpu" else 0)
             if precision is not None:
                 device_type, dtype = precision.resolve(device)
                 if dtype == torch.float16:
@@ -513,12 +514,10 @@ class Step(Generic[P]):
         self._reference = window.next_reference()
         self._closed += 1
         self._skips += outcome.skipped
-        if self._loss_scale is not None and isinstance(outcome.found_inf, Tensor):
+        if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
-        if self._streak is not None and outcome.found_inf is not None:
-            self._streak.add(outcome.found_inf)
-            if self._streak.length >= (self._plan.max_skips or 25):
-                self._give_up(self._streak)
+        if self._streak is not None and outcome.found_inf is not None and self._streak.add(outcome.found_inf):
+            self._give_up(self._streak)
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them
@@ -526,7 +525,7 @@ class Step(Generic[P]):
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         result._settle = self.settle
         if self._plan.after:
-            self._owed = Verdict(outcome.skipped)
+            self._owed = Answer(outcome.skipped)
             if self._owed.known():
                 self.settle()
 

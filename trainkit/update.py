@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ class Check:
         self.norm_type = norm_type
         self.device = device
         # With Python numbers torch would make such tensors in every operation anew, and that costs more than the operation.
-        self._zero, self._one, self._infinity, self._max_norm, self._epsilon = (
+        self.zero, self.one, self._infinity, self._max_norm, self._epsilon = (
             torch.full((), value, dtype=torch.float32, device=device) for value in (0.0, 1.0, math.inf, max_norm, 1e-6 / max_norm)
         )
 
@@ -52,7 +51,7 @@ class Check:
             meshes = list({id(g.device_mesh): g.device_mesh for g in gradients if hasattr(g, "device_mesh")}.values())
             gradients = [part for part in (g.to_local() if hasattr(g, "to_local") else g for g in gradients) if part.numel()]
         if not gradients:
-            norms = [self._zero.to(wide)]
+            norms = [self.zero.to(wide)]
         elif _foreach_norm is not None and not wide.is_complex and {g.layout for g in gradients} == {torch.strided}:
             norms = _foreach_norm(gradients, self.norm_type, None if dtypes <= {torch.float32, torch.float64} else wide)
         else:
@@ -68,11 +67,11 @@ class Check:
 
     def not_finite(self, norm: Tensor) -> Tensor:
         """0-d float32: 1 for an infinite norm or a nan, else 0."""
-        return torch.where(norm < self._infinity, self._zero, self._one)  # a nan compares false
+        return torch.where(norm < self._infinity, self.zero, self.one)  # a nan compares false
 
     def inverse_clip(self, norm: Tensor) -> Tensor:
         """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
-        return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self._one)
+        return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self.one)
 
 
 def _maximum_over(mesh: Any, norm: Tensor) -> Tensor:
@@ -92,13 +91,12 @@ def _entries(gradient: Tensor) -> Tensor:
 class Outcome(NamedTuple):
     """What became of a window.
 
-    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: the same for
-    gradients that are not finite, a tensor where there is a loss scale to be told; ``norm``: 0-d, of the true gradients before
-    clipping; both None where no norm was taken.
+    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: such a tensor, 1.0
+    for gradients that are not finite; ``norm``: 0-d, of the true gradients before clipping; both None where no norm was taken.
     """
 
     skipped: bool | Tensor
-    found_inf: bool | Tensor | None = None
+    found_inf: Tensor | None = None
     norm: Tensor | None = None
 
 
@@ -169,8 +167,7 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
 
     Waits for the device once, where the verdict lies there. Gradients of a skipped update are left as they are.
     """
-    found_inf: bool | Tensor | None = None
-    norm = None
+    found_inf = norm = None
     if check is None:
         norm_value, divisor_value = 0.0, float(divisor)
     else:
@@ -181,7 +178,7 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
             norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
         else:
             norm_value, divisor_value = norm.item(), divisor
-            found_inf = not norm_value < math.inf
+            found_inf = check.zero if norm_value < math.inf else check.one
     if not (norm_value < math.inf and 0 < divisor_value < math.inf):
         return Outcome(True, found_inf, norm)
     clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
@@ -271,47 +268,53 @@ def _is_one(divisor: float | Tensor) -> bool:
     return not isinstance(divisor, Tensor) and divisor == 1.0
 
 
-class Verdict:
-    """Whether an update was skipped, on its way from the device.
+class Answer:
+    """Numbers on their way from the device.
 
-    A CPU knows at once. From an accelerator a copy is started, and the host need not wait for it until the answer matters.
+    A CPU has them at once. From an accelerator a copy is started, and the host need not wait for it until they matter.
     """
 
-    def __init__(self, skipped: bool | Tensor) -> None:
-        self._skipped = skipped
+    def __init__(self, numbers: bool | Tensor) -> None:
+        self._numbers = numbers
         self._event: torch.Event | None = None
-        if isinstance(skipped, Tensor) and skipped.device.type in ("cuda", "xpu"):
-            self._skipped = skipped.to("cpu", non_blocking=True)
-            self._event = torch.Event(skipped.device)
+        if isinstance(numbers, Tensor) and numbers.device.type in ("cuda", "xpu"):
+            self._numbers = numbers.to("cpu", non_blocking=True)
+            self._event = torch.Event(numbers.device)
             self._event.record()
 
-    def known(self, at_once: bool = False) -> bool:
-        """Whether the answer is there without waiting for it; ``at_once``: from the start."""
-        return self._event is None or (not at_once and self._event.query())
+    def known(self) -> bool:
+        """Whether they are there without waiting for them."""
+        return self._event is None or self._event.query()
 
-    def skipped(self) -> bool:
-        """The answer; waits for it."""
+    def read(self) -> bool | Tensor:
+        """They themselves; waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._skipped)
+        return self._numbers
 
 
 class Streak:
-    """How many updates in a row were skipped because gradients were not finite, as far as is known without waiting.
+    """How many updates in a row were skipped because gradients were not finite; looked at only when it could be ``limit``.
 
-    On an accelerator, that is some updates late. Several ranks must come to know it at the same time, and do so when it is
-    ``LAG`` updates ago: then nobody who is not as far ahead of the device has to wait.
+    Nobody waits for it, so on an accelerator it is known late. Several ranks must come to know it at the same time: then it is
+    looked at ``lag`` updates later, by when the answer is there.
     """
 
-    LAG = 16
-
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, limit: float, lag: int) -> None:
         self.length = 0
-        self._ranks = ranks
-        self._verdicts: deque[Verdict] = deque()
+        self._limit = limit
+        self._lag = lag
+        self._latest: list[Tensor] = []
+        self._asked: Answer | None = None
 
-    def add(self, found_inf: bool | Tensor) -> None:
-        """Takes in whether the gradients of an update were not finite."""
-        self._verdicts.append(Verdict(found_inf))
-        while self._verdicts and (len(self._verdicts) > self.LAG or self._verdicts[0].known(self._ranks > 1)):
-            self.length = self.length + 1 if self._verdicts.popleft().skipped() else 0
+    def add(self, found_inf: Tensor) -> bool:
+        """Takes in whether the gradients of an update were not finite. Returns whether the limit is known to be reached."""
+        self._latest.append(found_inf)
+        if self._asked is None and self.length + len(self._latest) >= self._limit:
+            self._asked, self._latest = Answer(torch.stack(self._latest)), []
+        if self._asked is None or len(self._latest) < self._lag or not (self._lag or self._asked.known()):
+            return False
+        found = [bool(value) for value in self._asked.read().tolist()]  # type: ignore[union-attr]
+        self._asked = None
+        self.length = self.length + len(found) if all(found) else found[::-1].index(False)
+        return self.length >= self._limit
