@@ -3,7 +3,8 @@ import weakref
 
 import pytest
 import torch
-from oracles import BATCHES, distance, gradients_of, loss_of, make_model, same_bits, state_of
+from oracles import BATCHES, OPTIMIZERS, distance, gradients_of, loss_of, make_batches, make_model, same_bits, state_of
+from torch import nn
 
 from trainkit import accumulate, amp, frozen, train_step
 from trainkit.gradients import Gradients
@@ -200,3 +201,118 @@ def test_a_block_that_ends_with_the_micro_batch_puts_nothing_into_the_update(mod
         with step as result, frozen(model, "[0]"):
             step.backward(loss_of(model, batch))
     assert result.updated and torch.equal(model[0].weight, before)
+
+
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has none")
+
+
+def half_model(dtype=torch.bfloat16):
+    """With a layer in float32 among those in half precision."""
+    model = make_model(dtype)
+    model[2].float()
+    return model
+
+
+def half_loss(model, batch):
+    x, y = batch
+    return (model[2](model[1](model[0](x)).float()) - y.float()).pow(2).mean()
+
+
+def summed_in_float32(model, optimizer, batches, n, max_norm=None):
+    """The loop by hand: gradients of a micro-batch in the dtype of the parameters, their sum in float32, rounded once."""
+    for start in range(0, len(batches), n):
+        window = batches[start : start + n]
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+        for batch in window:
+            for total, gradient in zip(sums, torch.autograd.grad(half_loss(model, batch), list(model.parameters())), strict=True):
+                total += gradient
+        factor = 1 / len(window)
+        if max_norm is not None:
+            factor *= min(1.0, max_norm / (torch.stack([(s * factor).norm() for s in sums]).norm().item() + 1e-6))
+        for parameter, total in zip(model.parameters(), sums, strict=True):
+            parameter.grad = (total * factor).to(parameter.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW fused", "SGD momentum fused", "generator"])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_half_precision_is_summed_in_float32_and_rounded_once(kind, dtype, max_norm):
+    batches = make_batches([4] * 555, dtype)
+    ours, theirs = half_model(dtype), half_model(dtype)
+    make = OPTIMIZERS["SGD" if kind == "generator" else kind]
+    optimizer = make(ours.parameters())
+
+    def returns(batch):
+        return half_loss(ours, batch)
+
+    def yields(batch):
+        yield half_loss(ours, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    wide = accumulate(256, dtype=torch.float32)
+    step = train_step(optimizer, wide, max_norm=max_norm)(yields if kind == "generator" else returns)
+    for batch in step.over(batches):
+        step(batch)
+    summed_in_float32(theirs, make(theirs.parameters()), batches, 256, max_norm)
+    assert step.updates == 3
+    epsilon = torch.finfo(dtype).eps
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.dtype == expected.dtype and mine.grad is None and mine.grad_dtype == mine.dtype
+        assert torch.allclose(mine.float(), expected.float(), rtol=2 * epsilon, atol=1e-2 * epsilon)
+
+
+@needs_grad_dtype
+def test_a_sum_in_bfloat16_stands_still_and_one_in_float32_does_not():
+    found = []
+    for dtype in (None, torch.float32):
+        weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([weight], lr=0.0)
+
+        @accumulate(1024, nn.ParameterList([weight]), dtype=dtype)
+        def step(weight=weight, optimizer=optimizer):
+            yield weight.sum()
+            found.append(weight.grad.item())
+            optimizer.zero_grad()
+
+        for _ in range(1024):
+            step()
+    assert found == [0.25, 1.0]
+
+
+@needs_grad_dtype
+def test_sums_of_an_open_window_are_saved_put_aside_and_dropped():
+    model, theirs = half_model(), half_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = make_batches([4] * 6, torch.bfloat16)
+    step = train_step(optimizer, accumulate(3, dtype=torch.float32))(lambda batch: half_loss(model, batch))
+    step(batches[0])
+    state = step.state_dict()
+    assert {g.dtype for g in state["gradients"].values()} == {torch.float32}
+    step.discard()
+    assert all(p.grad is None and p.grad_dtype == p.dtype for p in model.parameters())
+    step(batches[3])
+    step.load_state_dict(state)
+    with frozen(model):  # as the step of a GAN's other half does
+        assert all(p.grad is None for p in model.parameters())
+    step(batches[1])
+    step(batches[2])
+    summed_in_float32(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), batches[:3], 3)
+    assert distance(list(model.parameters()), list(theirs.parameters())) < 1e-3
+    with pytest.raises(ValueError, match="the state has a gradient of shape and dtype"):
+        train_step(optimizer, accumulate(3))(lambda batch: half_loss(model, batch)).load_state_dict(state)
+
+
+def test_the_dtype_of_sums_is_float32():
+    with pytest.raises(ValueError, match=r"summed in torch.float32, or for None in their own dtype, got torch.float64"):
+        accumulate(2, dtype=torch.float64)
+
+
+def test_a_torch_without_grad_dtype_is_refused(monkeypatch, model, optimizer):
+    monkeypatch.setattr("trainkit.step.hasattr", lambda thing, name: name != "grad_dtype" and hasattr(thing, name), raising=False)
+    step = train_step(optimizer, accumulate(2, dtype=torch.float32))(lambda batch: loss_of(model, batch))
+    with pytest.raises(ValueError, match=r"keep parameters in float32, `model.float\(\)`"):
+        step(BATCHES[0])

@@ -265,7 +265,7 @@ class _Hold:
     """What a frozen parameter gets back at the end of the last context that holds it. On the parameter, where steps find it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.requires_grad, self.grad, self.holders = parameter.requires_grad, parameter.grad, 0
+        self.requires_grad, self.grad, self.dtype, self.holders = parameter.requires_grad, parameter.grad, parameter.dtype, 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # a pickled copy of the parameter is in no context; and torch.load knows this for nothing
@@ -278,7 +278,8 @@ class _Hold:
             parameter.requires_grad = self.requires_grad
         grad = self.grad
         if grad is not None:
-            grad = grad.to(parameter.device, parameter.dtype) if can_have_one and grad.shape == parameter.shape else None
+            dtype = grad.dtype if parameter.dtype == self.dtype else parameter.dtype  # sums of a window may be wider
+            grad = grad.to(parameter.device, dtype) if can_have_one and grad.shape == parameter.shape else None
         parameter.grad = grad
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainkit.plan import Plan
 
 Version = tuple[Tensor, int] | None
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Gradients:
@@ -38,6 +40,28 @@ class Gradients:
             parameter.grad = None
             if not parameter.requires_grad and _aside(parameter) is not None:
                 self._aside.append(parameter)
+        self._widen()
+
+    def _widen(self) -> None:
+        """Has autograd sum the gradients of half precision in more, where ``accumulate(dtype=...)`` asks for that."""
+        if self._plan.sum_dtype is not None:
+            for parameter in self._plan.parameters():
+                if parameter.dtype in HALF:
+                    parameter.grad = None
+                    parameter.grad_dtype = self._plan.sum_dtype
+
+    def fit(self) -> bool:
+        """Whether ``narrow`` can be called before they are divided: a sum in float32 may be too large for float16."""
+        return self._plan.sum_dtype is None or torch.float16 not in {parameter.dtype for parameter in self._plan.parameters()}
+
+    def narrow(self) -> None:
+        """Gives parameters the dtype of their gradients back, and rounds the sums to it: optimizers take no other."""
+        if self._plan.sum_dtype is not None:
+            for parameter in self._plan.parameters():
+                if parameter.dtype in HALF:
+                    gradient, parameter.grad = parameter.grad, None
+                    parameter.grad_dtype = parameter.dtype
+                    parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
 
     def drop(self) -> None:
         """Sets all of a window to None, also those that ``frozen`` has set aside since it began."""
@@ -46,6 +70,7 @@ class Gradients:
             parameter.grad = None
             if not parameter.requires_grad and id(parameter) not in others and (hold := _hold(parameter)) is not None:
                 hold.grad = None
+        self.narrow()
         self.forget()
 
     def drop_returned(self) -> None:
@@ -121,7 +146,7 @@ class Gradients:
         """Raises ValueError where gradients of a state do not fit the parameters."""
         parameters = dict(enumerate(self._plan.parameters()))
         for i, gradient in state.items():
-            here = (tuple(parameters[i].shape), parameters[i].dtype) if i in parameters else None
+            here = (tuple(parameters[i].shape), self._dtype(parameters[i])) if i in parameters else None
             if not isinstance(gradient, Tensor) or here != (tuple(gradient.shape), gradient.dtype):
                 there = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else gradient
                 raise ValueError(
@@ -129,9 +154,15 @@ class Gradients:
                     "and optimizer as they were when the state was taken"
                 )
 
+    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """That of its gradient in a window."""
+        wide = self._plan.sum_dtype if parameter.dtype in HALF else None
+        return wide or parameter.dtype
+
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Puts copies in place, for what is frozen just now among what is set aside; None where the state has nothing."""
         self.forget()
+        self._widen()
         for i, parameter in enumerate(self._plan.parameters()):
             gradient = state[i].to(parameter.device, copy=True) if i in state else None
             hold = _hold(parameter)

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -> Part:
+def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Part:
     """Makes one update of every n micro-batches.
 
     The gradient of a window is that of the weighted mean over everything in it, ``sum(w_i * loss_i) / sum(w_i)``, however it
@@ -34,13 +34,17 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
         n: micro-batches in a window, an int >= 1; or a callable from the number of updates so far to that.
         module: the module that is trained. Needed where nothing else in the plan knows the parameters, as on a generator
             function that is not also given an optimizer.
+        dtype: torch.float32 sums the gradients of bfloat16 and float16 parameters in float32, and rounds the sum once, when the
+            window is complete; in their own dtype a sum stands still once it is 256 times as large as what is added to it.
+            Takes the memory of the sums. None sums in the dtype of the parameters.
 
     Returns:
         A part: a decorator for step functions, or an argument of ``train_step``.
 
     Raises:
         TypeError: if n is neither an int nor a callable, or module is not a torch.nn.Module.
-        ValueError: n < 1.
+        ValueError: n < 1, or another dtype. At the first call, a dtype on a torch whose tensors have no ``grad_dtype``, or
+            under DistributedDataParallel or FSDP, which have ways of their own to add up gradients.
 
     Example:
         >>> import torch
@@ -61,8 +65,13 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None) -
     """
     if not callable(n) or isinstance(n, nn.Module):
         check_length(n, "accumulate got")
+    if dtype not in (None, torch.float32):
+        raise ValueError(
+            f"gradients are summed in torch.float32, or for None in their own dtype, got {dtype!r}: "
+            "`accumulate(4, dtype=torch.float32)`"
+        )
     name = getattr(n, "__name__", n)
-    return Part(Plan(lengths=(n,), modules=check_module(module)), f"accumulate({name})")
+    return Part(Plan(lengths=(n,), sum_dtype=dtype, modules=check_module(module)), f"accumulate({name})")
 
 
 def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:

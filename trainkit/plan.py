@@ -44,6 +44,7 @@ class Plan:
     optimizers: tuple[Optimizer, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     lengths: tuple[int | Callable[[int], int], ...] = ()
+    sum_dtype: torch.dtype | None = None
     precision: Precision | None = None
     max_norm: float | None = None
     norm_type: float = 2.0
@@ -70,6 +71,7 @@ class Plan:
             optimizers=self.optimizers or other.optimizers,
             modules=self.modules + tuple(m for m in other.modules if m not in self.modules),
             lengths=self.lengths + other.lengths,
+            sum_dtype=self.sum_dtype or other.sum_dtype,
             precision=self.precision or other.precision,
             max_norm=self.max_norm if self.max_norm is not None else other.max_norm,
             norm_type=norm_types.pop() if norm_types else 2.0,

@@ -354,6 +354,11 @@ class Step(Generic[P]):
                 "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
             )
         refuse_hooks(parameters)
+        if self._plan.sum_dtype is not None and (self._wrappers.found or not hasattr(parameters[0], "grad_dtype")):
+            raise ValueError(
+                "accumulate(dtype=torch.float32) is for one process, and for a torch whose tensors have a `grad_dtype`: keep "
+                "parameters in float32, `model.float()`, and compute in half precision, `amp(dtype=torch.bfloat16)`"
+            )
         device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
         if self._ranks > 1 and self._wrappers.shard_norms and (precision is not None or max_norm is not None):
             raise ValueError(
@@ -374,7 +379,7 @@ class Step(Generic[P]):
         self._device_type = device.type
 
     def _new_window(self) -> Window:
-        return Window(self._length(), self._reference)
+        return Window(self._length(), self._reference, None if self._plan.sum_dtype is None else 1)
 
     def _length(self) -> int:
         return self._plan.length(lambda: self.updates)
@@ -553,10 +558,12 @@ class Step(Generic[P]):
         divisor = window.divisor()
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
-        if self._generator is None and can_fuse(optimizers, gradients):
+        if self._generator is None and can_fuse(optimizers, gradients) and self._gradients.fit():
+            self._gradients.narrow()
             return fused_step(optimizers, gradients, divisor, self._check, empty)
         outcome = make_true(gradients, divisor, self._check)
         if not outcome.skipped:
+            self._gradients.narrow()
             if self._generator is None:
                 for optimizer in optimizers:
                     optimizer.step()

@@ -36,12 +36,15 @@ class Window:
     ``divisor = sum(w_i) / (reference * length)``. Without weights every w is 1 and so is the reference: the share is the
     usual ``1 / length``, and the divisor of a full window exactly 1.
 
+    Where a sum has more precision than what is added to it, ``parts`` is 1 and stands for that length: a third would be rounded.
+
     ``reference`` is a power of two near the mean weight of the window before. It cancels out, and keeps shares near
     ``1 / length``: those of 65,536 tokens would use up the range that the loss scale is there for.
     """
 
-    def __init__(self, length: int, reference: Weight | None) -> None:
+    def __init__(self, length: int, reference: Weight | None, parts: int | None = None) -> None:
         self.length = length
+        self.parts = length if parts is None else parts
         self.batches = 0
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
@@ -60,7 +63,7 @@ class Window:
                 "both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
             )
         if weight is None:
-            return fraction / self.length
+            return fraction / self.parts
         if self.first_of_all:
             # There is no window before to take the reference from, so the first weight above zero gives it.
             near = _power_of_two_near(weight / (fraction or 1))  # 1 for a weight of 0, whose share is 0 whatever it is
@@ -68,7 +71,7 @@ class Window:
                 self.reference = _wide(torch.where(self.total > 0, self.reference, near))
             elif self.total == 0:
                 self.reference = near
-        share: float | Tensor = _wide(weight) / (self.reference * self.length)
+        share: float | Tensor = _wide(weight) / (self.reference * self.parts)
         return share
 
     def add(self, weight: Weight | None, chunk: Chunk = _WHOLE, present: float = 1, is_filler: bool = False) -> None:
@@ -103,8 +106,8 @@ class Window:
     def divisor(self) -> float | Tensor:
         """What the gradients that have added up are still to be divided by."""
         if not self.weighted:
-            return self.count / self.length
-        divisor: float | Tensor = _wide(self.total) / (self.reference * self.length)
+            return self.count / self.parts
+        divisor: float | Tensor = _wide(self.total) / (self.reference * self.parts)
         return divisor
 
     def next_reference(self) -> Weight | None:
@@ -131,6 +134,7 @@ class Window:
         """Numbers and tensors; the gradients are the step's."""
         return {
             "length": self.length,
+            "parts": self.parts,
             "reference": self.reference,
             "weighted": bool(self.weighted),
             "first_of_all": self.first_of_all,
@@ -143,7 +147,7 @@ class Window:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], reference: Weight | None) -> Window:
         """The window as it was, ``reference`` being that of the window before."""
-        window = cls(state["length"], reference)
+        window = cls(state["length"], reference, state.get("parts"))
         window.reference = state["reference"]
         for loss, weight in zip(state["losses"], state["weights"], strict=True):
             window.add(weight)
