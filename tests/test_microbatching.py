@@ -353,6 +353,16 @@ def test_activations_are_gone_before_a_chunk_is_tried_again(generator):
     assert len(alive) == 6 and not any(map(any, alive))
 
 
+def test_gradients_are_held_by_nothing_after_the_update():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = train_step(optimizer, accumulate(2), microbatch("auto"))(functools.partial(loss_of, model))
+    step(make_batches([4])[0])
+    held = [weakref.ref(p.grad) for p in model.parameters()]
+    step(make_batches([4])[0])
+    assert not any(reference() is not None for reference in held)
+
+
 def test_errors_of_all_allocators_are_known():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"))

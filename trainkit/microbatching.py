@@ -128,9 +128,8 @@ class ChunkedStep(Step[P]):
         super()._begin_backward(loss, weight)
 
     def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        if self._began_backward:
-            self._before = []  # of several losses, what a parameter has of which could not be told
         super()._run_backward(loss, weight)
+        self._before = []  # of a further loss could not be told what a parameter has of which
 
     def _take_back(self, error: BaseException) -> bool:
         """Where memory ran out: the gradient of a parameter has got all of the chunk, or nothing.
