@@ -284,6 +284,33 @@ def test_a_sum_in_bfloat16_stands_still_and_one_in_float32_does_not():
 
 
 @needs_grad_dtype
+def test_gradients_are_divided_after_they_are_summed():
+    """A third is not a number of bfloat16."""
+    weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    xs = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+
+    @accumulate(3, nn.ParameterList([weight]), dtype=torch.float32)
+    def step(x):
+        yield (weight * x).sum()
+        found.append(weight.grad)
+
+    for x in xs:
+        step(x)
+    assert torch.equal(found[0], (xs.float().sum(0) / 3).bfloat16())
+
+
+@needs_grad_dtype
+def test_a_sum_that_float16_cannot_hold():
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = torch.optim.SGD([weight], lr=1e-4, fused=True)
+    step = train_step(optimizer, accumulate(8, dtype=torch.float32))(lambda: (weight * 2e4).sum())
+    for _ in range(8):
+        step()
+    assert weight.tolist() == pytest.approx([-1.0] * 3, abs=2e-3)
+
+
+@needs_grad_dtype
 def test_sums_of_an_open_window_are_saved_put_aside_and_dropped():
     model, theirs = half_model(), half_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

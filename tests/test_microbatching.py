@@ -77,10 +77,12 @@ def test_tokens_count_the_same_in_whatever_chunk_they_are():
     def function(model, x, y, mask):
         return ((model(x) - y).pow(2).mean(1, keepdim=True) * mask).sum() / mask.sum().clamp(min=1), mask.sum()
 
+    losses = []
     for net, *parts in ((model, microbatch(2)), (theirs,)):
         step = train_step(torch.optim.SGD(net.parameters(), lr=0.1), accumulate(2), *parts)(functools.partial(function, net))
         for batch, mask in step.over(list(zip(batches, masks, strict=True))):
-            step(*batch, mask=mask)
+            losses.append(step(*batch, mask=mask).loss)
+    assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-12, atol=0)
     assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
 
 
@@ -180,6 +182,26 @@ def test_an_error_in_a_later_chunk_drops_the_window_and_in_the_first_only_the_ba
         assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
 
 
+def test_a_window_is_saved_between_two_batches():
+    results = []
+    for interrupted in (False, True):
+        model = make_model()
+
+        def new(model=model):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            return train_step(optimizer, accumulate(3), microbatch(2))(functools.partial(loss_of, model))
+
+        step = new()
+        for i, batch in enumerate(make_batches([5, 6, 7, 4, 3, 2])):
+            step(batch)
+            if interrupted and i == 0:
+                state, step = step.state_dict(), new()
+                step.load_state_dict(state)
+        assert step.updates == 2
+        results.append(list(model.parameters()))
+    assert distance(*results) == 0
+
+
 # Memory that runs out.
 
 
@@ -246,6 +268,46 @@ def test_memory_runs_out_around_frozen_layers_and_in_float16():
         assert all(p.requires_grad for p in model.parameters())
         results.append(list(model.parameters()))
     assert distance(*results) <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_an_error_after_memory_ran_out_drops_the_window():
+    model, theirs = make_model(), make_model()
+    fails = Runs(model, "weight", 0, 4, 0)
+    broken = []
+
+    @train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(2), microbatch("auto"))
+    def step(batch):
+        if broken and len(batch[0]) < 8:
+            raise KeyError("of the user")
+        return loss_of(model, batch)
+
+    batches = make_batches([4, 8, 8, 8])
+    step(batches[0])
+    broken.append(True)
+    with pytest.raises(KeyError, match="of the user"):
+        step(batches[1])
+    broken.clear()
+    fails.fit = 8
+    step.chunk_sizes.clear()
+    assert [step(batch).complete for batch in batches[2:]] == [False, True]
+    plain_loop(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), batches[2:], 2)
+    assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_gradients_are_there_twice_at_most():
+    model = make_model()
+    Runs(model, "weight", 0, 1, 0)
+    held = []
+
+    @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch("auto"))
+    def step(batch):
+        held.append(sum(len(complete) for _, complete in step._complete))
+        return loss_of(model, batch)
+
+    step(make_batches([8])[0])
+    assert max(held) == 3  # all but the one before whose gradient memory runs out
 
 
 @pytest.mark.filterwarnings("ignore:memory ran out")
@@ -336,9 +398,10 @@ def test_activations_are_gone_before_a_chunk_is_tried_again(generator):
         activations.append(weakref.ref(hidden))
         if len(batch[0]) > 2:
             try:
-                raise KeyError
-            except KeyError:
-                raise torch.OutOfMemoryError("of a test")  # noqa: B904
+                raise torch.OutOfMemoryError("of a test")
+            except torch.OutOfMemoryError as error:
+                kept = error  # so that this frame and the error hold each other
+                raise
         return F.mse_loss(model[1:](hidden), batch[1])
 
     def with_yield(batch):
