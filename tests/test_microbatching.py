@@ -400,7 +400,7 @@ def test_activations_are_gone_before_a_chunk_is_tried_again(generator):
             try:
                 raise torch.OutOfMemoryError("of a test")
             except torch.OutOfMemoryError as error:
-                kept = error  # so that this frame and the error hold each other
+                kept = error  # noqa: F841  # so that this frame and the error hold each other
                 raise
         return F.mse_loss(model[1:](hidden), batch[1])
 
