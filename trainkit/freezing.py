@@ -7,14 +7,12 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
-from operator import methodcaller
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from trainkit.layers import Layers, Selection, Slot, normalise, select, unwrapped
+from trainkit.layers import Chosen, Layers, Slot, normalise, select, unwrapped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,16 +75,13 @@ class frozen:
     def __init__(self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False) -> None:
         _check_module("frozen", module)
         self._module = module
-        self._layers = normalise(layers)
+        self._chosen = Chosen(module, layers)
         self._eval_mode = eval_mode
         self._entered: list[AbstractContextManager[None]] = []
-        self._known: list[Any] | None = None
-        self._empty: list[Any] = []
-        self._select()  # whatever is wrong with the layers is wrong here
 
     def around_step(self) -> AbstractContextManager[None]:
         """The context, new, as a step enters it around each micro-batch."""
-        selection = self._select()
+        selection = self._chosen.now()
         modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
         return _holding(selection.slots, list({id(m): m for m in modules}.values()))
 
@@ -95,7 +90,7 @@ class frozen:
         context = self.around_step()
         context.__enter__()
         self._entered.append(context)
-        return _names(self._module, self._selection.parameters)
+        return _names(self._module, self._chosen.selection.parameters)
 
     @_between_graphs
     def __exit__(self, *exception: Any) -> None:
@@ -124,24 +119,6 @@ class frozen:
         parts = (*getattr(function, "__trainkit_parts__", ()), self)
         with_frozen.__trainkit_parts__ = parts  # type: ignore[attr-defined]
         return with_frozen
-
-    def _select(self) -> Selection:
-        """What the layers mean, anew where modules, parameters or buffers were added or replaced since."""
-        if self._known is None or any(self._empty) or self._structure() != self._known:
-            modules = list(self._module.modules())
-            parts = [parts for m in modules for parts in (m._modules, m._parameters)]
-            buffers = [m._buffers for m in modules]
-            self._empty = [members for members in parts + buffers if not members]
-            self._parts, self._buffers = ([members for members in found if members] for found in (parts, buffers))
-            self._selection = select(self._module, self._layers)
-            self._known = self._structure()
-            self._kept = [part for members in parts for part in members.values()]  # or their ids could come again
-        return self._selection
-
-    def _structure(self) -> list[Any]:
-        """Every module and parameter, and which buffers there are: a step asks for each micro-batch, so no loop in Python."""
-        parts, buffers = (chain.from_iterable(map(methodcaller("values"), found)) for found in (self._parts, self._buffers))
-        return [*map(id, parts), *map(type, buffers)]
 
 
 def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:

@@ -16,6 +16,8 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,35 @@ class Selection(NamedTuple):
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [slot.parameter for slot in self.slots]
+
+
+class Chosen:
+    """Layers of a module, for a context that is entered again and again: what they mean is found again where it may differ."""
+
+    def __init__(self, module: nn.Module, layers: Layers) -> None:
+        self.layers = normalise(layers)
+        self._module = module
+        self._known: list[Any] | None = None
+        self._empty: list[Any] = []
+        self.now()  # whatever is wrong with the layers is wrong here
+
+    def now(self) -> Selection:
+        """What the layers mean, anew where modules, parameters or buffers were added or replaced since."""
+        if self._known is None or any(self._empty) or self._structure() != self._known:
+            modules = list(self._module.modules())
+            parts = [parts for m in modules for parts in (m._modules, m._parameters)]
+            buffers = [m._buffers for m in modules]
+            self._empty = [members for members in parts + buffers if not members]
+            self._parts, self._buffers = ([members for members in found if members] for found in (parts, buffers))
+            self.selection = select(self._module, self.layers)
+            self._known = self._structure()
+            self._kept = [part for members in parts for part in members.values()]  # or their ids could come again
+        return self.selection
+
+    def _structure(self) -> list[Any]:
+        """Every module and parameter, and which buffers there are: a step asks for each micro-batch, so no loop in Python."""
+        parts, buffers = (chain.from_iterable(map(methodcaller("values"), found)) for found in (self._parts, self._buffers))
+        return [*map(id, parts), *map(type, buffers)]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
@@ -122,7 +153,7 @@ def _find(module: nn.Module, layer: Any) -> list[tuple[nn.Module, Any]]:
         # A slice of a container is a new container of the same parts.
         sliced = isinstance(layer, (nn.ModuleList, nn.Sequential, nn.ParameterList))
         if id(layer) not in inside and not (sliced and all(id(part) in inside for part in layer)):
-            raise ValueError(f"the {type(layer).__name__} is not in the {type(module).__name__}: `frozen(model, model.head)`")
+            raise ValueError(f"the {type(layer).__name__} is not in the {type(module).__name__}: give a part of it, `model.head`")
         found = [(module, layer)]
     else:
         found = [(module, p) for name, p in module.named_parameters(remove_duplicate=False) if layer(name, p)]
