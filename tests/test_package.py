@@ -25,6 +25,7 @@ def test_imports_run_one_way():
     above = {
         "layers": {"layers"},
         "freezing": {"layers", "freezing"},
+        "recomputation": {"layers", "recomputation"},
         "update": {"update"},
         "window": {"window"},
         "loaders": {"loaders"},
@@ -52,6 +53,7 @@ def test_nothing_else_is_public():
         "frozen",
         "frozen_parameters",
         "microbatch",
+        "recompute",
         "train_step",
         "trainable_parameters",
         "unfreeze",

@@ -3,6 +3,7 @@
 from trainkit.compose import train_step
 from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
 from trainkit.parts import accumulate, amp, microbatch
+from trainkit.recomputation import recompute
 from trainkit.result import StepResult
 from trainkit.step import Step
 
@@ -15,6 +16,7 @@ __all__ = [
     "frozen",
     "frozen_parameters",
     "microbatch",
+    "recompute",
     "train_step",
     "trainable_parameters",
     "unfreeze",
