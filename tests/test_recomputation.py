@@ -72,7 +72,9 @@ def loss_of(model, x):
 def state_of(model):
     """All that training leaves in a model, and the next random number."""
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return gradients, [b.clone() for b in model.buffers()], [getattr(m, "calls", None) for m in model.modules()], torch.rand(1)
+    flags = [p.requires_grad for p in model.parameters()] + [m.training for m in model.modules()]
+    calls = [getattr(m, "calls", None) for m in model.modules()]
+    return gradients, [b.clone() for b in model.buffers()], flags, calls, torch.rand(1)
 
 
 def same(ours, theirs):
@@ -165,6 +167,7 @@ def kept(model, x):
     """The loss, and how many numbers its graph keeps for backward, parameters left out."""
     parameters, tensors = {p.data_ptr() for p in model.parameters()}, {}
 
+    @torch.compiler.disable
     def pack(tensor):
         tensors[tensor.data_ptr()] = tensor
         return tensor
@@ -432,6 +435,16 @@ def test_parameters_changed_between_forward_and_backward_are_an_error():
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
 
 
+def test_what_was_taken_away_since_is_not_looked_for():
+    model, (x,) = make(), xs()
+    model.pair.a.note = "taken away"
+    with recompute(model, "pair.a"):
+        loss = loss_of(model, x)
+        del model.pair.a.note
+        loss.backward()
+    assert model.pair.a.wide.weight.grad is not None and not hasattr(model.pair.a, "note")
+
+
 def test_the_signature_stays():
     model = make()
     found = inspect.signature(model.pair.a.forward)
@@ -594,8 +607,17 @@ def test_transformers(family, attention):
             assert torch.equal(model.eval().generate(ids, max_new_tokens=3, do_sample=False), expected)
 
 
+class Chain(nn.Sequential):
+    """torch.compile leaves out the frames of its own Sequential where that is compiled in place."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def in_place(model, compile_it):
-    model.compile(backend="aot_eager")
+    model.compile(backend="aot_eager", fullgraph=True)
     return model
 
 
@@ -615,12 +637,12 @@ COMPILED = {
 @pytest.mark.parametrize("how", COMPILED)
 def test_a_compiled_model_recomputes_too_and_takes_one_graph_more(how):
     def compile_it(module):
-        return torch.compile(module, backend="aot_eager")
+        return torch.compile(module, backend="aot_eager", fullgraph=True)
 
     def make():
         torch.manual_seed(0)
         layer = [nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)]
-        return nn.Sequential(*[nn.Sequential(*copy.deepcopy(layer)) for _ in range(3)])
+        return Chain(*[nn.Sequential(*copy.deepcopy(layer)) for _ in range(3)])
 
     torch._dynamo.reset()
     x = torch.randn(128, 4)
@@ -649,7 +671,8 @@ def on_ranks(rank, ranks):
         else:
             for block in model.layers:
                 for part in [block.wide, block] if block_inside else [block]:
-                    fully_shard(part, mesh=mesh)
+                    # What stays whole after forward was sharded when the forward of the block around it began.
+                    fully_shard(part, mesh=mesh, reshard_after_forward=not block_inside)
             wrapped = fully_shard(model, mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for x in xs(3 * ranks)[rank::ranks]:
