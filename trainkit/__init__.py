@@ -1,5 +1,6 @@
 """trainkit: gradient accumulation, layer freezing and mixed precision for your own PyTorch training loop."""
 
+from trainkit.checkpointing import resumable
 from trainkit.compose import train_step
 from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
 from trainkit.parts import accumulate, amp, microbatch
@@ -17,6 +18,7 @@ __all__ = [
     "frozen_parameters",
     "microbatch",
     "recompute",
+    "resumable",
     "train_step",
     "trainable_parameters",
     "unfreeze",

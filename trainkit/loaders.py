@@ -26,7 +26,7 @@ class Delivery(NamedTuple):
 
 def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
     """Every batch, and whether it is the last."""
-    size = _length(loader)
+    size = length_of(loader)
     iterator = iter(loader)
     for seen, batch in enumerate(itertools.islice(iterator, size), 1):
         yield Delivery(batch, seen == size)
@@ -48,7 +48,7 @@ def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable
         ValueError: on every rank, where one has no batch at all.
         RuntimeError: where a loader ends a window or more before its length.
     """
-    size, seen = _length(loader), 0
+    size, seen = length_of(loader), 0
     iterator, ahead = iter(loader), deque[Any]()
     batch: Any = None
     more = True
@@ -80,7 +80,7 @@ def in_step(loader: Iterable[Any], window: Callable[[], int], tell_all: Callable
 _END = object()
 
 
-def _length(loader: Iterable[Any]) -> int:
+def length_of(loader: Iterable[Any]) -> int:
     """The length of a loader; 0 where it has none."""
     try:
         return len(loader)  # type: ignore[arg-type]

@@ -22,6 +22,10 @@ def count_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def this_rank() -> int:
+    return dist.get_rank() if count_ranks() > 1 else 0
+
+
 class Wrappers:
     """The data-parallel wrappers in some modules, also those that torch.compile, Accelerate or Fabric have put others around."""
 
@@ -203,6 +207,19 @@ def tell_all(group: Any, *numbers: int) -> Tensor:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(on_cpu))]
     dist.all_gather(everyone, mine, on_cpu)
     return torch.stack(everyone)
+
+
+def everyone(value: Any) -> list[Any]:
+    """What every rank gives here, in their order; waits for all of them."""
+    values: list[Any] = [value] * count_ranks()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, cpu_group())
+    return values
+
+
+def cpu_group() -> Any:
+    """All ranks, over the CPU; None where torch.distributed is not in use."""
+    return _on_cpu(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
 
 
 @functools.lru_cache(maxsize=4)

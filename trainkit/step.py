@@ -74,6 +74,7 @@ class Step(Generic[P]):
         self._at_last_batch = False
         self._ended_early = False
         self._delivery: Delivery | None = None
+        self._resumable: Any = None
         self._gradients = Gradients(plan)
         self._window: Window | None = None
         # The micro-batch under way.
@@ -614,7 +615,9 @@ def _modes() -> tuple[Any, ...]:
 
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     found = [(step._at_last_batch, step._delivery) for step in steps]
-    if count_ranks() == 1:
+    if steps[0]._resumable is not None:
+        deliveries = steps[0]._resumable._deliver(loader, steps[0])
+    elif count_ranks() == 1:
         deliveries = mark_last(loader)
     else:
         if not steps[0]._device_type:
