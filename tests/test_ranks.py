@@ -5,9 +5,11 @@ import functools
 import itertools
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trainkit import accumulate, amp, freeze, frozen, microbatch, train_step, trainable_parameters
+from trainkit import accumulate, amp, freeze, frozen, microbatch, resumable, train_step, trainable_parameters
 
 ROOT = Path(__file__).parents[1]
 N, SCENARIOS = 3, list(itertools.product(["ddp", "fsdp2"], [False, True], [None, 0.05]))
@@ -483,9 +485,81 @@ def run_out(rows, fit):
         raise torch.OutOfMemoryError("of a test")
 
 
+class Killed(Exception):
+    """Nothing is done about it, as about kill -9."""
+
+
+def noisy_batches(rank):
+    """Ragged, of other lengths on both ranks, and with noise that is drawn when they are read."""
+    for i, (x, y) in enumerate(batches_of(rank)[: 8 - 2 * rank]):
+        yield i, x + torch.randn(()) * 0.1, y
+
+
+class Sized:
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        return noisy_batches(self.rank)
+
+    def __len__(self):
+        return 8 - 2 * self.rank
+
+
+def resumed(rank, ranks, how, path, loader, stop):
+    """Two epochs of three windows each with everything that differs between ranks; killed in an update, or from where it was."""
+    torch.manual_seed(7)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.3), torch.nn.Linear(6, 3))
+    torch.manual_seed(7 + rank)
+    model = wrapped(base.double(), how, ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    losses = []
+
+    @train_step(optimizer, accumulate(lambda updates: 2 + updates % 2), module=model, after=schedule.step, max_norm=1.0)
+    def step(i, x, y):
+        return loss_of(model, (x.repeat(2, 1), y.repeat(2, 1))), len(x)
+
+    objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step, "losses": losses}
+    with resumable(path / "run", every=1, **objects) if stop is not None else nullcontext() as run:
+        for epoch in range(2) if run is None else run.epochs(2):
+            for i, x, y in step.over(loader(rank)):
+                if (epoch, i) == stop:
+                    raise Killed
+                losses.append((epoch, i, step(i, x, y).loss))
+    state = {key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in base.state_dict().items()}
+    return [*state.values(), *(loss for *_, loss in losses), torch.tensor(step.updates), torch.rand(3)]
+
+
+def a_run_that_was_killed_ends_with_the_same_bits(rank, ranks, how):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(gathered(folder, ranks)[0])
+        for loader in (noisy_batches, Sized):
+            expected = resumed(rank, ranks, how, path, loader, None)
+            for stop in ((0, 3), (0, 5), (1, 1), (1, 4)):
+                with pytest.raises(Killed):
+                    resumed(rank, ranks, how, path, loader, stop)
+                assert any((path / "run").iterdir())
+                again = resumed(rank, ranks, how, path, loader, ())
+                assert len(again) == len(expected) and all(map(torch.equal, again, expected)), (how, loader, stop)
+                dist.barrier()
+                if rank == 0:
+                    assert sorted(file.name for file in (path / "run").iterdir())[0] > "00000001"  # two are kept
+                    shutil.rmtree(path / "run")
+                dist.barrier()
+        dist.barrier()
+
+
+def gathered(value, ranks):
+    values = [None] * ranks
+    dist.all_gather_object(values, value)
+    return values
+
+
 CHECKS = [
     chunks_of_batches_are_reduced_once_in_a_window,
     the_largest_gradient_is_that_of_all_ranks,
+    a_run_that_was_killed_ends_with_the_same_bits,
     a_further_loss_that_would_not_be_reduced_is_an_error,
     after_an_exception_in_backward_training_goes_on,
     a_state_of_an_open_window_knows_who_was_there,
@@ -509,6 +583,46 @@ def all_checks(rank, ranks):
 def test_what_ranks_do_together():
     """One start of two ranks for all of ``CHECKS``; the traceback names the one that fails."""
     run(all_checks, 2)
+
+
+def dealt(rank, ranks, path, *parts):
+    """Two epochs of six updates, each of four batches that are dealt out to the ranks. In each part another wrapper, killed at an update."""
+    for how, found, stop in parts:
+        base = make_model()
+        model = wrapped(base, how, ranks) if how else base
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        part = accumulate(4 // ranks)
+        step = train_step(optimizer, part, module=model, after=schedule.step)(functools.partial(weighted_loss, model))
+        objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step}
+        killed = nullcontext() if stop is None else pytest.raises(Killed)
+        with killed, resumable(path, every=1, **objects) as run:
+            assert step.updates == found
+            for _ in run.epochs(2):
+                for batch in step.over(make_batches([3, 1, 4, 2, 5, 3] * 4)[rank::ranks]):
+                    if step.updates == stop:
+                        raise Killed
+                    step(batch)
+    return whole(base)
+
+
+def test_a_checkpoint_of_some_ranks_goes_on_with_others(tmp_path):
+    """One process, two ranks, four, and one; under both wrappers, each killed in the middle of an epoch."""
+    dealt(0, 1, tmp_path, (None, 0, 2))
+    run(dealt, 2, tmp_path, ("ddp", 2, 4), ("fsdp2", 4, 5))
+    run(dealt, 4, tmp_path, ("fsdp2", 5, 7), ("ddp", 7, 9))
+    ours = dealt(0, 1, tmp_path, (None, 9, None))
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for start in [*range(0, 24, 4)] * 2:
+        window = make_batches([3, 1, 4, 2, 5, 3] * 4)[start : start + 4]
+        total = sum(len(x) for x, _ in window)
+        sum(loss_of(model, batch) * len(batch[0]) / total for batch in window).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert distance(ours, list(model.parameters())) <= 1e-12
 
 
 def torchrun(*options):

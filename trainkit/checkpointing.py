@@ -198,7 +198,7 @@ class resumable:
 
     def _tell(self, group: Any, *numbers: int) -> Tensor:
         """What ranks tell each other before a window, and with it what they want of this run."""
-        said = tell_all(group, *numbers, self._wish())
+        said = tell_all(group, *numbers, self._wish(about_to_close=1))
         now = self._place.current
         assert now is not None
         self._wished, self._meeting = int(said[:, 2].max()), now.delivered + int(said[:, 0].max())
@@ -211,14 +211,14 @@ class resumable:
         open_windows = any(step._window is not None and step._window.losses for step in self._objects.steps)
         return self._wished if now is not None and now.delivered == self._meeting and not open_windows else 0
 
-    def _wish(self) -> int:
+    def _wish(self, about_to_close: int = 0) -> int:
         """The number of a signal that came, DUE for a checkpoint by the clock of rank 0, or 0."""
         if self._signal:
             return self._signal
         if isinstance(self._every, timedelta):
             due = time.monotonic() - self._saved_at >= self._every.total_seconds()
         else:
-            due = self._updates() - self._saved_updates >= self._every
+            due = self._updates() + about_to_close - self._saved_updates >= self._every
         return DUE if due and this_rank() == 0 else 0
 
     def _heed(self, wish: int) -> None:
