@@ -35,9 +35,14 @@ def test_imports_run_one_way():
         "precautions": {"precautions", "plan"},
         "gradients": {"gradients", "plan"},
         "result": {"result", "window"},
+        "randomness": {"randomness"},
+        "storage": {"storage", "parallel"},
+        "places": {"places", "loaders", "parallel", "randomness"},
         "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},
     }
     above["microbatching"] = {"microbatching", *above["step"]}
+    above["states"] = {"states", "layers", "randomness"} | above["step"]
+    above["checkpointing"] = {"checkpointing"} | above["states"] | above["places"] | above["storage"]
     for name, allowed in above.items():
         modules = {m.removeprefix("trainkit.") for m in loaded_by(alone.format(name)) if m.startswith("trainkit.")}
         assert modules == allowed, name
@@ -54,6 +59,7 @@ def test_nothing_else_is_public():
         "frozen_parameters",
         "microbatch",
         "recompute",
+        "resumable",
         "train_step",
         "trainable_parameters",
         "unfreeze",

@@ -586,7 +586,7 @@ def test_what_ranks_do_together():
 
 
 def dealt(rank, ranks, path, *parts):
-    """Two epochs of six updates, each of four batches that are dealt out to the ranks. In each part another wrapper, killed at an update."""
+    """Two epochs of six updates, each of four batches that are dealt out to the ranks; in each part killed at another update."""
     for how, found, stop in parts:
         base = make_model()
         model = wrapped(base, how, ranks) if how else base

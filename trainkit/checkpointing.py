@@ -158,6 +158,8 @@ class resumable:
         """The numbers from 0 to n - 1 of the epochs that are left. A second loop of this kind in a block counts on."""
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"run.epochs takes the number of epochs in all, got {n!r}: `for epoch in run.epochs(3):`")
+        if not any(step._resumable is self for step in self._objects.steps):
+            raise RuntimeError("run.epochs outside of its block, where nothing is saved: `with resumable(...) as run:`")
         return self._count_to(n)
 
     def _count_to(self, n: int) -> Iterator[int]:
@@ -173,13 +175,14 @@ class resumable:
     # Between two micro-batches: what Step.over calls to have its loader read.
 
     def _deliver(self, loader: Iterable[Any], step: Step[Any]) -> Iterator[Delivery]:
+        is_inner = self._place.current is not None  # a loop in the body of another, and a part of that one's micro-batch
         deliver: Callable[..., Iterator[Delivery]] = mark_last
         if count_ranks() > 1:
             if not step._device_type:
                 step._prepare()
-            tell = functools.partial(self._tell, step._wrappers.group)
+            tell = functools.partial(tell_all if is_inner else self._tell, step._wrappers.group)
             deliver = functools.partial(in_step, window=step._length, tell_all=tell)
-        if self._place.current is not None:  # a loop in the body of another is a part of that one's micro-batch
+        if is_inner:
             self._is_nested = True
             try:
                 yield from deliver(loader)
@@ -243,6 +246,7 @@ class resumable:
             self._place.held, self._signal = True, 0
             self._restore_handlers()
             signal.raise_signal(number)
+            self._place.held = False
 
     def _restore_handlers(self) -> dict[int, Any]:
         handlers, self._handlers = self._handlers, {}
@@ -278,10 +282,8 @@ class resumable:
                 f"the checkpoint {saved.path} is of something else, since {misfit}: make the objects as they were, or give "
                 "another path to begin anew"
             )
-        for name, thing in self._objects.others.items():
-            if (
-                isinstance(thing, Step) and len(saved.ranks) != count_ranks()
-            ):  # its open window is the share of one of those ranks
+        if len(saved.ranks) != count_ranks():  # an open window is the share of one of those ranks
+            for name in (name for name, thing in self._objects.others.items() if isinstance(thing, Step)):
                 states[name] = {key: value for key, value in states[name].items() if key not in ("window", "gradients")}
         self._objects.load(states, place["loaders"])
         self._place.load_state_dict(place, with_random=saved.is_own or saved.same_on_all_ranks(PLACE, "random"))

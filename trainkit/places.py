@@ -98,9 +98,9 @@ class Place:
             return
         resumed, self._to_resume = self._to_resume, None
         name, size = self._name(loader), length_of(loader)
-        now = self.current = Pass(self._random.now(), name, size, count_ranks())
+        now = Pass(self._random.now(), name, size, count_ranks())
         found = replace(now, read=-1, windows=[]) if resumed is None else self._resume(now, resumed, length)
-        windows = iter(found.windows)
+        windows, self.current = iter(found.windows), now
 
         def agreed_length() -> int:
             now.windows.append(next(windows, 0) or length())
@@ -136,6 +136,11 @@ class Place:
             raise ValueError(
                 f"the checkpoint was written in a pass over {found.loader or 'a loader that is no object'}, and this one is "
                 f"over {now.loader or 'a loader that is no object'}: give the same objects, and the loader to `over`"
+            )
+        if now.loader is None and found.ranks == now.ranks and now.size != found.size:
+            raise ValueError(
+                f"the checkpoint was written in a pass over {found.size} batches, and the loader has {now.size} now: give the "
+                "loader that it was written with, or another path to begin anew"
             )
         now.begin = found.begin
         self._random.set(now.begin)

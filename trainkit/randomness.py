@@ -20,7 +20,7 @@ def is_source(thing: Any) -> bool:
     """Whether a thing is a generator of random numbers."""
     numpy = sys.modules.get("numpy.random")
     kinds = (torch.Generator, random.Random, *((numpy.Generator, numpy.RandomState) if numpy else ()))
-    return isinstance(thing, kinds)
+    return isinstance(thing, kinds) and not isinstance(thing, random.SystemRandom)  # which has no state
 
 
 def within(loader: Any, names: Iterable[str]) -> list[Any]:

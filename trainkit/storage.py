@@ -319,10 +319,12 @@ def _reader(path: Path) -> Any:
                 return PurePath
             raise ValueError(f"{path / '.metadata'} asks for {module}.{name}, which no checkpoint needs: it is not loaded")
 
+    with (path / ".metadata").open("rb") as stream:
+        metadata = Unpickler(stream).load()
+
     class Reader(dcp.FileSystemReader):  # type: ignore[misc]
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (path / ".metadata").open("rb") as stream:
-                return Unpickler(stream).load()
+            return metadata
 
     return Reader(path)
 
