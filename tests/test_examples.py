@@ -1,9 +1,11 @@
 """Every example runs, as a user runs it."""
 
 import concurrent.futures
+import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainkit import amp
+from trainkit import amp, resumable
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +62,7 @@ def run_here(name, *options):
         patch.setattr(example, shows, note)
         patch.setattr(example, "amp", lambda **_: amp(dtype=torch.float32))
         if name == "finetune_sentiment":
+            patch.setattr(example, "resumable", functools.partial(resumable, every=1, keep=9))
             patch.delitem(example.CONTENDERS, "plain")
             threads = concurrent.futures.ThreadPoolExecutor
             patch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(workers))
@@ -132,6 +135,19 @@ def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
     assert len(losses) == 4
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
     assert (tmp_path / "finetune_sentiment.png").exists()
+
+
+def test_finetune_sentiment_goes_on_from_its_checkpoint(losses_of_one_process, tmp_path):
+    """From the middle of a run of two ranks with FSDP2, on one; then nothing is left to do."""
+    options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
+    run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, "--fsdp")
+    for path in (tmp_path / "checkpoints").iterdir():
+        if path.name != "00000002":
+            shutil.rmtree(path)
+    for _ in range(2):
+        losses = run_here("finetune_sentiment", *options)
+        assert len(losses) == 4
+        assert losses[2:] == pytest.approx(losses_of_one_process[2:], abs=1e-5)
 
 
 def test_an_archive_with_another_hash_is_not_opened(finetune, tmp_path):

@@ -18,6 +18,10 @@ def test_only_torch_and_the_standard_library_are_imported():
     assert not foreign
 
 
+def test_what_only_some_need_is_imported_when_they_do():
+    assert "torch.distributed.checkpoint" not in loaded_by("import trainkit")
+
+
 def test_imports_run_one_way():
     """Importing a file alone must not bring in one that stands above it; the package's own __init__ is left out for that."""
     alone = "import types; package = types.ModuleType('trainkit'); package.__path__ = ['trainkit']; "
