@@ -343,3 +343,14 @@ def test_a_torch_without_grad_dtype_is_refused(monkeypatch, model, optimizer):
     step = train_step(optimizer, accumulate(2, dtype=torch.float32))(lambda batch: loss_of(model, batch))
     with pytest.raises(ValueError, match=r"keep parameters in float32, `model.float\(\)`"):
         step(BATCHES[0])
+def test_an_exception_in_after_keeps_what_frozen_has_set_aside():
+    """The window is dropped once when it closes, and once more on the way out of the call."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model[0].parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    step = train_step(optimizer, frozen(model, "[0]"), after=lambda: 1 / 0)(lambda batch: loss_of(model, batch))
+    with pytest.raises(ZeroDivisionError):
+        step(BATCHES[0])
+    assert step.updates == 1 and all((p.grad == 7.0).all() for p in model[0].parameters())
+    assert all(p.grad is None for p in model[2].parameters())

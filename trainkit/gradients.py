@@ -71,7 +71,7 @@ class Gradients:
             if not parameter.requires_grad and id(parameter) not in others and (hold := _hold(parameter)) is not None:
                 hold.grad = None
         self.narrow()
-        self.forget()
+        self._watched, self._noted = {}, []  # and not _aside: what is dropped twice spares the same
 
     def drop_returned(self) -> None:
         """Drops what was set aside when the window began, and was put back since; it would count in the window."""
