@@ -241,8 +241,11 @@ class Step(Generic[P]):
 
         Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
         """
-        owed, self._owed = self._owed, None
-        if owed is not None and not owed.read():
+        if self._owed is None:
+            return
+        skipped = self._owed.read()  # the wait, in which an interrupt may come: it is owed until that is over
+        self._owed = None
+        if not skipped:
             for call in self._plan.after:
                 call()
 
