@@ -25,7 +25,21 @@ from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
 from trainkit.precautions import keep_casts_fresh, not_finite, refuse_float16, refuse_hooks, warn_of_missing
 from trainkit.result import StepResult
-from trainkit.update import Answer, Check, LossScale, Outcome, Streak, can_fuse, fused_step, make_true, seed_momentum, times
+from trainkit.update import (
+    Answer,
+    Check,
+    LossScale,
+    Outcome,
+    Streak,
+    can_fuse,
+    forget_scale,
+    fused_step,
+    make_true,
+    seed_momentum,
+    step_all,
+    times,
+    weigh,
+)
 from trainkit.window import Chunk, Weight, Window, widened
 
 try:
@@ -518,11 +532,16 @@ class Step(Generic[P]):
         if self._over_ranks is not None:
             window.total, window.count = self._over_ranks()
             self._over_ranks = None
-        outcome = self._update(window)
-        self._window = None
-        self._reference = window.next_reference()
-        self._closed += 1
-        self._skips += outcome.skipped
+        outcome, apply = self._update(window)
+        reference, skips = window.next_reference(), self._skips + outcome.skipped
+        owed = Answer(outcome.skipped) if self._plan.after else None
+        try:
+            if apply is not None:
+                apply()
+            # At once and in one assignment, which no signal comes between: what was applied is counted, and `after` is owed.
+            self._window, self._reference, self._closed, self._skips, self._owed = None, reference, self._closed + 1, skips, owed
+        finally:
+            forget_scale(self._plan.optimizers)
         if self._loss_scale is not None and outcome.found_inf is not None:
             self._loss_scale.update(outcome.found_inf)
         if self._streak is not None and outcome.found_inf is not None and self._streak.add(outcome.found_inf):
@@ -533,10 +552,8 @@ class Step(Generic[P]):
             self._gradients.forget()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         result._settle = self.settle
-        if self._plan.after:
-            self._owed = Answer(outcome.skipped)
-            if self._owed.known():
-                self.settle()
+        if owed is not None and owed.known():
+            self.settle()
 
     def _give_up(self, streak: Streak) -> None:
         """Raises FloatingPointError, and says all that is known."""
@@ -548,11 +565,11 @@ class Step(Generic[P]):
             "these windows, or go back to a checkpoint with a lower learning rate; `max_skips=math.inf` goes on for ever"
         )
 
-    def _update(self, window: Window) -> Outcome:
-        """Turns the gradients of a complete window into an update, or skips it."""
+    def _update(self, window: Window) -> tuple[Outcome, Callable[[], None] | None]:
+        """What becomes of a complete window, and what turns its gradients into an update; None where it is skipped."""
         empty = window.empty()
         if empty is True:
-            return Outcome(skipped=True)
+            return Outcome(skipped=True), None
         optimizers = self._plan.optimizers
         gradients = self._gradients.found()
         if not self._closed:
@@ -563,17 +580,16 @@ class Step(Generic[P]):
         if self._loss_scale is not None:
             divisor = times(divisor, self._loss_scale.value)
         if self._generator is None and can_fuse(optimizers, gradients) and self._gradients.fit():
+            outcome, grad_scale = weigh(gradients, divisor, self._check, empty)
             self._gradients.narrow()
-            return fused_step(optimizers, gradients, divisor, self._check, empty)
+            return outcome, functools.partial(fused_step, optimizers, outcome.skipped, grad_scale)
         outcome = make_true(gradients, divisor, self._check)
-        if not outcome.skipped:
-            self._gradients.narrow()
-            if self._generator is None:
-                for optimizer in optimizers:
-                    optimizer.step()
-            else:
-                _run_to_end(self._generator)
-        return outcome
+        if outcome.skipped:
+            return outcome, None
+        self._gradients.narrow()
+        if self._generator is None:
+            return outcome, functools.partial(step_all, optimizers)
+        return outcome, functools.partial(_run_to_end, self._generator)
 
 
 _DISTURBED = {

@@ -121,18 +121,12 @@ class LossScale:
         self.growth_tracker.copy_(torch.where(overflow | grown, 0, self.growth_tracker + 1))
 
 
-def fused_step(
-    optimizers: Sequence[Optimizer],
-    gradients: Sequence[Tensor],
-    divisor: float | Tensor,
-    check: Check | None,
-    empty: bool | Tensor,
-) -> Outcome:
-    """Steps fused optimizers with gradients / divisor, clipped; or not at all; and never waits for the device.
+def weigh(
+    gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None, empty: bool | Tensor
+) -> tuple[Outcome, Tensor | None]:
+    """What ``fused_step`` will make of gradients / divisor, and what its kernels divide by: that, clipped; None for 1.
 
-    Equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the norm reads
-    them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
-    ``optimizer.found_inf`` is 1. ``empty``: whether nothing in the window had a weight; a 0-d bool tensor where only the device
+    Never waits for the device. ``empty``: whether nothing in the window had a weight; a 0-d bool tensor where only the device
     knows, and else False.
     """
     grad_scale = divisor
@@ -147,19 +141,36 @@ def fused_step(
         skipped = empty.float() if found_inf is None else torch.maximum(found_inf, empty.float())
     if not isinstance(grad_scale, Tensor) and grad_scale != 1.0:
         grad_scale = torch.full((), grad_scale, device=gradients[0].device)
-    try:
-        for optimizer in optimizers:
-            if isinstance(grad_scale, Tensor):
-                optimizer.grad_scale = grad_scale.float()  # type: ignore[attr-defined]
-            if skipped is not None:
-                optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            optimizer.step()
-    finally:
-        # Left behind, even as None, they would make the next GradScaler.step raise.
-        for optimizer in optimizers:
-            optimizer.__dict__.pop("grad_scale", None)
-            optimizer.__dict__.pop("found_inf", None)
-    return Outcome(False if skipped is None else skipped, found_inf, norm)
+    outcome = Outcome(False if skipped is None else skipped, found_inf, norm)
+    return outcome, grad_scale.float() if isinstance(grad_scale, Tensor) else None
+
+
+def fused_step(optimizers: Sequence[Optimizer], skipped: bool | Tensor, grad_scale: Tensor | None) -> None:
+    """Steps fused optimizers with gradients / grad_scale, or not at all where ``skipped`` is 1; never waits for the device.
+
+    With ``weigh`` equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the
+    norm reads them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
+    ``optimizer.found_inf`` is 1. Who calls it calls ``forget_scale`` after it, however it ended.
+    """
+    for optimizer in optimizers:
+        if grad_scale is not None:
+            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+        if isinstance(skipped, Tensor):
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+def forget_scale(optimizers: Sequence[Optimizer]) -> None:
+    """Takes back what ``fused_step`` told optimizers: left behind, even as None, it would make the next GradScaler.step raise."""
+    for optimizer in optimizers:
+        optimizer.__dict__.pop("grad_scale", None)
+        optimizer.__dict__.pop("found_inf", None)
+
+
+def step_all(optimizers: Sequence[Optimizer]) -> None:
+    """Steps any optimizers, with gradients that are true."""
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None) -> Outcome:
