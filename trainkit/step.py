@@ -208,9 +208,10 @@ class Step(Generic[P]):
                 "loss above the yield, or add to the gradients yourself, `loss.backward()`"
             )
         loss, weight = read_loss(loss if weight is None else (loss, weight))
+        detached = loss.detach()  # before: after a backward nothing may fail, or the block could go on without its loss
         self._run_backward(loss, weight)
         if self._result.loss is None:
-            self._result.loss = loss.detach()
+            self._result.loss = detached
 
     def over(self, loader: Iterable[T], *other_steps: Step[Any]) -> Iterator[T]:
         """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
