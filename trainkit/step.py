@@ -245,11 +245,15 @@ class Step(Generic[P]):
 
     def discard(self) -> None:
         """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
-        if self._began_backward or (self._window is not None and self._window.losses):
-            self._gradients.drop()
-            self._wrappers.drop()
-        self._window = self._over_ranks = None
-        self._began_backward = False
+        is_open = self._began_backward or (self._window is not None and self._window.losses)
+        self._window, self._over_ranks, self._began_backward = None, None, False  # before: no window goes on with a part of its gradients
+        if is_open:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._gradients.drop()
+        self._wrappers.drop()
+        forget_scale(self._plan.optimizers)
 
     def settle(self) -> None:
         """Runs ``after`` for the last update, if that is still owed; waits for the device's verdict.
@@ -329,9 +333,9 @@ class Step(Generic[P]):
                 self._loss_scale.growth_tracker.fill_(tracker)
             here = self._loss_scale.value.item()
         if window is not None:
-            self._window = window
             # Another scale than there where another precision is picked here.
             self._gradients.load_state_dict({i: g if here == scale else g * (here / scale) for i, g in gradients.items()})
+            self._window = window  # after: no window is open without its gradients
 
     def _refuse_within(self, name: str) -> None:
         if self._began_backward:
