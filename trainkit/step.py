@@ -12,7 +12,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -55,8 +55,6 @@ except (ImportError, AttributeError):
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NOTHING = nullcontext()
-
 
 class Step(Generic[P]):
     """A step function with its plan and its state: call it with a micro-batch, or use it as a context around one.
@@ -94,7 +92,7 @@ class Step(Generic[P]):
         # The micro-batch under way.
         self._chunk = Chunk()
         self._result: StepResult | None = None
-        self._surroundings: AbstractContextManager[Any] = _NOTHING
+        self._surroundings: list[AbstractContextManager[Any]] = []
         self._autocast_is_on = False
         self._generator: types.GeneratorType[Any, None, Any] | None = None
         self._began_backward = False
@@ -105,21 +103,27 @@ class Step(Generic[P]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         assert self._function is not None
-        with self as result:
-            output = self._function(*args, **kwargs)
-            if isinstance(output, types.GeneratorType):
-                self._generator = output
-                output = self._run_to_yield(output)
-            elif not self._plan.optimizers:
-                raise ValueError(
-                    "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
-                    "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
-                )
-            loss, weight = read_loss(output)
-            if self._autocast_is_on:
-                self._leave_autocast()
-            self._run_backward(loss, weight)
-            result.loss = loss.detach()
+        result = None
+        try:
+            with self as result:
+                output = self._function(*args, **kwargs)
+                if isinstance(output, types.GeneratorType):
+                    self._generator = output
+                    output = self._run_to_yield(output)
+                elif not self._plan.optimizers:
+                    raise ValueError(
+                        "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
+                        "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
+                    )
+                loss, weight = read_loss(output)
+                if self._autocast_is_on:
+                    self._leave_autocast()
+                self._run_backward(loss, weight)
+                result.loss = loss.detach()
+        except BaseException as error:
+            if result is not None and result is self._result:  # a signal on the way into __exit__, which has not run then
+                self.__exit__(type(error), error, error.__traceback__)
+            raise
         return result
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
@@ -142,24 +146,27 @@ class Step(Generic[P]):
             self.settle()
         if self._window is None:
             self._window = self._new_window()
-        if self._plan.surroundings or self._wrappers.found:
-            with ExitStack() as stack:
-                for part in self._plan.surroundings:
-                    stack.enter_context(part.around_step())
-                stack.enter_context(self._wrappers.micro_batch(self._will_close(self._window)))
-                self._surroundings = stack.pop_all()
-        if self._autocast is not None:
-            if not (self._watched_casts and all(weight.requires_grad for weight in self._watched_casts)):
-                self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
-            self._enter_autocast()
-        if self._function is None:
-            self._gradients.note()
-        self._result = result = StepResult()
+        result = StepResult()
+        try:
+            for part in self._plan.surroundings:
+                self._enter(part.around_step())
+            if self._wrappers.found:
+                self._enter(self._wrappers.micro_batch(self._will_close(self._window)))
+            if self._autocast is not None:
+                if not (self._watched_casts and all(weight.requires_grad for weight in self._watched_casts)):
+                    self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
+                self._enter_autocast()
+            if self._function is None:
+                self._gradients.note()
+            self._result = result
+        except BaseException as error:  # __exit__ is not called then
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return result
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         generator = self._generator
-        with self._surroundings:
+        try:
             try:
                 if self._autocast_is_on:
                     self._leave_autocast()
@@ -176,13 +183,25 @@ class Step(Generic[P]):
                         stacklevel=2,
                     )
             finally:
-                if self._began_backward:  # and did not finish: some gradients are in, others are not
-                    self.discard()
+                failed = self._began_backward  # and did not finish: some gradients are in, others are not
+                if failed:
+                    self._window = None
                 self._result = self._generator = None
-                self._is_closing = False
-                self._surroundings = _NOTHING
+                self._began_backward = self._is_closing = False
+                if self._autocast_is_on:
+                    self._leave_autocast()
+                if failed:
+                    self._drop()
                 if generator is not None:
                     generator.close()
+        finally:
+            try:
+                while self._surroundings:
+                    self._surroundings[-1].__exit__(None, None, None)
+                    del self._surroundings[-1]
+            except BaseException:
+                _leave(self._surroundings)
+                raise
 
     def backward(self, loss: Any, weight: Weight | None = None) -> None:
         """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
@@ -407,6 +426,10 @@ class Step(Generic[P]):
     def _length(self) -> int:
         return self._plan.length(lambda: self.updates)
 
+    def _enter(self, context: AbstractContextManager[Any]) -> None:
+        context.__enter__()
+        self._surroundings.append(context)
+
     def _enter_autocast(self) -> None:
         assert self._autocast is not None
         self._autocast.__enter__()  # type: ignore[no-untyped-call]
@@ -607,6 +630,15 @@ _DISTURBED = {
 }
 
 
+def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
+    """Leaves contexts after an exception in it: once more the last, whose first line may not have been reached, and the rest."""
+    if contexts:
+        try:
+            contexts.pop().__exit__(None, None, None)
+        finally:
+            _leave(contexts)
+
+
 def _backward(loss: Tensor, seed: Tensor) -> None:
     """``loss.backward(gradient=seed)``."""
     if _engine_run_backward is None or type(loss) is not Tensor:
@@ -633,8 +665,11 @@ def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
 def _modes() -> tuple[Any, ...]:
     """What a `with` block left open over a yield may have changed."""
     # The number of autocast blocks, and not the state: one more of the same would go unseen. torch.autocast counts so too.
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    try:
+        torch.autocast_increment_nesting()
+    finally:
+        nesting = torch.autocast_decrement_nesting()
+    return nesting, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
