@@ -772,3 +772,13 @@ def test_freezing_for_good_inside_a_block_holds_at_once():
         freeze(model)
         assert not model.weight.requires_grad
     assert not model.weight.requires_grad
+
+
+def test_a_training_mode_that_does_not_exist_does_not_thaw_a_frozen_module():
+    norm = nn.BatchNorm1d(3)
+    with frozen(norm):
+        with pytest.raises(ValueError, match="boolean"):
+            norm.train("yes")
+        assert not norm.training
+        norm(torch.ones(2, 3))
+    assert norm.training and norm.num_batches_tracked == 0

@@ -317,9 +317,12 @@ class _Stay:
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         train = self.found or functools.partial(type(self.module).train, self.module)
-        self.module.training = self.asked
-        train(*args, **kwargs)
-        self.asked, self.module.training = self.module.training, False
+        try:
+            self.module.training = self.asked
+            train(*args, **kwargs)
+            self.asked = self.module.training
+        finally:  # also where it was asked for what there is not, as `train("yes")`
+            self.module.training = False
         return self.module
 
     def __getstate__(self) -> dict[str, Any]:
