@@ -88,9 +88,10 @@ class frozen:
     @_between_graphs
     def __enter__(self) -> list[str]:
         context = self.around_step()
+        names = _names(self._module, self._chosen.selection.parameters)
         context.__enter__()
-        self._entered.append(context)
-        return _names(self._module, self._chosen.selection.parameters)
+        self._entered += [context]  # not by a call, after which an interrupt may come
+        return names
 
     @_between_graphs
     def __exit__(self, *exception: Any) -> None:
@@ -149,7 +150,9 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
             hold.requires_grad, hold.grad = False, None
         parameter.requires_grad, parameter.grad = False, None
     for owner in selection.buffer_owners:
-        _Stay.of(owner).for_good = True
+        stay = _Stay.of(owner)
+        stay.for_good = True
+        stay.begin()
     return _names(module, selection.parameters)
 
 
@@ -242,7 +245,8 @@ class _Hold:
     """What a frozen parameter gets back at the end of the last context that holds it. On the parameter, where steps find it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.requires_grad, self.grad, self.dtype, self.holders = parameter.requires_grad, parameter.grad, parameter.dtype, 0
+        self.requires_grad, self.grad, self.dtype = parameter.requires_grad, parameter.grad, parameter.dtype
+        self.holders: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # a pickled copy of the parameter is in no context; and torch.load knows this for nothing
@@ -269,29 +273,39 @@ def _holding(slots: list[Slot], modules: list[nn.Module]) -> Iterator[None]:
     held: list[tuple[Slot, _Hold]] = []
     staying: list[_Stay] = []
     try:
+        # An interruption may come between any two of these: whatever is changed is first written down.
         for slot in slots:
             parameter = slot.parameter
             hold = _hold_of(parameter) or _Hold(parameter)
-            parameter._trainkit_hold = hold  # type: ignore[attr-defined]
-            hold.holders += 1
             held.append((slot, hold))
+            hold.holders.add(id(held))
+            parameter._trainkit_hold = hold  # type: ignore[attr-defined]
             parameter.requires_grad, parameter.grad = False, None
         for module in modules:
             stay = _Stay.of(module)
-            stay.holders += 1
             staying.append(stay)
+            stay.holders.add(id(held))
+            stay.begin()
         yield
     finally:
-        for (owner, name, parameter), hold in held:
-            hold.holders -= 1
-            if not hold.holders:
-                hold.end(parameter)
-                # What was put in its place inside, as load_state_dict(assign=True) does, has its flag from there.
-                if name in owner._parameters and (other := owner._parameters[name]) is not parameter and other is not None:
-                    other.requires_grad = other.requires_grad or (hold.requires_grad and _hold_of(other) is None)
-        for stay in reversed(staying):  # inside out: the mode of a compiled module is that of the one it wraps
-            stay.holders -= 1
-            stay.end()
+        try:
+            _release(held, staying)
+        except BaseException:
+            _release(held, staying)  # what an interruption has left of it
+            raise
+
+
+def _release(held: list[tuple[Slot, _Hold]], staying: list[_Stay]) -> None:
+    for (owner, name, parameter), hold in held:
+        hold.holders.discard(id(held))
+        if not hold.holders:
+            hold.end(parameter)
+            # What was put in its place inside, as load_state_dict(assign=True) does, has its flag from there.
+            if name in owner._parameters and (other := owner._parameters[name]) is not parameter and other is not None:
+                other.requires_grad = other.requires_grad or (hold.requires_grad and _hold_of(other) is None)
+    for stay in reversed(staying):  # inside out: the mode of a compiled module is that of the one it wraps
+        stay.holders.discard(id(held))
+        stay.end()
 
 
 class _Stay:
@@ -304,16 +318,19 @@ class _Stay:
         self.module = module
         self.found = module.__dict__.get("train")  # people put a train of their own there, too
         self.asked = module.training
-        self.holders = 0
+        self.holders: set[int] = set()
         self.for_good = False
-        module.training = False
-        module.__dict__["train"] = self
 
     @classmethod
     def of(cls, module: nn.Module) -> _Stay:
-        """The one that is there, or a new one."""
+        """The one that is there, or a new one, which is to ``begin``."""
         found = module.__dict__.get("train")
         return found if isinstance(found, cls) else cls(module)
+
+    def begin(self) -> None:
+        """From here on the module is in evaluation mode."""
+        self.module.__dict__["train"] = self
+        self.module.training = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         train = self.found or functools.partial(type(self.module).train, self.module)
@@ -327,15 +344,16 @@ class _Stay:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the module is in no context, and stays as it is until ``unfreeze``."""
-        return {**self.__dict__, "holders": 0, "for_good": True}
+        return {**self.__dict__, "holders": set(), "for_good": True}
 
     def end(self) -> None:
         """Gives the module its ``train`` and its mode back, unless somebody still holds it."""
         if not self.holders and not self.for_good:
-            del self.module.__dict__["train"]
+            self.module.training = self.asked
             if self.found is not None:
                 self.module.__dict__["train"] = self.found
-            self.module.training = self.asked
+            else:
+                self.module.__dict__.pop("train", None)
 
 
 def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:

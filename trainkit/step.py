@@ -265,7 +265,8 @@ class Step(Generic[P]):
     def discard(self) -> None:
         """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
         is_open = self._began_backward or (self._window is not None and self._window.losses)
-        self._window, self._over_ranks, self._began_backward = None, None, False  # before: no window goes on with a part of its gradients
+        # Before: no window goes on with a part of its gradients.
+        self._window, self._over_ranks, self._began_backward = None, None, False
         if is_open:
             self._drop()
 
