@@ -152,11 +152,13 @@ class Autocast(Part):
         device_type, dtype = precision.resolve(accelerator or torch.device("cpu"))
         autocast = torch.autocast(device_type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
         autocast.__enter__()  # type: ignore[no-untyped-call]
-        self._entered.append(autocast)
+        self._entered += [autocast]  # not by a call, after which an interrupt may come; nor is it taken out by one
 
     @_between_graphs
     def __exit__(self, *exception: Any) -> None:
-        self._entered.pop().__exit__(*exception)
+        autocast = self._entered[-1]
+        del self._entered[-1]
+        autocast.__exit__(*exception)
 
 
 @overload
