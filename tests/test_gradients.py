@@ -343,6 +343,8 @@ def test_a_torch_without_grad_dtype_is_refused(monkeypatch, model, optimizer):
     step = train_step(optimizer, accumulate(2, dtype=torch.float32))(lambda batch: loss_of(model, batch))
     with pytest.raises(ValueError, match=r"keep parameters in float32, `model.float\(\)`"):
         step(BATCHES[0])
+
+
 def test_an_exception_in_after_keeps_what_frozen_has_set_aside():
     """The window is dropped once when it closes, and once more on the way out of the call."""
     model = make_model()

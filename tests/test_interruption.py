@@ -523,7 +523,7 @@ def test_an_interrupted_method_leaves_the_window_that_was_or_that_is_to_be_or_no
 @pytest.mark.parametrize("way", ["before operations", "signals"])
 def test_after_is_owed_until_the_wait_for_the_verdict_is_over(way, monkeypatch):
     """Where the device is slow the host waits here, and here it is interrupted."""
-    monkeypatch.setattr(trainkit.step.Verdict, "known", lambda self: False)
+    monkeypatch.setattr(trainkit.step.Answer, "known", lambda self: False)
     setup = Setup(fused=True, max_norm=1.0)
     for k in range(50):
         world = opened(setup, 3)

@@ -936,10 +936,10 @@ def test_after_is_owed_until_the_wait_for_the_verdict_is_over(monkeypatch, model
     """The wait is where a slow device is interrupted, and the scheduler must not miss the update for it."""
     calls = []
     step = train_step(optimizer, after=lambda: calls.append(1))(lambda batch: loss_of(model, batch))
-    monkeypatch.setattr(trainkit.step.Verdict, "known", lambda self: False)
+    monkeypatch.setattr(trainkit.step.Answer, "known", lambda self: False)
     step(BATCHES[0])
     with monkeypatch.context() as patch:
-        patch.setattr(trainkit.step.Verdict, "applied", lambda self: 1 / 0)
+        patch.setattr(trainkit.step.Answer, "read", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             step.settle()
     assert calls == [] and step.updates == 1 and calls == [1]

@@ -187,7 +187,7 @@ class Step(Generic[P]):
                 if failed:
                     self._window = None
                 self._result = self._generator = None
-                self._began_backward = self._is_closing = False
+                self._began_backward, self._is_closing, self._over_ranks = False, False, None
                 if self._autocast_is_on:
                     self._leave_autocast()
                 if failed:
@@ -282,7 +282,7 @@ class Step(Generic[P]):
         """
         if self._owed is None:
             return
-        skipped = self._owed.read()  # the wait, in which an interrupt may come: it is owed until that is over
+        skipped = bool(self._owed.read())  # the wait, in which an interrupt may come: it is owed until that is over
         self._owed = None
         if not skipped:
             for call in self._plan.after:
