@@ -142,7 +142,7 @@ def same(a, b):
 def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
     expected, numbers, total = train(None, kind)
     assert total == 14
-    for stop in range(1, 14) if "workers" not in kind else (5, 7, 13):
+    for stop in range(1, 14) if kind == "shuffled" else (2, 6, 7, 9):
         path = tmp_path / str(stop)
         with pytest.raises(Killed):
             train(path, kind, stop)
@@ -244,7 +244,7 @@ def test_a_signal_between_two_epochs_and_one_after_the_last(tmp_path):
 
 def test_an_interrupt_that_the_block_catches_leaves_the_place(tmp_path):
     objects, count = small(), 0
-    with resumable(tmp_path, **objects) as run:
+    with resumable(tmp_path, every=10**6, **objects) as run:
         try:
             for _ in run.epochs(2):
                 for x in objects["step"].over(batches()):
@@ -253,7 +253,9 @@ def test_an_interrupt_that_the_block_catches_leaves_the_place(tmp_path):
                     if count == 3:
                         signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            pass
+            run._every = 1
+            for x in objects["step"].over(batches(4)):
+                objects["step"](x)
     assert names(tmp_path) == ["00000001"]
     assert run_small(tmp_path, epochs=2) == 16 - 3
 

@@ -536,7 +536,7 @@ def a_run_that_was_killed_ends_with_the_same_bits(rank, ranks, how):
         path = Path(gathered(folder, ranks)[0])
         for loader in (noisy_batches, Sized):
             expected = resumed(rank, ranks, how, path, loader, None)
-            for stop in ((0, 3), (0, 5), (1, 1), (1, 4)):
+            for stop in ((0, 3), (1, 1), (1, 5)):
                 with pytest.raises(Killed):
                     resumed(rank, ranks, how, path, loader, stop)
                 assert any((path / "run").iterdir())

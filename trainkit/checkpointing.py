@@ -121,6 +121,7 @@ class resumable:
         self._place = Place(self._objects.others, RandomStates(self._objects.sources))
         self._checkpoints = Checkpoints(self._path, keep)
         self._is_entered = self._is_changed = self._is_nested = False
+        self._is_stopped = False  # by a signal: whatever the block still does is not part of the run
         # When to save.
         self._saved_at, self._saved_updates = 0.0, 0
         self._signal, self._signal_at = 0, 0.0
@@ -146,7 +147,7 @@ class resumable:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         try:
-            if kind is None and self._is_changed and not self._place.held:
+            if kind is None and self._is_changed and not self._is_stopped:
                 self._save()
         finally:
             for step in self._objects.steps:
@@ -164,10 +165,10 @@ class resumable:
 
     def _count_to(self, n: int) -> Iterator[int]:
         while self._place.epoch < n:
-            if self._place.current is None and self._place.reached:
+            if self._place.current is None and self._place.reached and not self._is_stopped:
                 self._heed(max(everyone(self._wish())))
             yield self._place.epoch
-            if self._place.held:
+            if self._is_stopped:
                 return
             self._place.next_epoch()
             self._is_changed = True
@@ -175,7 +176,8 @@ class resumable:
     # Between two micro-batches: what Step.over calls to have its loader read.
 
     def _deliver(self, loader: Iterable[Any], step: Step[Any]) -> Iterator[Delivery]:
-        is_inner = self._place.current is not None  # a loop in the body of another, and a part of that one's micro-batch
+        # A loop in the body of another is a part of that one's micro-batch.
+        is_inner = self._place.current is not None or self._is_stopped
         deliver: Callable[..., Iterator[Delivery]] = mark_last
         if count_ranks() > 1:
             if not step._device_type:
@@ -228,9 +230,9 @@ class resumable:
         if wish:
             self._save()
         if wish > DUE:
-            self._place.held, self._signal = True, 0
+            self._is_stopped, self._signal = True, 0
             _follow(wish, self._handlers)
-            self._place.held = False  # who handles it has the run go on
+            self._is_stopped = False  # who handles it has the run go on
 
     def _updates(self) -> int:
         """Of the step with most, skipped ones included, whose number is known without waiting for the device."""
@@ -243,10 +245,10 @@ class resumable:
         if not self._signal:
             self._signal, self._signal_at = number, now
         elif now - self._signal_at > 1:  # torchrun sends the same once more at once
-            self._place.held, self._signal = True, 0
+            self._is_stopped, self._signal = True, 0
             self._restore_handlers()
             signal.raise_signal(number)
-            self._place.held = False
+            self._is_stopped = False
 
     def _restore_handlers(self) -> dict[int, Any]:
         handlers, self._handlers = self._handlers, {}

@@ -42,7 +42,6 @@ class Place:
         self._objects, self._random = objects, random
         self.epoch = self._passes = 0
         self.current: Pass | None = None
-        self.held = False  # nothing counts any more: the run stops here
         # By how much had been read: random states, and the state of a loader that has one, before more was read ahead.
         self._ahead: dict[int, tuple[dict[str, Any], Any]] = {}
         # Of loaders with states of their own: where the last pass over each of them ended.
@@ -123,11 +122,10 @@ class Place:
             self._end(now)
             raise
         finally:
-            if not self.held:
-                self.current, self._passes = None, self._passes + 1
+            self.current, self._passes = None, self._passes + 1
 
     def _end(self, now: Pass) -> None:
-        if now.loader is not None and not self.held:
+        if now.loader is not None:
             self._ends[now.loader] = self._position(now)
 
     def _resume(self, now: Pass, found: Pass, length: Callable[[], int]) -> Pass:
