@@ -108,10 +108,15 @@ def kill(kills, count, seed):
         def began():
             return [int(number) for number in os.pread(log, 2**20, 0).split()]
 
-        start = time.perf_counter()
-        expected = forked(fine_tune, tokenizer, rows, path, log)
-        seconds = time.perf_counter() - start
-        print(f"not killed: {seconds:.1f} s, {len(began())} micro-batches, {expected}", flush=True)
+        answers, durations = set(), []
+        for _ in range(2):
+            shutil.rmtree(path, ignore_errors=True)
+            os.ftruncate(log, 0)
+            start = time.perf_counter()
+            answers.add(forked(fine_tune, tokenizer, rows, path, log))
+            durations.append(time.perf_counter() - start)
+        (expected,), seconds = answers, min(durations)
+        print(f"not killed, twice: {seconds:.1f} s, {len(began())} micro-batches, {expected}", flush=True)
 
         draw = random.Random(seed)
         report = {"kills": 0, "of them in a save": 0, "runs": 0, "micro-batches repeated at most": 0, "wrong": 0}

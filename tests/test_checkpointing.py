@@ -33,6 +33,16 @@ ALWAYS = timedelta(0)
 SIZE, BATCH, N, EPOCHS = 20, 3, 3, 2  # seven batches in an epoch, the last of two rows, and three windows, the last of one batch
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Those of a program in the foreground; one that a shell put into the background ignores SIGINT."""
+    found = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    found = {number: signal.signal(number, handler) for number, handler in found.items()}
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
+
+
 class Killed(BaseException):
     """As kill -9, in that nothing is done about it."""
 

@@ -68,8 +68,8 @@ class resumable:
     a second or more after it, does not. What was set to handle the signal follows, KeyboardInterrupt for SIGINT, else
     ``SystemExit(128 + number)``. After another exception nothing is written. Outside of the main thread signals are left alone.
 
-    On another number of ranks each goes on after the same share of its loader, and ranks that are new take the states of rank 0
-    for what differs between ranks, random states only where those were the same on all.
+    On another number of ranks each goes on after the same share of its loader, in whole windows, and ranks that are new take what
+    differs between ranks from rank 0; random states only where they were the same on all, else they keep their own.
 
     Raises:
         TypeError: for an object that has no state that can be kept, before anything is written.
