@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from trainkit import accumulate, amp, resumable, train_step
 from trainkit.storage import _hash, _write_manifest
+from trainkit.update import Verdict
 
 ALWAYS = timedelta(0)
 SIZE, BATCH, N, EPOCHS = 20, 3, 3, 2  # seven batches in an epoch, the last of two rows, and three windows, the last of one batch
@@ -227,15 +228,17 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
 
 
 def test_a_second_signal_does_not_wait(tmp_path):
-    objects = small()
+    objects, waited = small(), False
     with pytest.raises(KeyboardInterrupt), resumable(tmp_path, **objects) as run:
         for x in objects["step"].over(batches()):
             objects["step"](x)
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # within a second: the same, sent twice
+            waited = True
             run._signal_at -= 2
             signal.raise_signal(signal.SIGINT)
             pytest.fail("the second did not stop it")
+    assert waited
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not tmp_path.exists() or not names(tmp_path)
 
@@ -292,6 +295,20 @@ def test_an_interval_in_updates_or_time_and_how_many_are_kept(tmp_path, monkeypa
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     run_small(tmp_path / "time", every=timedelta(seconds=4), keep=10)
     assert len(names(tmp_path / "time")) == 3
+
+
+def test_what_an_update_still_owes_is_run_first(tmp_path):
+    """On an accelerator a scheduler may step as late as just before the next update."""
+    last_epochs = []
+    for _ in range(2):
+        objects = small()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(objects["optimizer"], 0.9)
+        step = train_step(objects["optimizer"], after=schedule.step)(lambda x: x)
+        with resumable(tmp_path, model=objects["model"], schedule=schedule, optimizer=objects["optimizer"], step=step) as run:
+            last_epochs.append(schedule.last_epoch)
+            if len(last_epochs) == 1:
+                step._owed, run._is_changed = Verdict(False), True
+    assert last_epochs == [0, 1]
 
 
 def test_after_an_exception_nothing_is_written(tmp_path):
