@@ -259,11 +259,13 @@ class World:
             del caught
         return result
 
+    def one(self, i):
+        return self.block(i) if self.setup.face.startswith("block") else self.step(i)
+
     def run(self, indices):
         """The loop."""
-        call = self.block if self.setup.face.startswith("block") else self.step
         for i in self.step.over(indices):
-            call(i)
+            self.one(i)
             self.doing = ""
             self.done += 1
 
@@ -442,6 +444,16 @@ def test_every_operation_of_an_epoch(setup):
     while check_point(setup, reference, WAYS["after operations"], k):
         k += 1
     assert k > 150
+
+
+@pytest.mark.parametrize("setup", [SETUPS[i] for i in (0, 10, 13)], ids=str)
+def test_every_signal_of_a_micro_batch(setup):
+    for k in itertools.count():
+        world = World(setup)
+        if not interrupt(signals, Injector(k), lambda: world.one(0)):  # noqa: B023
+            break
+        world.nothing_is_left_behind()
+    assert k > 50
 
 
 def test_what_the_others_are_compared_with_is_the_plain_loop():
