@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from trainkit import accumulate, amp, resumable, train_step
 from trainkit.storage import _hash, _write_manifest
-from trainkit.update import Verdict
+from trainkit.update import Answer
 
 ALWAYS = timedelta(0)
 SIZE, BATCH, N, EPOCHS = 20, 3, 3, 2  # seven batches in an epoch, the last of two rows, and three windows, the last of one batch
@@ -307,7 +307,7 @@ def test_what_an_update_still_owes_is_run_first(tmp_path):
         with resumable(tmp_path, model=objects["model"], schedule=schedule, optimizer=objects["optimizer"], step=step) as run:
             last_epochs.append(schedule.last_epoch)
             if len(last_epochs) == 1:
-                step._owed, run._is_changed = Verdict(False), True
+                step._owed, run._is_changed = Answer(False), True
     assert last_epochs == [0, 1]
 
 

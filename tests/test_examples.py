@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,17 +65,31 @@ def run_here(name, *options):
         if name == "finetune_sentiment":
             patch.setattr(example, "resumable", functools.partial(resumable, every=1, keep=9))
             patch.delitem(example.CONTENDERS, "plain")
+            if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+                patch.setattr(example, "DataCollatorWithPadding", die_once(example.DataCollatorWithPadding, []))
             threads = concurrent.futures.ThreadPoolExecutor
             patch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(workers))
         example.main()
     return losses
 
 
-def run_ranks(name, path, *options):
+def run_ranks(name, path, *options, restarts=0):
     """The same under torchrun, on two ranks. Returns what they print, and the losses."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", restarts]
     printed = run_python(*torchrun, __file__, path, name, *options)
     return printed, json.loads(path.read_text())
+
+
+def die_once(collator, batches):
+    """The collator of an example, whose second rank is killed at its third batch, unless it was before."""
+
+    def collate(self, *args):
+        batches.append(None)
+        if len(batches) == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collator.__call__(self, *args)
+
+    return type(collator.__name__, (collator,), {"__call__": collate})
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +163,15 @@ def test_finetune_sentiment_goes_on_from_its_checkpoint(losses_of_one_process, t
         losses = run_here("finetune_sentiment", *options)
         assert len(losses) == 4
         assert losses[2:] == pytest.approx(losses_of_one_process[2:], abs=1e-5)
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_finetune_goes_on(losses_of_one_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # pytorch#135712
+    options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
+    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, restarts=1)
+    assert printed.count("training on") == 2 and printed.count("\ntrainkit") == 1
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # one after each batch: none of them was done again
+    assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
 def test_an_archive_with_another_hash_is_not_opened(finetune, tmp_path):
