@@ -170,7 +170,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_finetune_goes_on(losses_of_one_
     options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
     printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, restarts=1)
     assert printed.count("training on") == 2 and printed.count("\ntrainkit") == 1
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # one after each batch: none of them was done again
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5  # after each batch, and at the end: none was done again
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
