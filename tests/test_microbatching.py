@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from oracles import OPTIMIZERS, distance, loss_of, make_batches, make_model, plain_loop
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding
 
 from trainkit import accumulate, amp, frozen, microbatch, train_step
@@ -268,6 +269,71 @@ def test_memory_runs_out_around_frozen_layers_and_in_float16():
         assert all(p.requires_grad for p in model.parameters())
         results.append(list(model.parameters()))
     assert distance(*results) <= 1e-3
+
+
+def weighted_by_mask(model, x, y, mask):
+    return ((model(x) - y).pow(2).mean(1) * mask).sum() / mask.sum(), mask.sum()
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out")
+def test_the_first_window_keeps_its_reference_when_memory_runs_out():
+    model, theirs = make_model(), make_model()
+    Runs(model, "weight", 0, 4, 0)
+    (batch,) = make_batches([8])
+    for net, part in ((model, microbatch("auto")), (theirs, accumulate(1))):
+        step = train_step(torch.optim.SGD(net.parameters(), lr=0.1), part)(functools.partial(weighted_by_mask, net))
+        step(*batch, torch.tensor([9, 9, 9, 9, 1, 1, 1, 1]))
+    assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
+
+
+def test_memory_that_runs_out_in_a_backward_of_the_function_is_an_error():
+    """Of several losses, what a parameter has of which cannot be told."""
+    model, theirs = make_model(), make_model()
+    fails = Runs(model, "weight", 0, 4, 0)
+
+    @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch("auto"))
+    def step(batch, catches=False):
+        try:
+            step.backward(loss_of(model, batch))
+        except torch.OutOfMemoryError:
+            if not catches:
+                raise
+            fails.fit = 8
+        return 0.1 * loss_of(model, batch)
+
+    (batch,) = make_batches([8])
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batch)
+    assert all(p.grad is None for p in model.parameters())
+    assert step(batch, catches=True).updated
+    (0.1 * loss_of(theirs, batch)).backward()  # of the first, all is dropped
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
+
+
+def test_memory_that_runs_out_within_reentrant_checkpointing_is_an_error():
+    """The gradient of a layer that is used twice comes there in two parts."""
+    model = make_model()
+    layer = nn.Linear(6, 6).double()
+    fails = [True]
+
+    def inner(hidden):
+        if torch.is_grad_enabled() and fails and layer.weight.grad is not None:  # the lower one, run again
+            raise torch.OutOfMemoryError("of a test")
+        return layer(hidden).tanh()
+
+    @train_step(torch.optim.SGD([*model.parameters(), *layer.parameters()], lr=0.1), microbatch("auto"))
+    def step(batch):
+        hidden = model[0](batch[0])
+        for _ in range(2):
+            hidden = checkpoint(inner, hidden, use_reentrant=True)
+        return F.mse_loss(model[2](hidden), batch[1])
+
+    (batch,) = make_batches([8])
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batch)
+    fails.clear()
+    assert step(batch).updated
 
 
 @pytest.mark.filterwarnings("ignore:memory ran out")

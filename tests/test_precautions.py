@@ -136,3 +136,17 @@ def test_max_skips_is_a_number_of_updates():
         amp(max_skips=0)
     with pytest.raises(ValueError, match="max_skips was given twice, 3 and 4"):
         train_step(optimizer, amp(max_skips=4), max_skips=3)
+    with pytest.raises(ValueError, match=r"nothing here looks: add `max_norm=math.inf`"):
+        train_step(optimizer, max_skips=3)(lambda: optimizer.param_groups[0]["params"][0].sum())()
+
+
+def test_a_streak_is_over_where_a_state_is_loaded_and_sparse_gradients_are_named():
+    table = nn.Embedding(3, 2, sparse=True)
+    step = train_step(torch.optim.SGD(table.parameters(), lr=0.1), max_norm=1.0, max_skips=2)(
+        lambda: table(torch.tensor([1])).sum() * math.nan
+    )
+    step()
+    step.load_state_dict(step.state_dict())
+    step()
+    with pytest.raises(FloatingPointError, match="1 of 1 parameters"):
+        step()

@@ -556,7 +556,26 @@ def gathered(value, ranks):
     return values
 
 
+def memory_may_run_out_after_buffers_were_broadcast(rank, ranks, how):
+    """DistributedDataParallel does so before a forward, and a rank that tries again must not do so alone."""
+    if how == "fsdp2":
+        return
+    base = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3)).double()
+    model = wrapped(base, how, ranks)
+    rows, fit = [], 3 if rank == 0 else 8
+    base[0].register_forward_pre_hook(lambda _, given: (rows.append(len(given[0])), run_out(rows, fit))[1])
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch("auto"), module=model)
+    step = step(functools.partial(loss_of, model))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "memory ran out")
+        for batch in make_batches([8, 8], seed=rank):
+            step(batch)
+            step.chunk_sizes.clear()
+    same_everywhere(whole(base))
+
+
 CHECKS = [
+    memory_may_run_out_after_buffers_were_broadcast,
     chunks_of_batches_are_reduced_once_in_a_window,
     the_largest_gradient_is_that_of_all_ranks,
     a_run_that_was_killed_ends_with_the_same_bits,

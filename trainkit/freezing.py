@@ -245,7 +245,7 @@ class _Hold:
     """What a frozen parameter gets back at the end of the last context that holds it. On the parameter, where steps find it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.requires_grad, self.grad, self.dtype = parameter.requires_grad, parameter.grad, parameter.dtype
+        self.requires_grad, self.grad = parameter.requires_grad, parameter.grad
         self.holders: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -259,7 +259,7 @@ class _Hold:
             parameter.requires_grad = self.requires_grad
         grad = self.grad
         if grad is not None:
-            dtype = grad.dtype if parameter.dtype == self.dtype else parameter.dtype  # sums of a window may be wider
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # sums of an open window may be wider
             grad = grad.to(parameter.device, dtype) if can_have_one and grad.shape == parameter.shape else None
         parameter.grad = grad
 

@@ -60,7 +60,7 @@ class Gradients:
             for parameter in self._plan.parameters():
                 if parameter.dtype in HALF:
                     gradient, parameter.grad = parameter.grad, None
-                    parameter.grad_dtype = parameter.dtype
+                    parameter.grad_dtype = None  # any: its own dtype would stay where the model is cast later
                     parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
 
     def drop(self) -> None:

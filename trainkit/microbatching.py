@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -34,18 +36,25 @@ class ChunkedStep(Step[P]):
         self._untold: list[int] = []  # sizes of rows whose entry other ranks do not know
         # The gradients before the backward under way, where it can be taken back.
         self._before: list[Any] = []
+        self._task = -1
+        self._by_hand = False  # whether backward was called in the function
         # By the row up to which they are: gradients that are complete, although the chunk ran out of memory before all were.
         self._complete: list[tuple[int, dict[nn.Parameter, Tensor]]] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        if self._result is not None:
+            self.__enter__()  # which is refused
         batch = Batch(args, kwargs)
         if not self._device_type:
             self._prepare()
-        if self._is_auto and self._wrappers.gather_parameters:
+        if self._is_auto and (self._wrappers.go_together or any(hasattr(p, "full_tensor") for p in self._plan.parameters())):
             raise ValueError(
-                "microbatch('auto') under FSDP, which gathers parameters from all ranks in every forward: a rank that ran out of "
-                "memory and tries again leaves the others waiting. Give a number, `microbatch(8)`"
+                "microbatch('auto') where every forward or backward needs all ranks, as under FSDP, with a static graph or with "
+                "SyncBatchNorm: one that runs out of memory and tries again leaves the others waiting. Give a number, "
+                "`microbatch(8)`"
             )
+        if self._owed is not None and self._owed.known():
+            self.settle()  # and not within a chunk, where running out of memory would be taken for that of the chunk
         if self._window is None:
             self._window = self._new_window()
         for_others = self._count_for_others(batch)
@@ -66,6 +75,7 @@ class ChunkedStep(Step[P]):
                 result = self._try(batch, last, Chunk(0, not left, batch.rows)) or result
         except BaseException:
             if losses or self._complete:  # a part of the batch is in
+                self._gradients.drop()
                 self.discard()
             raise
         finally:
@@ -82,7 +92,7 @@ class ChunkedStep(Step[P]):
         if self._is_auto:  # where the backward that gradients are reduced in must not run out of memory
             assert self._window is not None
             return self._will_close(self._window)
-        if not self._wrappers.gather_parameters:
+        if not self._wrappers.go_together:
             return 0
         count = -(-batch.rows // self._rows_for(batch)) or 1
         return int(tell_all(self._wrappers.group, count).max()) - count
@@ -91,14 +101,15 @@ class ChunkedStep(Step[P]):
         """How many rows to take of this batch, as far as is known: what is too much for a row is so for a larger one."""
         if isinstance(self._plan.chunk, int):
             return self._plan.chunk
-        return min((rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row), default=batch.rows or 1)
+        known = (rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row)
+        return max(1, min(known, default=batch.rows))
 
     def _try(self, batch: Batch, start: int, chunk: Chunk) -> StepResult | None:
         """Runs a chunk. None where memory ran out: then all is as before but for ``chunk_sizes`` and ``_complete``."""
         window, rows = self._window, chunk.stop - start
         assert window is not None
-        mark = window.mark()
-        self._chunk = chunk
+        mark, outer = window.mark(), sys.exc_info()[1]
+        self._chunk, self._by_hand = chunk, False
         args, kwargs = batch.chunk(start, chunk.stop)
         try:
             return super().__call__(*args, **kwargs)
@@ -110,8 +121,9 @@ class ChunkedStep(Step[P]):
                 error.args = (f"{error}\n{_ADVICE}",)
                 raise
             window.rewind(mark)
-            _let_go(error)
-        # Only here, where the error is gone, nothing holds the activations.
+            _let_go(error, outer)
+        # Only here, where the error is gone, nothing holds the activations but cycles of the user's.
+        gc.collect()
         getattr(torch.get_device_module(self._device_type), "empty_cache", bool)()
         if not self.chunk_sizes:
             warnings.warn(
@@ -124,23 +136,45 @@ class ChunkedStep(Step[P]):
         return None
 
     def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        self._before = self._gradients.versions() if self._is_auto else []
         super()._begin_backward(loss, weight)
+        if self._is_auto and self._chunk.stop and not self._by_hand:
+            self._before = self._gradients.versions()
+            loss.register_hook(self._note_task)  # type: ignore[no-untyped-call]
 
     def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        super()._run_backward(loss, weight)
-        self._before = []  # of a further loss could not be told what a parameter has of which
+        try:
+            super()._run_backward(loss, weight)
+        finally:
+            self._before = []
+
+    def backward(self, loss: Any, weight: Weight | None = None) -> None:
+        self._by_hand = True  # of several losses, what a parameter has of which could not be told
+        super().backward(loss, weight)
+
+    def _note_task(self, _: Tensor) -> None:
+        self._task = _graph_task()
+
+    def _nested(self) -> bool:
+        """Whether another backward ran within the last one, as reentrant checkpointing does: a parameter that is used in two of
+        them gets its gradient in parts."""
+        before, probe = self._task, torch.zeros((), requires_grad=True)
+        handle = probe.register_hook(self._note_task)  # type: ignore[no-untyped-call]
+        (probe * 1).backward()  # type: ignore[no-untyped-call]
+        handle.remove()
+        return self._task != before + 1
 
     def _take_back(self, error: BaseException) -> bool:
         """Where memory ran out: the gradient of a parameter has got all of the chunk, or nothing.
 
         Those that have all of it are kept as they are, and put back when the others have it too, from smaller chunks.
         """
-        if not (self._before and self._chunk.fraction and is_out_of_memory(error)):
+        if not (self._before and self._chunk.fraction and is_out_of_memory(error)) or self._nested():
             return False
         ignored = {id(parameter) for _, complete in self._complete for parameter in complete}
         changed = self._gradients.take(self._before)
         self._complete.append((self._chunk.stop, {p: gradient for p, gradient in changed.items() if id(p) not in ignored}))
+        if changed and self._window is not None:
+            self._window.first_of_all = False  # what is kept has come in by this reference
         self._began_backward = False
         return True
 
@@ -167,15 +201,20 @@ class ChunkedStep(Step[P]):
         self.chunk_sizes = dict(state.get("chunk_sizes", {}))
 
 
+# Private in torch, so guarded: without it, every backward may have had others within it.
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
 _ADVICE = (
     "A single row does not fit into memory. What makes it smaller: shorter rows; activation checkpointing; freezing the lower "
     "layers, `freeze(model, layers)`; half precision, `amp()`"
 )
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Has the frames of an error, and of those that it came from, forget their variables."""
-    while error is not None:
+def _let_go(error: BaseException | None, outer: BaseException | None) -> None:
+    """Has the frames of an error, and of those that it came from up to ``outer``, forget their variables."""
+    seen: list[BaseException] = []
+    while error is not None and error is not outer and error not in seen:
+        seen.append(error)
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 

@@ -35,6 +35,7 @@ class Wrappers:
         self._fsdp1 = [part for part in inner if _is(part, "FullyShardedDataParallel")]
         self._fsdp2 = [part for part in inner if _is(part, "FSDPModule")]
         self.found = bool(self._ddp or self._fsdp1 or self._fsdp2)
+        self._go_together = bool(self._fsdp1 or self._fsdp2) or any(isinstance(part, nn.SyncBatchNorm) for part in inner)
 
     @property
     def group(self) -> Any:
@@ -50,9 +51,9 @@ class Wrappers:
         return bool(self._fsdp1)
 
     @property
-    def gather_parameters(self) -> bool:
-        """Whether a forward needs all ranks."""
-        return bool(self._fsdp1 or self._fsdp2)
+    def go_together(self) -> bool:
+        """Whether every forward or backward needs all ranks."""
+        return self._go_together or not all(wrapped.may_wait for wrapped in self._ddp)
 
     @contextmanager
     def micro_batch(self, closes: bool) -> Iterator[None]:
@@ -61,6 +62,8 @@ class Wrappers:
             wrapped.check()
         with ExitStack() as stack:
             for wrapped in self._ddp:
+                if wrapped.module.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+                    stack.enter_context(wrapped.broadcasting())
                 if closes or not wrapped.may_wait:
                     stack.enter_context(wrapped.reducing())
                 else:
@@ -147,6 +150,19 @@ class Synchronised:
         finally:
             handle.remove()
             self._reduces = None
+
+    @contextmanager
+    def broadcasting(self) -> Iterator[None]:
+        """Around a forward that broadcasts buffers first: if it fails after that, the next one does not do so again."""
+
+        def has_broadcast(*_: Any) -> None:
+            self.module.require_forward_param_sync = False
+
+        handle = self.module.module.register_forward_pre_hook(has_broadcast)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _after_forward(self, *_: Any) -> None:
         self._reduces = True

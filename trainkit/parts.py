@@ -101,8 +101,8 @@ def microbatch(size: int | Literal["auto"]) -> Part:
     nothing counts twice. How many rows fit is remembered in ``step.chunk_sizes``, by the numbers in a row, since rows that are
     longer need more; ``step.chunk_sizes.clear()`` has larger chunks tried again. Until a chunk that ran out of memory has been
     made good, at most the gradients are there twice. On several ranks they tell each other what they found once per window,
-    and its gradients are reduced in a pass of their own over the last chunk, which counts nothing and whose memory is known to
-    suffice: a rank that ran out of memory while others wait for its gradients could not start again.
+    and its gradients are reduced in a pass of their own over the last chunk, which counts nothing, and costs what that chunk
+    does: a rank that ran out of memory while others wait for its gradients could not start again.
 
     Args:
         size: rows of a chunk, an int >= 1; or "auto".
@@ -112,8 +112,10 @@ def microbatch(size: int | Literal["auto"]) -> Part:
 
     Raises:
         TypeError, ValueError: for another size; at a call, if there is no tensor in the arguments or their lengths differ; at
-            the first call, for "auto" under FSDP, where ranks that retry would leave the others waiting.
-        torch.OutOfMemoryError: with "auto", where a single row does not fit; it says what would help.
+            the first call, for "auto" where every forward or backward needs all ranks, as under FSDP.
+        torch.OutOfMemoryError: with "auto", where a single row does not fit; it says what would help. And where memory runs out
+            in a way that cannot be taken back: after or in a ``step.backward`` that the function calls itself, in reentrant
+            activation checkpointing, and in an update.
 
     Warns:
         UserWarning: when "auto" has found that a batch does not fit, once.

@@ -82,4 +82,5 @@ def not_finite(plan: Plan) -> str:
 
 def _is_finite(tensor: Tensor) -> bool:
     here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what other ranks have, they say themselves
+    here = here.coalesce().values() if here.is_sparse else here
     return bool(here.isfinite().all())

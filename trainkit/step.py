@@ -345,6 +345,8 @@ class Step(Generic[P]):
         self._gradients.check_state_dict(gradients)
         self.discard()
         self._owed = None
+        if self._streak is not None:
+            self._new_streak()
         self._skips, self._closed, self._reference = skipped, closed, state.get("reference")
         here = 1.0
         if self._loss_scale is not None:
@@ -358,7 +360,7 @@ class Step(Generic[P]):
             self._window = window  # after: no window is open without its gradients
 
     def _refuse_within(self, name: str) -> None:
-        if self._began_backward:
+        if self._began_backward or self._chunk.stop:  # of a batch, a part of the chunks may be in
             raise RuntimeError(f"step.{name}() within a micro-batch, which is half done: call it between two micro-batches")
 
     def _add_part(self, part: Surrounding) -> Step[P]:
@@ -397,6 +399,8 @@ class Step(Generic[P]):
                 "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
             )
         refuse_hooks(parameters)
+        if self._plan.max_skips is not None and self._plan.precision is None and self._plan.max_norm is None:
+            raise ValueError("max_skips counts gradients that are not finite, and nothing here looks: add `max_norm=math.inf`")
         if self._plan.sum_dtype is not None and (self._wrappers.found or not hasattr(parameters[0], "grad_dtype")):
             raise ValueError(
                 "accumulate(dtype=torch.float32) is for one process, and for a torch whose tensors have a `grad_dtype`: keep "
@@ -411,8 +415,7 @@ class Step(Generic[P]):
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
             if precision is not None or max_norm is not None:
                 self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
-                if (limit := self._plan.max_skips or 25) < math.inf:
-                    self._streak = Streak(limit, lag=16 if self._ranks > 1 and device.type != "cpu" else 0)
+                self._new_streak()
             if precision is not None:
                 device_type, dtype = precision.resolve(device)
                 if dtype == torch.float16:
@@ -420,6 +423,10 @@ class Step(Generic[P]):
                 if dtype != torch.float32:
                     self._autocast = torch.autocast(device_type, dtype)
         self._device_type = device.type
+
+    def _new_streak(self) -> None:
+        if (limit := self._plan.max_skips or 25) < math.inf:
+            self._streak = Streak(limit, lag=16 if self._ranks > 1 and self._plan.parameters()[0].device.type != "cpu" else 0)
 
     def _new_window(self) -> Window:
         return Window(self._length(), self._reference, None if self._plan.sum_dtype is None else 1)

@@ -321,7 +321,8 @@ class Streak:
     def add(self, found_inf: Tensor) -> bool:
         """Takes in whether the gradients of an update were not finite. Returns whether the limit is known to be reached."""
         self._latest.append(found_inf)
-        if self._asked is None and self.length + len(self._latest) >= self._limit:
+        enough = min(self._limit - self.length, 256)  # and no more than that are kept
+        if self._asked is None and len(self._latest) >= enough:
             self._asked, self._latest = Answer(torch.stack(self._latest)), []
         if self._asked is None or len(self._latest) < self._lag or not (self._lag or self._asked.known()):
             return False
