@@ -222,7 +222,8 @@ def test_who_handles_a_signal_may_have_the_run_go_on(tmp_path):
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     found = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert train(tmp_path, every=10**6, signals={3: signal.SIGINT})[2] == 14
+        with resumable(tmp_path, **small()):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, found)
 
@@ -239,6 +240,15 @@ def test_a_second_signal_does_not_wait(tmp_path):
             signal.raise_signal(signal.SIGINT)
             pytest.fail("the second did not stop it")
     assert waited
+    with resumable(tmp_path, **(objects := small())) as run:
+        try:
+            for x in objects["step"].over(batches()):
+                objects["step"](x)
+                signal.raise_signal(signal.SIGINT)
+                run._signal_at -= 2
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass  # and where it came, a state is not whole
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not tmp_path.exists() or not names(tmp_path)
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -574,10 +575,33 @@ def memory_may_run_out_after_buffers_were_broadcast(rank, ranks, how):
     same_everywhere(whole(base))
 
 
+def checkpoints_wait_until_the_windows_of_all_steps_are_closed(rank, ranks, how):
+    """Also of those of a loop within the loop, which is no place of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(gathered(folder, ranks)[0]) / "run"
+        (_, a, optimizer_a), (_, b, optimizer_b) = made(ranks, how), made(ranks, how)
+        step_a = train_step(optimizer_a, accumulate(2), module=a)(functools.partial(loss_of, a))
+        step_b = train_step(optimizer_b, accumulate(3), module=b)(functools.partial(loss_of, b))
+        objects = {"a": a, "b": b, "optimizer_a": optimizer_a, "optimizer_b": optimizer_b, "step_a": step_a, "step_b": step_b}
+        found = []
+        with resumable(path, every=timedelta(0), keep=99, **objects):
+            for batch in step_a.over(make_batches([3] * 12, seed=rank)):
+                found.append(len(list(path.iterdir())) if path.exists() else 0)
+                dist.barrier()
+                step_a(batch)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that no batch of it reaches the step
+                    assert len(list(step_a.over([batch, batch]))) == 2
+                step_b(batch)
+        assert found == [0] * 6 + [1] * 6, found
+        dist.barrier()
+
+
 CHECKS = [
     memory_may_run_out_after_buffers_were_broadcast,
     chunks_of_batches_are_reduced_once_in_a_window,
     the_largest_gradient_is_that_of_all_ranks,
+    checkpoints_wait_until_the_windows_of_all_steps_are_closed,
     a_run_that_was_killed_ends_with_the_same_bits,
     a_further_loss_that_would_not_be_reduced_is_an_error,
     after_an_exception_in_backward_training_goes_on,
@@ -611,15 +635,15 @@ def dealt(rank, ranks, path, *parts):
         model = wrapped(base, how, ranks) if how else base
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        part = accumulate(4 // ranks)
-        step = train_step(optimizer, part, module=model, after=schedule.step)(functools.partial(weighted_loss, model))
+        n = 4 // ranks
+        step = train_step(optimizer, accumulate(n), module=model, after=schedule.step)(functools.partial(weighted_loss, model))
         objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step}
         killed = nullcontext() if stop is None else pytest.raises(Killed)
-        with killed, resumable(path, every=1, **objects) as run:
+        with killed, resumable(path, every=timedelta(0), **objects) as run:
             assert step.updates == found
             for _ in run.epochs(2):
-                for batch in step.over(make_batches([3, 1, 4, 2, 5, 3] * 4)[rank::ranks]):
-                    if step.updates == stop:
+                for i, batch in enumerate(step.over(make_batches([3, 1, 4, 2, 5, 3] * 4)[rank::ranks])):
+                    if step.updates == stop and i % n == n - 1:  # one process saves in an open window
                         raise Killed
                     step(batch)
     return whole(base)
