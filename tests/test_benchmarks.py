@@ -2,6 +2,9 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,15 @@ def test_updates_alone(module):
     rows = update.memory_table("cpu").splitlines()
     peaks = {row.split(" | ")[0][2:]: float(row.split(" | ")[1].rstrip(" |")) for row in rows[2:]}
     assert math.isclose(peaks[update.BY_HAND], peaks[update.TRAINKIT], abs_tol=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_killed_run_and_damaged_checkpoints():
+    """As benchmarks/kill.py does it a hundred times, in a process of its own: one that has threads cannot be forked."""
+    command = [sys.executable, BENCHMARKS / "kill.py", "--kills", "1", "--flips", "3", "--sentences", "32"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert "fell back 3, wrong 0" in printed and printed.endswith("wrong 0\n")
 
 
 def test_the_section_of_a_device_is_written_and_the_others_are_left(module, monkeypatch, tmp_path):
