@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -15,6 +14,8 @@ from trainkit.plan import Plan, Precision, check_clipping, check_length, check_m
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> Part:
@@ -246,13 +247,15 @@ def amp(
         raise ValueError(
             f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: `amp(dtype=torch.float16)`"
         )
-    if isinstance(init_scale, bool) or not isinstance(init_scale, (int, float)) or not 0 < init_scale < math.inf:
-        raise ValueError(f"init_scale must be a finite number above 0, got {init_scale!r}: `amp(init_scale=65536.0)`")
-    if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
-        raise ValueError(f"growth_interval counts updates, an int >= 1, got {growth_interval!r}: `amp(growth_interval=2000)`")
+    if isinstance(init_scale, bool) or not isinstance(init_scale, (int, float)) or not 0 < init_scale <= _LARGEST_SCALE:
+        raise ValueError(f"init_scale must be a finite float32 above 0, got {init_scale!r}: `amp(init_scale=65536.0)`")
+    if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or not 1 <= growth_interval < 2**31:
+        raise ValueError(f"growth_interval counts updates, an int32 >= 1, got {growth_interval!r}: `amp(growth_interval=2000)`")
     try:
         device_type = None if device is None else torch.device(device).type
-    except (RuntimeError, TypeError) as error:
+        if device_type is not None and not torch.amp.is_autocast_available(device_type):
+            raise ValueError(f"there is no autocast for {device_type}")
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must be a type of device, got {device!r}: `amp(device='cuda')`") from error
     max_norm, norm_type = check_clipping(max_norm, norm_type)
     precision = Precision(dtype, device_type, float(init_scale), growth_interval)

@@ -161,12 +161,16 @@ def check_clipping(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
     for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
         if isinstance(value, bool) or not (isinstance(value, (int, float)) or (value is None and name == "max_norm")):
             raise TypeError(f"{name} must be a number, got {value!r}: `{name}={2.0 if name == 'norm_type' else 1.0}`")
-    if max_norm is not None and not max_norm > 0:
+    float32 = torch.finfo(torch.float32)
+    if max_norm is not None and not (float32.tiny <= max_norm <= float32.max or max_norm == math.inf):
         raise ValueError(
-            f"max_norm must be above 0, got {max_norm}: `max_norm=1.0` clips, `math.inf` only checks for finite gradients"
+            f"max_norm must be above 0, got {max_norm}, and a number that float32 has: `max_norm=1.0` clips, `math.inf` only "
+            "checks for finite gradients"
         )
     if norm_type not in (1, 2, math.inf):
-        raise ValueError(f"norm_type must be 1, 2 or math.inf, got {norm_type}: p = 0 would miss a nan, a large p overflows")
+        raise ValueError(
+            f"norm_type must be 1, 2 or math.inf, got {norm_type}: `norm_type=2.0`; p = 0 would miss a nan, a large p overflows"
+        )
     return (None if max_norm is None else float(max_norm)), float(norm_type)
 
 
