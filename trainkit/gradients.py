@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainkit.plan import Plan
 
@@ -147,8 +148,9 @@ class Gradients:
         parameters = dict(enumerate(self._plan.parameters()))
         for i, gradient in state.items():
             here = (tuple(parameters[i].shape), self._dtype(parameters[i])) if i in parameters else None
-            if not isinstance(gradient, Tensor) or here != (tuple(gradient.shape), gradient.dtype):
-                there = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else gradient
+            readable = isinstance(gradient, Tensor) and not (gradient.is_nested or gradient.is_meta or is_lazy(gradient))
+            there = (tuple(gradient.shape), gradient.dtype) if readable else type(gradient)
+            if here != there:
                 raise ValueError(
                     f"the state has a gradient of shape and dtype {there} for parameter {i}, and here it is {here}: build model "
                     "and optimizer as they were when the state was taken"

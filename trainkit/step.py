@@ -336,11 +336,13 @@ class Step(Generic[P]):
         if not self._device_type:
             self._prepare()
         try:
-            skipped, closed = int(state["skipped"]), int(state["updates"]) + int(state["skipped"])
+            skipped, closed = _count(state["skipped"]), _count(state["updates"]) + _count(state["skipped"])
             window = Window.from_state_dict(state["window"], state.get("reference")) if "window" in state else None
             gradients = {} if window is None else dict(state["gradients"])
-            scale, tracker = float(state.get("loss_scale", 1.0)), int(state["growth_tracker"] if "loss_scale" in state else 0)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            scale, tracker = float(state.get("loss_scale", 1.0)), _count(state["growth_tracker"] if "loss_scale" in state else 0)
+            if not 0 < scale <= torch.finfo(torch.float32).max:
+                raise ValueError(f"a loss scale of {scale}")
+        except Exception as error:  # whatever is in place of a state may raise whatever it likes
             raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from error
         self._gradients.check_state_dict(gradients)
         self.discard()
@@ -654,6 +656,13 @@ def _backward(loss: Tensor, seed: Tensor) -> None:
     else:
         run = _run_in_this_thread if loss.is_cpu else _engine_run_backward
         run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _count(value: Any) -> int:
+    """value, if it is a number of updates; else ValueError."""
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"not a number of updates: {value!r}")
+    return value
 
 
 def _differ(a: Weight, b: Weight) -> bool:

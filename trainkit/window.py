@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,16 +147,28 @@ class Window:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], reference: Weight | None) -> Window:
-        """The window as it was, ``reference`` being that of the window before."""
+        """The window as it was, ``reference`` being that of the window before; ValueError for what none can have been."""
         window = cls(state["length"], reference, state.get("parts"))
         window.reference = state["reference"]
         for loss, weight in zip(state["losses"], state["weights"], strict=True):
+            if not (isinstance(loss, Tensor) and loss.is_floating_point() and _is_number(loss) and _is_number(weight)):
+                raise ValueError(f"a loss of {loss!r} and a weight of {weight!r}")
             window.add(weight)
             window.losses.append(loss)
         window.weighted = state["weighted"]
         window.first_of_all = state.get("first_of_all", window.first_of_all)
         window.count = state.get("count", window.count)
         window.batches = state.get("batches", len(window.losses))
+        numbers_of_it = (window.reference, window.count, 1.0 if reference is None else reference)
+        if (
+            not all(map(_is_number, numbers_of_it))
+            or not type(window.weighted) is type(window.first_of_all) is bool
+            or not type(window.length) is type(window.parts) is type(window.batches) is int
+            or not 0 <= window.batches < window.length
+            or window.parts < 1
+        ):
+            given = {key: value for key, value in state.items() if key not in ("losses", "weights")}
+            raise ValueError(f"a window of {len(window.losses)} losses with {given}, after one with the reference {reference!r}")
         return window
 
 
@@ -174,6 +187,13 @@ def widened(weight: Weight, device: torch.device) -> Weight:
     weight = weight.detach().to(device)
     wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
     return wide
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number as a window has them: of Python, or a real tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_meta or value.is_complex() or value.is_sparse or value.is_quantized)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # a nan compares false
 
 
 def _wide(value: Any) -> Any:
