@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +47,7 @@ def check_loss(loss: Any) -> None:
         raise TypeError(_WANTED.format(f"{_shown(loss)}") + hint)
     if loss.dim() != 0:
         raise ValueError(
-            f"the loss must be a single number, but has shape {tuple(loss.shape)}: `loss.mean()` over the micro-batch is what is "
+            f"the loss must be a single number, but has shape {_shape(loss)}: `loss.mean()` over the micro-batch is what is "
             "averaged over the window"
         )
     if not loss.is_floating_point():
@@ -64,16 +64,18 @@ def check_weight(weight: Any, real: bool = False) -> None:
     """Raises TypeError or ValueError unless this is a count: an int, or a 0-d integer tensor; any number where ``real``."""
     if isinstance(weight, Tensor):
         if weight.dim() != 0:
-            raise TypeError(_NOT_A_COUNT.format(f"a tensor of shape {tuple(weight.shape)}"))
+            raise TypeError(_NOT_A_COUNT.format(f"a tensor of shape {_shape(weight)}"))
         integral = not weight.is_floating_point() and not weight.is_complex() and weight.dtype != torch.bool
-        if not integral and not (real and weight.is_floating_point()):
-            raise TypeError(_NOT_A_COUNT.format(f"a {weight.dtype} tensor"))
+        if weight.is_meta or (not integral and not (real and weight.is_floating_point())):
+            raise TypeError(_NOT_A_COUNT.format(f"a {weight.dtype} tensor on {weight.device}"))
         return
     number = numbers.Real if real else numbers.Integral
     if isinstance(weight, bool) or not isinstance(weight, number):
         raise TypeError(_NOT_A_COUNT.format(_shown(weight)))
-    if not 0 <= float(weight) < math.inf:
-        raise ValueError(f"a weight says how many things the loss is the mean of; it must be finite and >= 0, got {weight}")
+    if not 0 <= weight <= sys.float_info.max:  # type: ignore[operator]  # a nan compares false; an int may be too large
+        raise ValueError(
+            f"a weight says how many things the loss is the mean of; it must be finite and >= 0, got {weight}: `len(batch)`"
+        )
 
 
 _NOT_A_COUNT = (
@@ -81,6 +83,10 @@ _NOT_A_COUNT = (
     "tensor; got {}. Return `loss, mask.sum()`; or, if this is a metric or a prediction, the loss alone; or, for a real-valued "
     "weight, `{{'loss': loss, 'weight': weight}}`"
 )
+
+
+def _shape(tensor: Tensor) -> Any:
+    return "of a nested tensor" if tensor.is_nested else tuple(tensor.shape)
 
 
 def _shown(value: Any) -> str:
