@@ -76,6 +76,8 @@ class frozen:
         _check_module("frozen", module)
         self._module = module
         self._chosen = Chosen(module, layers)
+        if not isinstance(eval_mode, bool):
+            raise TypeError(f"eval_mode is True or False, got {eval_mode!r}: `frozen(model, layers, eval_mode=True)`")
         self._eval_mode = eval_mode
         self._entered: list[AbstractContextManager[None]] = []
 
@@ -362,5 +364,5 @@ def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
 
 
 def _check_module(function: str, module: Any) -> None:
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
         raise TypeError(f"{function} takes a torch.nn.Module, got a {type(module).__name__}: `{function}(model, 'embeddings')`")

@@ -91,7 +91,9 @@ def normalise(layers: Layers) -> tuple[Any, ...]:
 
 
 def _is_layer(word: Any) -> bool:
-    return isinstance(word, (str, nn.Module, nn.Parameter)) or (callable(word) and not isinstance(word, (type, Iterable)))
+    if isinstance(word, nn.Module):
+        return hasattr(word, "_modules")  # or its __init__ has not run
+    return isinstance(word, (str, nn.Parameter)) or (callable(word) and not isinstance(word, (type, Iterable)))
 
 
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
@@ -156,10 +158,21 @@ def _find(module: nn.Module, layer: Any) -> list[tuple[nn.Module, Any]]:
             raise ValueError(f"the {type(layer).__name__} is not in the {type(module).__name__}: give a part of it, `model.head`")
         found = [(module, layer)]
     else:
-        found = [(module, p) for name, p in module.named_parameters(remove_duplicate=False) if layer(name, p)]
+        found = [(module, p) for name, p in module.named_parameters(remove_duplicate=False) if _says_yes(layer, name, p)]
         if not found:
             raise ValueError("the predicate given for layers is true for no parameter; `[]` means nothing")
     return found
+
+
+def _says_yes(predicate: Any, name: str, parameter: nn.Parameter) -> bool:
+    answer = predicate(name, parameter)
+    try:
+        return bool(answer)
+    except Exception as error:  # a tensor of several numbers raises a RuntimeError, an array a ValueError
+        raise TypeError(
+            f"the predicate given for layers answers with a {type(answer).__name__} for {name!r}, which is neither yes nor no: "
+            "`lambda name, parameter: parameter.ndim == 1`"
+        ) from error
 
 
 class _Component(NamedTuple):

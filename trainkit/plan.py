@@ -150,9 +150,9 @@ def check_module(module: Any) -> tuple[nn.Module, ...]:
     """A module as a tuple, empty for None; TypeError for anything else."""
     if module is None:
         return ()
-    if not isinstance(module, nn.Module):
-        hint = "; optimizers go to `train_step(optimizer, ...)`" if isinstance(module, Optimizer) else ""
-        raise TypeError(f"module must be the torch.nn.Module to be trained, got a {type(module).__name__}{hint}")
+    if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
+        hint = "optimizers go to `train_step(optimizer, ...)`" if isinstance(module, Optimizer) else "`module=model`"
+        raise TypeError(f"module must be the torch.nn.Module to be trained, got a {type(module).__name__}: {hint}")
     return (module,)
 
 
