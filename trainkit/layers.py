@@ -82,7 +82,9 @@ def normalise(layers: Layers) -> tuple[Any, ...]:
     if _is_layer(layers):
         return (layers,)
     if not isinstance(layers, Iterable):
-        raise TypeError(f"layers are patterns, submodules, parameters or a predicate, got {layers!r}: '**' is all, [] nothing")
+        raise TypeError(
+            f"layers are patterns, submodules, parameters or a predicate, got {layers!r}: `'**'` is all, `[]` nothing"
+        )
     words = tuple(layers)
     for word in words:
         if not _is_layer(word):

@@ -84,5 +84,5 @@ def length_of(loader: Iterable[Any]) -> int:
     """The length of a loader; 0 where it has none."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError, OverflowError):  # the last where it is larger than any sys.maxsize
         return 0

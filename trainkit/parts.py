@@ -243,7 +243,7 @@ def amp(
 
     Source: https://docs.pytorch.org/docs/stable/notes/amp_examples.html; Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
     """
-    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+    if not any(dtype is known for known in (None, torch.bfloat16, torch.float16, torch.float32)):
         raise ValueError(
             f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: `amp(dtype=torch.float16)`"
         )

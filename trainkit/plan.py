@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ def check_length(n: Any, received: str) -> int:
         raise TypeError(f"{received} {n!r}; n counts the micro-batches of a window, an int: `accumulate(4)`")
     if n < 1:
         raise ValueError(f"{received} {n}; a window has at least one micro-batch: `accumulate(1)` changes nothing")
+    if n > sys.maxsize:
+        raise ValueError(
+            f"{received} a number of {n.bit_length()} bits; a window that ends only with its loader is `accumulate(sys.maxsize)`"
+        )
     return n
 
 
@@ -124,7 +129,8 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
     found = tuple(optimizers) if isinstance(optimizers, (list, tuple)) else (optimizers,)
     for optimizer in found:
         if isinstance(optimizer, Optimizer):
-            closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+            step = getattr(type(optimizer), "step", None)  # which a mock of an optimizer has not
+            closure = None if step is None else inspect.signature(step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
                 raise TypeError(
                     f"{_name(optimizer)}.step needs a closure that evaluates the loss again, and a step function is called once: "

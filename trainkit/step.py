@@ -64,6 +64,8 @@ class Step(Generic[P]):
     """
 
     def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
+        if not isinstance(plan, Plan) or not (function is None or callable(function)):
+            raise TypeError(f"steps are made by `train_step(optimizer)(function)`, and not of {plan!r} and {function!r}")
         if function is not None:
             # Without its __dict__: attributes of the function could overwrite those of the step.
             functools.update_wrapper(self, function, updated=())
@@ -243,7 +245,7 @@ class Step(Generic[P]):
         window and one batch.
 
         Raises:
-            TypeError: where something that is no step is given.
+            TypeError: where something is given that is no loader, or no step.
             ValueError: on several ranks, where one of them has no batch at all.
 
         Warns:
@@ -257,6 +259,8 @@ class Step(Generic[P]):
             >>> [step(x).complete for x in step.over([1.0, 2.0, 3.0])]
             [False, True, True]
         """
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise TypeError(f"step.over takes what a loop can go over, got {loader!r}: `step.over(loader)`")
         for step in other_steps:
             if not isinstance(step, Step):
                 raise TypeError(f"step.over takes a loader and then steps, got {step!r}: `step_d.over(loader, step_g)`")
