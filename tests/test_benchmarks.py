@@ -47,7 +47,7 @@ def test_updates_alone(module):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_killed_run_and_damaged_checkpoints():
     """As benchmarks/kill.py does it a hundred times, in a process of its own: one that has threads cannot be forked."""
-    command = [sys.executable, BENCHMARKS / "kill.py", "--kills", "1", "--flips", "3", "--sentences", "32"]
+    command = [sys.executable, BENCHMARKS / "kill.py", "--kills", "1", "--flips", "3", "--sentences", "16"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])}
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
     assert "fell back 3, wrong 0" in printed and printed.endswith("wrong 0\n")

@@ -153,7 +153,7 @@ def same(a, b):
 def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
     expected, numbers, total = train(None, kind)
     assert total == 14
-    for stop in range(1, 14) if kind == "shuffled" else (2, 6, 7, 9):
+    for stop in (1, 2, 3, 5, 6, 7, 8, 11, 13) if kind == "shuffled" else (2, 6, 7, 9):
         path = tmp_path / str(stop)
         with pytest.raises(Killed):
             train(path, kind, stop)

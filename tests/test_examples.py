@@ -144,22 +144,18 @@ def losses_of_one_process(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
 def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
-    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *SENTENCES, "--output", tmp_path, *how)
+    options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
+    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, *how)
     assert printed.count("training on") == printed.count("accuracy") == printed.count("\ntrainkit") == 1
     assert "plain" not in printed
     assert len(losses) == 4
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
     assert (tmp_path / "finetune_sentiment.png").exists()
 
-
-def test_finetune_sentiment_goes_on_from_its_checkpoint(losses_of_one_process, tmp_path):
-    """From the middle of a run of two ranks with FSDP2, on one; then nothing is left to do."""
-    options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
-    run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, "--fsdp")
     for path in (tmp_path / "checkpoints").iterdir():
         if path.name != "00000002":
             shutil.rmtree(path)
-    for _ in range(2):
+    for _ in range(2):  # one process goes on from the middle; then nothing is left to do
         losses = run_here("finetune_sentiment", *options)
         assert len(losses) == 4
         assert losses[2:] == pytest.approx(losses_of_one_process[2:], abs=1e-5)
