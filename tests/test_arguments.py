@@ -18,7 +18,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import BATCHES, loss_of, make_model
 from torch import nn
@@ -454,7 +454,6 @@ NESTED = st.recursive(
 )
 
 
-@settings(max_examples=settings.default.max_examples * 2)
 @given(NESTED, st.sampled_from([*MAKERS.values(), *CALLS.values()]))
 def test_objects_within_objects(make, call):
     attempt(call, World(), make())
