@@ -8,14 +8,14 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainkit.loaders import Delivery, in_step, mark_last
+from trainkit.loaders import Delivery
 from trainkit.parallel import count_ranks, everyone, tell_all, this_rank
 from trainkit.places import Place
 from trainkit.randomness import RandomStates
@@ -178,12 +178,7 @@ class resumable:
     def _deliver(self, loader: Iterable[Any], step: Step[Any]) -> Iterator[Delivery]:
         # A loop in the body of another is a part of that one's micro-batch.
         is_inner = self._place.current is not None or self._is_stopped
-        deliver: Callable[..., Iterator[Delivery]] = mark_last
-        if count_ranks() > 1:
-            if not step._device_type:
-                step._prepare()
-            tell = functools.partial(tell_all if is_inner else self._tell, step._wrappers.group)
-            deliver = functools.partial(in_step, window=step._length, tell_all=tell)
+        deliver = functools.partial(step._deliveries, tell=tell_all if is_inner else self._tell)
         if is_inner:
             self._is_nested = True
             try:

@@ -440,6 +440,16 @@ class Step(Generic[P]):
     def _length(self) -> int:
         return self._plan.length(lambda: self.updates)
 
+    def _deliveries(
+        self, loader: Iterable[Any], window: Callable[[], int] | None = None, tell: Callable[..., Tensor] = tell_all
+    ) -> Iterator[Delivery]:
+        """The batches of a loader, and on several ranks as many on each."""
+        if count_ranks() == 1:
+            return mark_last(loader)
+        if not self._device_type:
+            self._prepare()
+        return in_step(loader, window or self._length, functools.partial(tell, self._wrappers.group))
+
     def _enter(self, context: AbstractContextManager[Any]) -> None:
         context.__enter__()
         self._surroundings.append(context)
@@ -697,12 +707,8 @@ def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     found = [(step._at_last_batch, step._delivery) for step in steps]
     if steps[0]._resumable is not None:
         deliveries = steps[0]._resumable._deliver(loader, steps[0])
-    elif count_ranks() == 1:
-        deliveries = mark_last(loader)
     else:
-        if not steps[0]._device_type:
-            steps[0]._prepare()
-        deliveries = in_step(loader, steps[0]._length, functools.partial(tell_all, steps[0]._wrappers.group))
+        deliveries = steps[0]._deliveries(loader)
     try:
         for delivery in deliveries:
             for step in steps:
