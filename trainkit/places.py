@@ -107,7 +107,7 @@ class Place:
 
         try:
             reading = _Reading(loader, self._read(loader, now, found), now.counted)
-            for delivery in deliver(reading) if now.ranks == 1 else deliver(reading, window=agreed_length):
+            for delivery in deliver(reading, window=agreed_length):
                 now.delivered += 1
                 now.counted += not delivery.is_filler
                 if now.delivered > found.delivered:
