@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from trainkit.layers import unwrapped
+from trainkit.parallel import Wrappers
 from trainkit.randomness import is_source
 from trainkit.step import Step
 
@@ -133,7 +134,7 @@ def _check(name: str, thing: Any) -> None:
             f"{name} is {thing!r}, and has no state_dict and load_state_dict: objects are models, optimizers, schedulers, steps, "
             "generators of random numbers, lists, dicts and whatever has these two"
         )
-    if isinstance(thing, nn.Module) and any(type(part).__name__ == "FullyShardedDataParallel" for part in thing.modules()):
+    if isinstance(thing, nn.Module) and Wrappers((thing,)).shard_norms:
         raise ValueError(
             f"{name} is wrapped in FullyShardedDataParallel, whose state is of one number of ranks: wrap with FSDP2, "
             "`torch.distributed.fsdp.fully_shard(model)`"
