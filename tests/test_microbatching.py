@@ -1,13 +1,11 @@
 """microbatch: a batch in chunks is the batch, also where memory runs out in the middle of it."""
 
-import collections
 import functools
 import gc
 import io
 import itertools
 import subprocess
 import sys
-import types
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +18,9 @@ from oracles import OPTIMIZERS, distance, loss_of, make_batches, make_model, pla
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import BatchEncoding
 
 from trainkit import accumulate, amp, frozen, microbatch, train_step
-from trainkit.microbatching import Batch, is_out_of_memory
+from trainkit.microbatching import is_out_of_memory
 
 
 def trained(batches, *parts, kind="AdamW", weighted=False, dtype=torch.float64, **options):
@@ -108,35 +105,6 @@ def test_the_update_code_of_a_generator_runs_once():
     assert ran == [3, 3, 1, 3, 1, "update"]
     plain_loop(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), batches, 2)
     assert distance(list(model.parameters()), list(theirs.parameters())) <= 1e-12
-
-
-Pair = collections.namedtuple("Pair", "a b")
-
-
-def test_what_is_cut_and_what_is_not():
-    class Thing:
-        pass
-
-    thing = Thing()
-    encoding = BatchEncoding({"input_ids": torch.arange(10).view(5, 2), "name": "text"})
-    batch = Batch(
-        (torch.arange(5), [torch.arange(5), (torch.arange(5) + 1, 7)], thing),
-        {
-            "encoding": encoding,
-            "pair": Pair(torch.arange(5), None),
-            "scale": torch.tensor(3),
-            "fixed": types.MappingProxyType({"x": torch.arange(5)}),
-        },
-    )
-    assert batch.rows == 5
-    args, kwargs = batch.chunk(1, 3)
-    assert args[0].tolist() == [1, 2] and args[0]._base is not None  # a view
-    assert args[1][0].tolist() == [1, 2] and args[1][1][0].tolist() == [2, 3] and args[1][1][1] == 7
-    assert args[2] is thing
-    assert type(kwargs["encoding"]) is BatchEncoding and kwargs["encoding"]["name"] == "text"
-    assert kwargs["encoding"].input_ids.tolist() == [[2, 3], [4, 5]] and len(encoding["input_ids"]) == 5
-    assert type(kwargs["pair"]) is Pair and kwargs["pair"].a.tolist() == [1, 2]
-    assert kwargs["scale"] == 3 and kwargs["fixed"]["x"].tolist() == [1, 2]
 
 
 def test_what_does_not_fit_is_refused():

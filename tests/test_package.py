@@ -44,7 +44,10 @@ def test_imports_run_one_way():
         "places": {"places", "loaders", "parallel", "randomness"},
         "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},
     }
-    above["microbatching"] = {"microbatching", *above["step"]}
+    above["batches"] = {"batches"}
+    above["compose"] = {"compose", *above["step"]}
+    above["parts"] = {"parts", *above["compose"]}
+    above["microbatching"] = {"microbatching", "batches", *above["compose"]}
     above["states"] = {"states", "layers", "randomness"} | above["step"]
     above["checkpointing"] = {"checkpointing"} | above["states"] | above["places"] | above["storage"]
     for name, allowed in above.items():

@@ -3,7 +3,8 @@
 from trainkit.checkpointing import resumable
 from trainkit.compose import train_step
 from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
-from trainkit.parts import accumulate, amp, microbatch
+from trainkit.microbatching import microbatch
+from trainkit.parts import accumulate, amp
 from trainkit.recomputation import recompute
 from trainkit.result import StepResult
 from trainkit.step import Step

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainkit.microbatching import ChunkedStep
 from trainkit.plan import Plan, Surrounding, check_clipping, check_max_skips, check_module, check_optimizers
 from trainkit.step import Step
 
@@ -171,4 +170,5 @@ def _bind(plan: Plan, function: Callable[P, Any]) -> Step[P]:
 
 
 def _step(plan: Plan, function: Callable[P, Any] | None) -> Step[P]:
-    return (Step if plan.chunk is None else ChunkedStep)(plan, function)
+    step: Step[P] = (plan.step_type or Step)(plan, function)
+    return step

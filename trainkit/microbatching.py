@@ -1,18 +1,19 @@
-"""Steps that take the batch of a call in chunks of its rows, and find out how many of them memory allows."""
+"""``microbatch``: steps that take the batch of a call in chunks of its rows, and find out how many of them memory allows."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, ParamSpec
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
+from trainkit.batches import Batch
+from trainkit.compose import Part
 from trainkit.parallel import tell_all
 from trainkit.plan import Plan
 from trainkit.result import StepResult
@@ -20,6 +21,64 @@ from trainkit.step import Step
 from trainkit.window import Chunk, Weight, weighted_mean
 
 P = ParamSpec("P")
+
+
+def microbatch(size: int | Literal["auto"]) -> Part:
+    """Takes the batch of a call in chunks of so many rows, exactly as one batch; with "auto", of as many as memory allows.
+
+    Equivalent to calling the function once, ``f(*batch)``, with memory for the activations of a chunk alone::
+
+        for start in range(0, rows, size):
+            chunk = [tensor[start : start + size] for tensor in batch]
+            (f(*chunk) * len(chunk) / rows).backward()
+
+    A loss that comes with a weight (of tokens, say) counts by that, and is then what it is for the batch as a whole. Dropout and
+    the statistics of a BatchNorm are those of chunks. With ``accumulate(n)`` a window is n batches, and on several ranks
+    gradients are reduced once per window. A generator function is run for every chunk, and its update code once.
+
+    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth, as the BatchEncoding of a tokenizer;
+    what is no tensor, or has no dimension, goes to every chunk as it is.
+
+    With "auto", a chunk for which memory runs out, in forward or backward, is run again as two, and so on: nothing is lost and
+    nothing counts twice. How many rows fit is remembered in ``step.chunk_sizes``, by the numbers in a row, since rows that are
+    longer need more; ``step.chunk_sizes.clear()`` has larger chunks tried again. Until a chunk that ran out of memory has been
+    made good, at most the gradients are there twice. On several ranks they tell each other what they found once per window,
+    and its gradients are reduced in a pass of their own over the last chunk, which counts nothing, and costs what that chunk
+    does: a rank that ran out of memory while others wait for its gradients could not start again.
+
+    Args:
+        size: rows of a chunk, an int >= 1; or "auto".
+
+    Returns:
+        A part: a decorator for step functions, or an argument of ``train_step``.
+
+    Raises:
+        TypeError, ValueError: for another size; at a call, if there is no tensor in the arguments or their lengths differ; at
+            the first call, for "auto" where every forward or backward needs all ranks, as under FSDP.
+        torch.OutOfMemoryError: with "auto", where a single row does not fit; it says what would help. And where memory runs out
+            in a way that cannot be taken back: after or in a ``step.backward`` that the function calls itself, in reentrant
+            activation checkpointing, and in an update.
+
+    Warns:
+        UserWarning: when "auto" has found that a batch does not fit, once.
+
+    Example:
+        >>> import torch
+        >>> from trainkit import microbatch, train_step
+        >>> model = torch.nn.Linear(3, 1)
+        >>> @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch(4))
+        ... def step(x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> step(torch.ones(10, 3), torch.ones(10, 1)).updated  # chunks of 4, 4 and 2 rows
+        True
+
+    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965, who call the chunks micro-batches
+    """
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int)):
+        raise TypeError(f"size counts the rows of a chunk, an int, or is 'auto'; got {size!r}: `microbatch(8)`")
+    if size != "auto" and size < 1:
+        raise ValueError(f"a chunk has at least one row, got {size}: `microbatch(8)`")
+    return Part(Plan(chunk=size, step_type=ChunkedStep), f"microbatch({size!r})")
 
 
 class ChunkedStep(Step[P]):
@@ -217,65 +276,6 @@ def _let_go(error: BaseException | None, outer: BaseException | None) -> None:
         seen.append(error)
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-
-
-class Batch:
-    """The arguments of a call, which can be taken in chunks.
-
-    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth. What is no tensor, or has no
-    dimension, goes to every chunk as it is.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._arguments = (args, dict(kwargs))
-        tensors = list(_tensors(self._arguments))
-        lengths = {len(tensor) for tensor in tensors}
-        if not tensors:
-            raise ValueError(
-                f"microbatch found no tensor to cut in {[type(value).__name__ for value in (*args, *kwargs.values())]}; it cuts "
-                "tensors along their first dimension, also in tuples, lists and mappings: `step(inputs, targets)`"
-            )
-        if len(lengths) > 1:
-            raise ValueError(
-                f"microbatch cuts tensors along their first dimension, and these have {len(lengths)} lengths: "
-                f"{[tuple(tensor.shape) for tensor in tensors]}; let the function find what is no batch elsewhere than in its "
-                "arguments"
-            )
-        (self.rows,) = lengths
-        # By this, more or less, the memory that a row needs is known before it is needed.
-        self.size_of_row = sum(tensor.numel() for tensor in tensors) // max(self.rows, 1)
-
-    def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the call for some of the rows: views, no copies."""
-        arguments: tuple[tuple[Any, ...], dict[str, Any]] = _cut(self._arguments, start, stop)
-        return arguments
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.dim():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _cut(value: Any, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() else value
-    if isinstance(value, (tuple, list)):
-        items = [_cut(item, start, stop) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple takes them one by one
-    if isinstance(value, Mapping):
-        # A copy keeps what else a mapping has, as the BatchEncoding of a tokenizer does.
-        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for name, item in value.items():
-            found[name] = _cut(item, start, stop)
-        return found
-    return value
 
 
 def is_out_of_memory(error: BaseException) -> bool:

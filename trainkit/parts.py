@@ -1,9 +1,9 @@
-"""The parts of a step: ``accumulate``, ``microbatch``, ``amp``. Each is a validated piece of plan and does nothing by itself."""
+"""The parts of a step: ``accumulate`` and ``amp``. Each is a validated piece of plan and does nothing by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import nn
@@ -80,64 +80,6 @@ def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:
     # The public torch.compiler.disable imports the compiler, which takes seconds.
     disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
     return disable(function) if disable else function
-
-
-def microbatch(size: int | Literal["auto"]) -> Part:
-    """Takes the batch of a call in chunks of so many rows, exactly as one batch; with "auto", of as many as memory allows.
-
-    Equivalent to calling the function once, ``f(*batch)``, with memory for the activations of a chunk alone::
-
-        for start in range(0, rows, size):
-            chunk = [tensor[start : start + size] for tensor in batch]
-            (f(*chunk) * len(chunk) / rows).backward()
-
-    A loss that comes with a weight (of tokens, say) counts by that, and is then what it is for the batch as a whole. Dropout and
-    the statistics of a BatchNorm are those of chunks. With ``accumulate(n)`` a window is n batches, and on several ranks
-    gradients are reduced once per window. A generator function is run for every chunk, and its update code once.
-
-    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth, as the BatchEncoding of a tokenizer;
-    what is no tensor, or has no dimension, goes to every chunk as it is.
-
-    With "auto", a chunk for which memory runs out, in forward or backward, is run again as two, and so on: nothing is lost and
-    nothing counts twice. How many rows fit is remembered in ``step.chunk_sizes``, by the numbers in a row, since rows that are
-    longer need more; ``step.chunk_sizes.clear()`` has larger chunks tried again. Until a chunk that ran out of memory has been
-    made good, at most the gradients are there twice. On several ranks they tell each other what they found once per window,
-    and its gradients are reduced in a pass of their own over the last chunk, which counts nothing, and costs what that chunk
-    does: a rank that ran out of memory while others wait for its gradients could not start again.
-
-    Args:
-        size: rows of a chunk, an int >= 1; or "auto".
-
-    Returns:
-        A part: a decorator for step functions, or an argument of ``train_step``.
-
-    Raises:
-        TypeError, ValueError: for another size; at a call, if there is no tensor in the arguments or their lengths differ; at
-            the first call, for "auto" where every forward or backward needs all ranks, as under FSDP.
-        torch.OutOfMemoryError: with "auto", where a single row does not fit; it says what would help. And where memory runs out
-            in a way that cannot be taken back: after or in a ``step.backward`` that the function calls itself, in reentrant
-            activation checkpointing, and in an update.
-
-    Warns:
-        UserWarning: when "auto" has found that a batch does not fit, once.
-
-    Example:
-        >>> import torch
-        >>> from trainkit import microbatch, train_step
-        >>> model = torch.nn.Linear(3, 1)
-        >>> @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch(4))
-        ... def step(x, y):
-        ...     return torch.nn.functional.mse_loss(model(x), y)
-        >>> step(torch.ones(10, 3), torch.ones(10, 1)).updated  # chunks of 4, 4 and 2 rows
-        True
-
-    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965, who call the chunks micro-batches
-    """
-    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int)):
-        raise TypeError(f"size counts the rows of a chunk, an int, or is 'auto'; got {size!r}: `microbatch(8)`")
-    if size != "auto" and size < 1:
-        raise ValueError(f"a chunk has at least one row, got {size}: `microbatch(8)`")
-    return Part(Plan(chunk=size), f"microbatch({size!r})")
 
 
 class Autocast(Part):

@@ -53,6 +53,7 @@ class Plan:
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
     chunk: int | Literal["auto"] | None = None
+    step_type: type | None = None  # the class of the step, where it is not Step itself
 
     def __add__(self, other: Plan) -> Plan:
         if self.optimizers and other.optimizers:
@@ -80,6 +81,7 @@ class Plan:
             after=self.after + other.after,
             surroundings=self.surroundings + other.surroundings,
             chunk=self.chunk or other.chunk,
+            step_type=self.step_type or other.step_type,
         )
 
     def length(self, updates: Callable[[], int]) -> int:

@@ -213,8 +213,7 @@ def _decode(value: Any, tensors: dict[str, Tensor], like: Mapping[str, Tensor]) 
         return base64.b64decode(content)
     if kind == "tensor":
         return _decode_tensor(content, tensors, like)
-    import numpy
-
+    numpy = import_module("numpy")
     dtype, shape, data = content
     array = numpy.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
     return array if kind == "array" else array[()]
