@@ -4,6 +4,7 @@ from trainkit.checkpointing import resumable
 from trainkit.compose import train_step
 from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
 from trainkit.microbatching import microbatch
+from trainkit.notebooks import load_ipython_extension as load_ipython_extension
 from trainkit.parts import accumulate, amp
 from trainkit.recomputation import recompute
 from trainkit.result import StepResult
