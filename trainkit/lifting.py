@@ -140,7 +140,7 @@ def lift(names: Sequence[str], *, bare: bool = False) -> str:
     printed: set[str] = set()
     code = "\n\n\n".join(part for source in _sources().values() for part in _printed(source, reached, printed, bare))
     exported = ", ".join(f'"{name}"' for name in dict.fromkeys(names))
-    head = f"# trainkit {_version()}, MIT license: what `python -m trainkit lift {' '.join(dict.fromkeys(names))}` prints."
+    head = f"# trainkit {_released()}, MIT license: what `python -m trainkit lift {' '.join(dict.fromkeys(names))}` prints."
     return f"{head}\n\nfrom __future__ import annotations\n\n{_imports(reached)}\n\n{code}\n\n\n__all__ = [{exported}]\n"
 
 
@@ -219,7 +219,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _version() -> str:
+def _released() -> str:
     try:
         return importlib.metadata.version("trainkit")
     except importlib.metadata.PackageNotFoundError:

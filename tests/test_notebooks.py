@@ -1,0 +1,35 @@
+"""%load_ext trainkit, as IPython calls it."""
+
+from trainkit import load_ipython_extension
+from trainkit.lifting import lift
+
+
+class Shell:
+    """What of a notebook is used."""
+
+    def __init__(self):
+        self.magics, self.cells = {}, []
+
+    def register_magic_function(self, function, kind, name):
+        assert kind == "line"
+        self.magics[name] = function
+
+    def set_next_input(self, text):
+        self.cells.append(text)
+
+
+def test_lift_fills_the_next_cell(capsys):
+    shell = Shell()
+    load_ipython_extension(shell)
+    shell.magics["trainkit"]("lift accumulate amp")
+    assert shell.cells == ["%%writefile trainkit.py\n" + lift(["accumulate", "amp"])] and capsys.readouterr().out == ""
+
+
+def test_what_is_wrong_is_said_and_no_cell_is_filled(capsys, tmp_path):
+    shell = Shell()
+    load_ipython_extension(shell)
+    for line in ("lift acumulate", "lift", "", "lfit amp"):
+        shell.magics["trainkit"](line)
+        assert "error: " in capsys.readouterr().err
+    shell.magics["trainkit"](f"lift frozen -o {tmp_path / 'trainkit.py'}")
+    assert shell.cells == [] and (tmp_path / "trainkit.py").read_text() == lift(["frozen"])
