@@ -27,7 +27,7 @@ class Objects:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         for name, thing in given.items():
-            _check(name, thing)
+            _check_object(name, thing)
         self.steps = [thing for thing in given.values() if isinstance(thing, Step)]
         if not self.steps:
             raise ValueError(
@@ -127,7 +127,7 @@ class Objects:
         return {name: thing for name, thing in self.others.items() if isinstance(thing, nn.Module)}
 
 
-def _check(name: str, thing: Any) -> None:
+def _check_object(name: str, thing: Any) -> None:
     is_stateful = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict") and not isinstance(thing, type)
     if not (is_stateful or is_source(thing) or type(thing) in (list, dict)):
         raise TypeError(

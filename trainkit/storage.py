@@ -93,7 +93,7 @@ class Checkpoints:
             self._clear()
         reasons: dict[str, str] = {}
         for name in reversed(everyone(self._names())[0]):
-            reason, manifest = _check(self._path / name)  # each rank looks at a part
+            reason, manifest = _check_files(self._path / name)  # each rank looks at a part
             if reason := next(filter(None, everyone(reason)), ""):
                 reasons[name] = reason
                 continue
@@ -279,7 +279,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check(path: Path) -> tuple[str, dict[str, Any]]:
+def _check_files(path: Path) -> tuple[str, dict[str, Any]]:
     """What is wrong with the part of a checkpoint that this rank looks at, or ""; and its manifest."""
     try:
         manifest = _read_manifest(path / MANIFEST)
