@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from trainkit import accumulate, amp, resumable, train_step
+from trainkit.scaler import Answer
 from trainkit.storage import _hash, _write_manifest
-from trainkit.update import Answer
 
 ALWAYS = timedelta(0)
 SIZE, BATCH, N, EPOCHS = 20, 3, 3, 2  # seven batches in an epoch, the last of two rows, and three windows, the last of one batch

@@ -339,7 +339,9 @@ def test_the_dtype_of_sums_is_float32():
 
 
 def test_a_torch_without_grad_dtype_is_refused(monkeypatch, model, optimizer):
-    monkeypatch.setattr("trainkit.step.hasattr", lambda thing, name: name != "grad_dtype" and hasattr(thing, name), raising=False)
+    monkeypatch.setattr(
+        "trainkit.precautions.hasattr", lambda thing, name: name != "grad_dtype" and hasattr(thing, name), raising=False
+    )
     step = train_step(optimizer, accumulate(2, dtype=torch.float32))(lambda batch: loss_of(model, batch))
     with pytest.raises(ValueError, match=r"keep parameters in float32, `model.float\(\)`"):
         step(BATCHES[0])

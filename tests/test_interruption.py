@@ -362,7 +362,7 @@ def check_point(setup, reference, way, k):
         assert world.done >= ENDS[closed] - 1
     if waiting == 0 and setup.face != "yields" and not setup.freezing:
         assert all(p.grad is None for p in world.model.parameters())
-    within_update = injector.where & {"torch.optim", "fused_step", "step_all"} or world.doing == "update"
+    within_update = injector.where & {"torch.optim", "step_all"} or world.doing == "update"
     if not within_update:
         assert same_bits(world.weights_now(), reference.weights[closed])
         assert (world.calls, world.rates()) == (reference.calls[closed], reference.rates[closed])

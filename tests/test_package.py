@@ -36,14 +36,17 @@ def test_imports_run_one_way():
         "losses": {"losses", "window"},
         "plan": {"plan"},
         "parallel": {"parallel"},
-        "precautions": {"precautions", "plan"},
+        "precautions": {"precautions", "parallel", "plan"},
         "gradients": {"gradients", "plan"},
+        "backward": {"backward"},
+        "generators": {"generators"},
+        "scaler": {"scaler", "gradients", "parallel", "plan", "precautions", "update", "window"},
         "result": {"result", "window"},
         "randomness": {"randomness"},
         "storage": {"storage", "parallel"},
         "places": {"places", "loaders", "parallel", "randomness"},
-        "step": {"step", "gradients", "loaders", "losses", "parallel", "plan", "precautions", "result", "update", "window"},
     }
+    above["step"] = {"step", "backward", "generators", "loaders", "losses", "result"} | above["scaler"]
     above["batches"] = {"batches"}
     above["compose"] = {"compose", *above["step"]}
     above["parts"] = {"parts", *above["compose"]}

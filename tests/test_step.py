@@ -21,7 +21,7 @@ from oracles import (
 from torch.nn import functional as F
 
 import trainkit.step
-from trainkit import Step, accumulate, amp, frozen, train_step
+from trainkit import Step, accumulate, amp, train_step
 
 # Faces.
 
@@ -335,42 +335,6 @@ def test_an_exception_of_a_finally_around_the_yield_drops_the_window(model, opti
     assert "window" not in step.state_dict() and all(p.grad is None for p in model.parameters())
 
 
-def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, optimizer):
-    log = []
-
-    @accumulate(2, model)
-    def step(batch):
-        try:
-            yield loss_of(model, batch)
-            log.append("update")
-        finally:
-            log.append("over")
-
-    step(BATCHES[0])
-    assert log == ["over"]
-    step(BATCHES[1])
-    assert log == ["over", "update", "over"]
-
-
-def test_a_generator_is_closed_even_where_somebody_keeps_it(model):
-    kept = []
-
-    def keeping(function):
-        def wrapper(batch):
-            kept.append(function(batch))
-            return kept[-1]
-
-        return wrapper
-
-    @accumulate(2, model)
-    @keeping
-    def step(batch):
-        yield loss_of(model, batch)
-
-    step(BATCHES[0])
-    assert kept[0].gi_frame is None
-
-
 # Autocast.
 
 
@@ -401,62 +365,6 @@ def test_forward_runs_under_autocast_and_nothing_else_does():
     step(make_batches([2], torch.float32)[0])
     assert seen == {"forward": True, "backward": False, "update": False}
     assert not torch.is_autocast_enabled("cpu")
-
-
-@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode])
-def test_a_mode_left_on_over_the_yield_is_an_error(model, optimizer, mode):
-    @accumulate(1, model)
-    def step(batch):
-        loss = loss_of(model, batch)
-        with mode():
-            yield loss
-        optimizer.step()
-
-    before = snapshot(model, optimizer)
-    modes = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    with pytest.raises(RuntimeError, match="above `yield loss`"):
-        step(BATCHES[0])
-    assert modes == (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    assert unchanged(before, model, optimizer)
-
-
-def test_the_same_autocast_once_more_over_the_yield_is_an_error_too():
-    model = make_model(torch.float32)
-
-    @accumulate(1, model)
-    @amp(dtype=torch.bfloat16)
-    def step(batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            yield loss_of(model, batch)
-
-    with pytest.raises(RuntimeError, match="above `yield loss`"):
-        step(make_batches([2], torch.float32)[0])
-    assert not torch.is_autocast_enabled("cpu")
-
-
-def test_an_autocast_around_the_loop_does_not_serve_old_weights():
-    model = make_model(torch.float32)
-    step = amp(torch.optim.SGD(model.parameters(), lr=0.5), dtype=torch.bfloat16)(lambda batch: loss_of(model, batch))
-    batch = make_batches([4], torch.float32)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert len({step(batch).loss.item() for _ in range(3)}) == 3
-
-
-def test_backward_in_a_block_without_autocast_leaves_it_off():
-    model = make_model(torch.float32)
-    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.bfloat16)
-    x, _ = make_batches([2], torch.float32)[0]
-    with step, torch.autocast("cpu", enabled=False):
-        step.backward(model(x).mean())
-        assert model(x).dtype == torch.float32
-
-
-def test_a_half_precision_loss_is_scaled_in_float32():
-    model = make_model(torch.float32)
-    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(4), amp(dtype=torch.float16, init_scale=2.0**17))(
-        lambda batch: loss_of(model, batch).half()
-    )
-    assert [step(make_batches([4], torch.float32)[0]).updated for _ in range(4)] == [False, False, False, True]
 
 
 # Further losses.
@@ -510,15 +418,6 @@ def test_a_further_loss_inside_a_step_function_is_added_to_the_one_returned(mode
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
 
 
-def test_backward_leaves_autocast_on_for_the_forward_that_follows():
-    model = make_model(torch.float32)
-    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.bfloat16)
-    x, _ = make_batches([2], torch.float32)[0]
-    with step:
-        step.backward(model(x).float().mean())
-        assert model(x).dtype == torch.bfloat16
-
-
 # Refusals, before anything is changed.
 
 
@@ -531,67 +430,9 @@ def test_weighted_then_unweighted_is_refused(model, optimizer):
         step(BATCHES[0], None)
 
 
-def test_a_generator_yields_once(model, optimizer):
-    @accumulate(1, model)
-    def nothing(batch):
-        if batch is None:
-            yield
-
-    @accumulate(1, model)
-    def twice(batch):
-        yield loss_of(model, batch)
-        yield loss_of(model, batch)
-
-    with pytest.raises(TypeError, match="ended without a loss"):
-        nothing(BATCHES[0])
-    with pytest.raises(ValueError, match="yielded twice"):
-        twice(BATCHES[0])
-
-
-def test_after_belongs_to_steps_that_return(model, optimizer):
-    def step(batch):
-        yield loss_of(model, batch)
-
-    with pytest.raises(ValueError, match="below the yield"):
-        train_step(optimizer, after=print)(step)(BATCHES[0])
-
-
-def test_a_plan_that_knows_no_parameters_is_refused(model):
-    def step(batch):
-        yield loss_of(model, batch)
-
-    for plan in (accumulate(2), amp()):
-        with pytest.raises(ValueError, match="knows the parameters"):
-            plan(step)(BATCHES[0])
-
-
 def test_a_returning_step_without_an_optimizer_is_refused(model):
     with pytest.raises(ValueError, match="no optimizer was given"):
         accumulate(2, model)(lambda batch: loss_of(model, batch))(BATCHES[0])
-
-
-def test_float16_parameters_under_a_scaler_are_refused():
-    """pytorch#74739: "Attempting to unscale FP16 gradients" does not say whose, nor what to do."""
-    model = make_model(torch.float16)
-    step = amp(torch.optim.SGD(model.parameters()), dtype=torch.float16)(lambda: model[0].weight.sum())
-    with pytest.raises(ValueError, match=r"4 of 4 parameters are float16 .* `dtype=torch.float32`"):
-        step()
-    assert model[0].weight.grad is None
-
-
-def test_float16_parameters_that_are_frozen_are_not():
-    """As long as they are: the base of an adapter, for one."""
-    model = make_model(torch.float32)
-    model[0].half()
-    x, y = make_batches([4], torch.float32)[0]
-    plan = torch.optim.SGD(model.parameters(), lr=0.1), amp(dtype=torch.float16)
-    step = train_step(*plan, frozen(model, "[0]"))(lambda: F.mse_loss(model(x), y))
-    assert step().updated
-    step = train_step(*plan)(lambda: F.mse_loss(model(x), y))
-    with frozen(model, "[0]"):
-        assert step().updated
-    with pytest.raises(ValueError, match="2 of 4 parameters are float16"):
-        step()
 
 
 def test_a_decorated_method_is_refused(model, optimizer):
@@ -801,46 +642,6 @@ def test_attributes_of_the_function_do_not_get_into_the_step(model, optimizer):
     assert train_step(optimizer)(step)(BATCHES[0]).updated
 
 
-def test_without_the_private_backward_of_torch_the_result_is_the_same(monkeypatch):
-    states = []
-    for present in (True, False):
-        if not present:
-            monkeypatch.setattr(trainkit.step, "_engine_run_backward", None)
-        model = make_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        step = train_step(optimizer, accumulate(2))(lambda batch, model=model: loss_of(model, batch))
-        for batch in step.over(BATCHES):
-            step(batch)
-        states.append(state_of(model, optimizer))
-    assert same_bits(*states)
-
-
-@pytest.mark.parametrize("weight", [None, 2, torch.tensor(2)])
-@pytest.mark.parametrize("losses", [1, 3])
-def test_a_parameter_of_one_element_does_not_change_what_backward_starts_from(weight, losses):
-    """Its gradient may lie in the memory of that, and is added to there."""
-    parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
-    step = train_step(torch.optim.SGD([parameter], lr=1.0), accumulate(2))
-    for _ in range(8):
-        with step:
-            step.backward(parameter.squeeze(), weight)
-            for _ in range(1, losses):
-                step.backward(parameter.squeeze())
-    assert step.updates == 4 and math.isclose(parameter.item(), 1 - 4 * losses)
-
-
-def test_a_loss_of_a_tensor_subclass_runs_its_own_backward(model, optimizer):
-    seen = []
-
-    class Loss(torch.Tensor):
-        def backward(self, gradient=None):
-            seen.append(gradient)
-            super().backward(gradient)
-
-    train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch).as_subclass(Loss))(BATCHES[0])
-    assert [seed.item() for seed in seen] == [0.5]
-
-
 def test_a_state_is_taken_between_two_micro_batches(model, optimizer):
     """Within one, from backward on, the gradients have what the counters have not; or the other way round."""
     step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
@@ -872,33 +673,6 @@ def test_a_further_loss_below_the_yield_is_refused(model, optimizer):
     with pytest.raises(RuntimeError, match=r"below the yield.*`loss.backward\(\)`"):
         step(BATCHES[0])
     assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
-def test_a_state_goes_from_one_precision_to_another(dtypes):
-    """As from a T4 to an A100: what has added up of the window is scaled in one, and not in the other."""
-    batches, norms = make_batches([4, 4], torch.float32), []
-    for first, second in (dtypes, dtypes[1:] * 2):
-        model = make_model(torch.float32)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        steps = [
-            train_step(optimizer, accumulate(2), amp(dtype=d))(lambda batch, m=model: loss_of(m, batch)) for d in (first, second)
-        ]
-        steps[0](batches[0])
-        steps[1].load_state_dict(steps[0].state_dict())
-        norms.append(steps[1](batches[1]).grad_norm.item())
-    assert norms[0] == pytest.approx(norms[1], rel=0.02)
-
-
-def test_a_state_without_a_part_of_it_is_refused_before_anything_changes():
-    model = make_model(torch.float32)
-    step = train_step(torch.optim.SGD(model.parameters()), amp(dtype=torch.float16))(lambda batch: loss_of(model, batch))
-    step(make_batches([4], torch.float32)[0])
-    state = step.state_dict()
-    del state["growth_tracker"]
-    with pytest.raises(ValueError, match="not the state of a step"):
-        step.load_state_dict({**state, "updates": 7})
-    assert step.updates == 1
 
 
 def test_a_first_evaluation_in_inference_mode_leaves_a_step_usable():

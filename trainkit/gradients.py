@@ -30,8 +30,7 @@ class Gradients:
 
     def found(self) -> list[Tensor]:
         """Those of the window that are there."""
-        if self._aside:
-            self.drop_returned()
+        self.drop_returned()
         return [gradient for p in self._plan.parameters() if (gradient := p.grad) is not None]
 
     def begin(self) -> None:
@@ -107,20 +106,20 @@ class Gradients:
             self._rebuilt = self.buckets_rebuilt()
 
     def disturbance(self) -> str:
-        """What became of the gradients since ``remember``: "wiped" (None or zero), "changed", or "" for nothing."""
+        """What became of the gradients since ``remember``, in words about a window of {} micro-batches; "" for nothing."""
         if self._aside:
             self.drop_returned()
         for parameter, left in self._watched.items():
             if parameter.grad is None:
                 # Of a parameter that is frozen just now the gradient is set aside.
                 if left is not None and parameter.requires_grad:
-                    return "wiped"
+                    return _WIPED
             elif not _is_still(parameter, left):
                 if not any(gradient.any() for gradient in self.found()):
-                    return "wiped"
+                    return _WIPED
                 # Else it was set aside then, and is back; or DistributedDataParallel has put the same into a bucket of its own.
                 if left is not None and self._rebuilt == self.buckets_rebuilt():
-                    return "changed"
+                    return _CHANGED
         return ""
 
     def versions(self) -> list[tuple[nn.Parameter, Version]]:
@@ -147,7 +146,10 @@ class Gradients:
         """Raises ValueError where gradients of a state do not fit the parameters."""
         parameters = dict(enumerate(self._plan.parameters()))
         for i, gradient in state.items():
-            here = (tuple(parameters[i].shape), self._dtype(parameters[i])) if i in parameters else None
+            here = None
+            if (parameter := parameters.get(i)) is not None:
+                wide = self._plan.sum_dtype if parameter.dtype in HALF else None
+                here = tuple(parameter.shape), wide or parameter.dtype
             readable = isinstance(gradient, Tensor) and not (gradient.is_nested or gradient.is_meta or is_lazy(gradient))
             there = (tuple(gradient.shape), gradient.dtype) if readable else type(gradient)
             if here != there:
@@ -155,11 +157,6 @@ class Gradients:
                     f"the state has a gradient of shape and dtype {there} for parameter {i}, and here it is {here}: build model "
                     "and optimizer as they were when the state was taken"
                 )
-
-    def _dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """That of its gradient in a window."""
-        wide = self._plan.sum_dtype if parameter.dtype in HALF else None
-        return wide or parameter.dtype
 
     def load_state_dict(self, state: Mapping[int, Tensor]) -> None:
         """Puts copies in place, for what is frozen just now among what is set aside; None where the state has nothing."""
@@ -175,6 +172,18 @@ class Gradients:
             elif hold.grad is not None:
                 self._aside.append(parameter)
         self.remember()
+
+
+_WIPED = (
+    "an open window has lost the gradients of its {} micro-batch(es): something like `optimizer.zero_grad()` runs for every "
+    "micro-batch; move it below the yield, or remove it from a step that returns its loss. (`freeze`, and two steps over the "
+    "same parameters, do this too.)"
+)
+_CHANGED = (
+    "the gradients of an open window of {} micro-batch(es) were changed from outside, as by the backward of another loss: freeze "
+    "these parameters meanwhile, `with frozen(model):` or `train_step(other_optimizer, frozen(model))`; a further loss of this "
+    "step goes to `step.backward(loss)`"
+)
 
 
 def _version(parameter: nn.Parameter) -> Version:

@@ -1,4 +1,4 @@
-"""What a step looks at before it runs into it: parameters that cannot be trained as its plan asks."""
+"""What a step looks at before it runs into it: plans that cannot work, and parameters that cannot be trained as they ask."""
 
 from __future__ import annotations
 
@@ -8,16 +8,46 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from trainkit.parallel import Wrappers
 from trainkit.plan import Plan
 
 
-def refuse_hooks(parameters: Sequence[nn.Parameter]) -> None:
-    """Raises ValueError where an optimizer may step within backward: it would see gradients that are scaled and incomplete."""
+def refuse_plan(plan: Plan, ranks: int, wrappers: Wrappers, by_hand: bool) -> None:
+    """Raises ValueError for a plan that cannot work: what is known only once the parameters are where they will be trained."""
+    parameters = plan.parameters()
+    if not parameters:
+        raise ValueError(
+            "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or `amp(optimizer)`, or "
+            "the module, `accumulate(4, module=model)`"
+        )
+    if plan.chunk is not None and by_hand:
+        raise ValueError(
+            "microbatch cuts the arguments of a step function, and a block by hand has none: decorate a function, "
+            "`train_step(optimizer, microbatch(8))(function)`"
+        )
+    if ranks > 1 and not wrappers.found and not any(hasattr(p, "full_tensor") for p in parameters):
+        raise ValueError(
+            f"{ranks} ranks run, and would each train a model of their own: give the module that is wrapped in "
+            "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
+        )
     if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
         raise ValueError(
             "parameters have post-accumulate-gradient hooks, as for an optimizer that steps within backward: these see "
             "gradients that are scaled and incomplete. Remove them, `handle.remove()`, and leave the update to the step; "
             "hooks that only look are those of `parameter.register_hook`"
+        )
+    looks = plan.precision is not None or plan.max_norm is not None
+    if plan.max_skips is not None and not looks:
+        raise ValueError("max_skips counts gradients that are not finite, and nothing here looks: add `max_norm=math.inf`")
+    if plan.sum_dtype is not None and (wrappers.found or not hasattr(parameters[0], "grad_dtype")):
+        raise ValueError(
+            "accumulate(dtype=torch.float32) is for one process, and for a torch whose tensors have a `grad_dtype`: keep "
+            "parameters in float32, `model.float()`, and compute in half precision, `amp(dtype=torch.bfloat16)`"
+        )
+    if looks and ranks > 1 and wrappers.shard_norms:
+        raise ValueError(
+            "FullyShardedDataParallel leaves each rank a part of the gradients, and their norm and verdict would be that of "
+            "the part: wrap with FSDP2, `torch.distributed.fsdp.fully_shard(model)`"
         )
 
 

@@ -8,7 +8,6 @@ The step owns all state, and runs its plan in one order whatever order the parts
 from __future__ import annotations
 
 import functools
-import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,39 +17,18 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainkit.backward import run_backward
+from trainkit.generators import run_to_end, run_to_yield
 from trainkit.gradients import Gradients
 from trainkit.loaders import Delivery, in_step, mark_last
 from trainkit.losses import read_loss
 from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
-from trainkit.precautions import keep_casts_fresh, not_finite, refuse_float16, refuse_hooks, warn_of_missing
+from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_plan
 from trainkit.result import StepResult
-from trainkit.update import (
-    Answer,
-    Check,
-    LossScale,
-    Outcome,
-    Streak,
-    can_fuse,
-    forget_scale,
-    fused_step,
-    make_true,
-    seed_momentum,
-    step_all,
-    times,
-    weigh,
-)
+from trainkit.scaler import Answer, Scaler, check_count
+from trainkit.update import forget_scale
 from trainkit.window import Chunk, Weight, Window, widened
-
-try:
-    # All that is left of Tensor.backward where the seed is known to fit the loss. What it checks and carries over to the threads
-    # of devices takes 15 us, as long as backward through two small layers.
-    from torch.autograd import Variable
-    from torch.autograd.graph import _engine_run_backward
-
-    _run_in_this_thread = Variable._execution_engine.run_backward
-except (ImportError, AttributeError):
-    _engine_run_backward = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,9 +55,7 @@ class Step(Generic[P]):
         self._wrappers = Wrappers(())
         self._autocast: torch.autocast | None = None
         self._watched_casts: list[nn.Parameter] = []
-        self._loss_scale: LossScale | None = None
-        self._check: Check | None = None
-        self._streak: Streak | None = None
+        self._scaler: Scaler
         # From window to window.
         self._closed = 0
         self._skips: int | Tensor = 0
@@ -111,7 +87,7 @@ class Step(Generic[P]):
                 output = self._function(*args, **kwargs)
                 if isinstance(output, types.GeneratorType):
                     self._generator = output
-                    output = self._run_to_yield(output)
+                    output = run_to_yield(output, self._plan.after)
                 elif not self._plan.optimizers:
                     raise ValueError(
                         "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
@@ -157,7 +133,8 @@ class Step(Generic[P]):
             if self._autocast is not None:
                 if not (self._watched_casts and all(weight.requires_grad for weight in self._watched_casts)):
                     self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
-                self._enter_autocast()
+                self._autocast.__enter__()  # type: ignore[no-untyped-call]
+                self._autocast_is_on = True
             if self._function is None:
                 self._gradients.note()
             self._result = result
@@ -321,9 +298,7 @@ class Step(Generic[P]):
         state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
         if self._reference is not None:
             state["reference"] = self._reference
-        if self._loss_scale is not None:
-            state["loss_scale"] = self._loss_scale.value.item()
-            state["growth_tracker"] = int(self._loss_scale.growth_tracker)
+        state |= self._scaler.state_dict()
         if self._window is not None and self._window.losses:
             state["window"] = self._window.state_dict()
             state["gradients"] = self._gradients.state_dict()
@@ -340,29 +315,19 @@ class Step(Generic[P]):
         if not self._device_type:
             self._prepare()
         try:
-            skipped, closed = _count(state["skipped"]), _count(state["updates"]) + _count(state["skipped"])
-            window = Window.from_state_dict(state["window"], state.get("reference")) if "window" in state else None
+            skipped, applied, reference = check_count(state["skipped"]), check_count(state["updates"]), state.get("reference")
+            window = Window.from_state_dict(state["window"], reference) if "window" in state else None
             gradients = {} if window is None else dict(state["gradients"])
-            scale, tracker = float(state.get("loss_scale", 1.0)), _count(state["growth_tracker"] if "loss_scale" in state else 0)
-            if not 0 < scale <= torch.finfo(torch.float32).max:
-                raise ValueError(f"a loss scale of {scale}")
+            self._scaler.check_state_dict(state)
         except Exception as error:  # whatever is in place of a state may raise whatever it likes
             raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from error
         self._gradients.check_state_dict(gradients)
         self.discard()
         self._owed = None
-        if self._streak is not None:
-            self._new_streak()
-        self._skips, self._closed, self._reference = skipped, closed, state.get("reference")
-        here = 1.0
-        if self._loss_scale is not None:
-            if "loss_scale" in state:
-                self._loss_scale.value.fill_(scale)
-                self._loss_scale.growth_tracker.fill_(tracker)
-            here = self._loss_scale.value.item()
+        self._skips, self._closed, self._reference = skipped, applied + skipped, reference
+        factor = self._scaler.load_state_dict(state)
         if window is not None:
-            # Another scale than there where another precision is picked here.
-            self._gradients.load_state_dict({i: g if here == scale else g * (here / scale) for i, g in gradients.items()})
+            self._gradients.load_state_dict({i: g if factor == 1 else g * factor for i, g in gradients.items()})
             self._window = window  # after: no window is open without its gradients
 
     def _refuse_within(self, name: str) -> None:
@@ -385,54 +350,16 @@ class Step(Generic[P]):
 
     def _prepare(self) -> None:
         """Picks the precision, and refuses a plan that cannot work."""
-        parameters = self._plan.parameters()
-        if not parameters:
-            raise ValueError(
-                "nothing in this plan knows the parameters: give an optimizer, `train_step(optimizer, ...)` or "
-                "`amp(optimizer)`, or the module, `accumulate(4, module=model)`"
-            )
-        if self._plan.chunk is not None and self._function is None:
-            raise ValueError(
-                "microbatch cuts the arguments of a step function, and a block by hand has none: decorate a function, "
-                "`train_step(optimizer, microbatch(8))(function)`"
-            )
-        self._ranks = count_ranks()
-        self._wrappers = Wrappers(self._plan.modules)
+        self._ranks, self._wrappers = count_ranks(), Wrappers(self._plan.modules)
+        refuse_plan(self._plan, self._ranks, self._wrappers, by_hand=self._function is None)
         self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
-        if self._ranks > 1 and not self._wrappers.found and not any(hasattr(p, "full_tensor") for p in parameters):
-            raise ValueError(
-                f"{self._ranks} ranks run, and would each train a model of their own: give the module that is wrapped in "
-                "DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
-            )
-        refuse_hooks(parameters)
-        if self._plan.max_skips is not None and self._plan.precision is None and self._plan.max_norm is None:
-            raise ValueError("max_skips counts gradients that are not finite, and nothing here looks: add `max_norm=math.inf`")
-        if self._plan.sum_dtype is not None and (self._wrappers.found or not hasattr(parameters[0], "grad_dtype")):
-            raise ValueError(
-                "accumulate(dtype=torch.float32) is for one process, and for a torch whose tensors have a `grad_dtype`: keep "
-                "parameters in float32, `model.float()`, and compute in half precision, `amp(dtype=torch.bfloat16)`"
-            )
-        device, precision, max_norm = parameters[0].device, self._plan.precision, self._plan.max_norm
-        if self._ranks > 1 and self._wrappers.shard_norms and (precision is not None or max_norm is not None):
-            raise ValueError(
-                "FullyShardedDataParallel leaves each rank a part of the gradients, and their norm and verdict would be that of "
-                "the part: wrap with FSDP2, `torch.distributed.fsdp.fully_shard(model)`"
-            )
+        device, precision = self._plan.parameters()[0].device, self._plan.precision
+        device_type, dtype = (device.type, torch.float32) if precision is None else precision.resolve(device)
         with torch.inference_mode(False):  # what is made for the first of all evaluations is made for training, too
-            if precision is not None or max_norm is not None:
-                self._check = Check(math.inf if max_norm is None else max_norm, self._plan.norm_type, device)
-                self._new_streak()
-            if precision is not None:
-                device_type, dtype = precision.resolve(device)
-                if dtype == torch.float16:
-                    self._loss_scale = LossScale(precision.init_scale, precision.growth_interval, device)
-                if dtype != torch.float32:
-                    self._autocast = torch.autocast(device_type, dtype)
+            self._scaler = Scaler(self._plan, dtype, self._ranks)
+            if dtype != torch.float32:
+                self._autocast = torch.autocast(device_type, dtype)
         self._device_type = device.type
-
-    def _new_streak(self) -> None:
-        if (limit := self._plan.max_skips or 25) < math.inf:
-            self._streak = Streak(limit, lag=16 if self._ranks > 1 and self._plan.parameters()[0].device.type != "cpu" else 0)
 
     def _new_window(self) -> Window:
         return Window(self._length(), self._reference, None if self._plan.sum_dtype is None else 1)
@@ -454,37 +381,10 @@ class Step(Generic[P]):
         context.__enter__()
         self._surroundings.append(context)
 
-    def _enter_autocast(self) -> None:
-        assert self._autocast is not None
-        self._autocast.__enter__()  # type: ignore[no-untyped-call]
-        self._autocast_is_on = True
-
     def _leave_autocast(self) -> None:
         assert self._autocast is not None
         self._autocast_is_on = False
         self._autocast.__exit__(None, None, None)
-
-    def _run_to_yield(self, generator: types.GeneratorType[Any, None, Any]) -> Any:
-        """Runs a generator function down to its loss."""
-        if self._plan.after:
-            raise ValueError(
-                "`after` was given to a step function that yields its loss; it has its own update code, and the call belongs "
-                "there, below the yield"
-            )
-        modes = _modes()
-        try:
-            output = next(generator)
-        except StopIteration:
-            raise TypeError(
-                "this generator function ended without a loss: put `yield loss` where `loss.backward()` stood"
-            ) from None
-        if _modes() != modes:
-            generator.close()  # whatever it left on is turned off before autocast is
-            raise RuntimeError(
-                "autocast, no_grad or inference_mode is still on at the yield, and would be for backward and the update: "
-                "end that `with` block above `yield loss`"
-            )
-        return output
 
     def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
         if not self._began_backward:
@@ -498,15 +398,9 @@ class Step(Generic[P]):
             self._gradients.drop_returned()
         if self._wrappers.found:
             self._wrappers.before_backward()
-        seed = self._seed(loss)
+        seed = self._scaler.seed(loss, self._share)
         try:
-            if torch.is_autocast_enabled(self._device_type):  # in a block by hand, or around the whole loop
-                with torch.autocast(self._device_type, enabled=False):
-                    _backward(loss, seed)
-                # Its cache would serve the old weights to every forward after they have moved.
-                torch.clear_autocast_cache()
-            else:
-                _backward(loss, seed)
+            run_backward(loss, seed, self._device_type)
         except BaseException as error:
             if not self._take_back(error):
                 self.discard()  # at once: the block may catch this and go on
@@ -526,13 +420,13 @@ class Step(Generic[P]):
             window.agree_on_reference(largest)
         self._share = window.share(self._weight, self._chunk.fraction)
         if not window.losses:
-            if self._loss_scale is not None:
+            if self._scaler.loss_scale is not None:
                 refuse_float16(self._plan.parameters())
             self._gradients.begin()
             self._wrappers.drop()
         elif disturbance := self._gradients.disturbance():
             self.discard()
-            raise RuntimeError(_DISTURBED[disturbance].format(len(window.losses)))
+            raise RuntimeError(disturbance.format(len(window.losses)))
         self._began_backward = True
         is_filler = self._chunk.fraction == 0 or (delivery is not None and delivery.is_filler)
         window.add(self._weight, self._chunk, 1 if delivery is None else delivery.present, is_filler)
@@ -546,20 +440,6 @@ class Step(Generic[P]):
     def _will_close(self, window: Window) -> bool:
         """Whether the next micro-batch is the window's last."""
         return self._chunk.is_last and (self._at_last_batch or window.batches + 1 >= window.length)
-
-    def _seed(self, loss: Tensor) -> Tensor:
-        """What backward starts from in place of 1: the micro-batch's share of the window, times the loss scale.
-
-        A new tensor every time, as that 1 is: the gradient of a parameter of one element may come to lie in its memory.
-        """
-        share = self._share
-        if self._loss_scale is not None:
-            # Wider than the loss may be: 65,536 is inf in float16, a third of it is not.
-            wide = torch.promote_types(loss.dtype, torch.float32)
-            return (self._loss_scale.value.to(loss.device, wide) * share).to(loss.device, loss.dtype)
-        if isinstance(share, Tensor):
-            return share.to(loss.device, loss.dtype, copy=True)
-        return torch.full_like(loss, share)
 
     def _finish(self) -> None:
         """Counts the micro-batch, and closes the window where this was its last."""
@@ -584,7 +464,8 @@ class Step(Generic[P]):
         if self._over_ranks is not None:
             window.total, window.count = self._over_ranks()
             self._over_ranks = None
-        outcome, apply = self._update(window)
+        own_update = None if self._generator is None else functools.partial(run_to_end, self._generator)
+        outcome, apply = self._scaler.decide(window, self._gradients, own_update, is_first=not self._closed)
         reference, skips = window.next_reference(), self._skips + outcome.skipped
         owed = Answer(outcome.skipped) if self._plan.after else None
         try:
@@ -594,10 +475,8 @@ class Step(Generic[P]):
             self._window, self._reference, self._closed, self._skips, self._owed = None, reference, self._closed + 1, skips, owed
         finally:
             forget_scale(self._plan.optimizers)
-        if self._loss_scale is not None and outcome.found_inf is not None:
-            self._loss_scale.update(outcome.found_inf)
-        if self._streak is not None and outcome.found_inf is not None and self._streak.add(outcome.found_inf):
-            self._give_up(self._streak)
+        if outcome.found_inf is not None:
+            self._scaler.update(outcome.found_inf, lambda: self.updates)
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them
@@ -606,52 +485,6 @@ class Step(Generic[P]):
         result._settle = self.settle
         if owed is not None and owed.known():
             self.settle()
-
-    def _give_up(self, streak: Streak) -> None:
-        """Raises FloatingPointError, and says all that is known."""
-        count, streak.length = streak.length, 0
-        scale = "" if self._loss_scale is None else f"; the loss scale is {self._loss_scale.value.item():g}"
-        raise FloatingPointError(
-            f"{count} updates in a row were skipped, because gradients are not finite: {not_finite(self._plan)}. The last good "
-            f"update was number {self.updates}, and the parameters are as it left them{scale}. Look at the loss and the data of "
-            "these windows, or go back to a checkpoint with a lower learning rate; `max_skips=math.inf` goes on for ever"
-        )
-
-    def _update(self, window: Window) -> tuple[Outcome, Callable[[], None] | None]:
-        """What becomes of a complete window, and what turns its gradients into an update; None where it is skipped."""
-        empty = window.empty()
-        if empty is True:
-            return Outcome(skipped=True), None
-        optimizers = self._plan.optimizers
-        gradients = self._gradients.found()
-        if not self._closed:
-            warn_of_missing(gradients, self._plan.parameters())
-        for optimizer in optimizers:
-            seed_momentum(optimizer)
-        divisor = window.divisor()
-        if self._loss_scale is not None:
-            divisor = times(divisor, self._loss_scale.value)
-        if self._generator is None and can_fuse(optimizers, gradients) and self._gradients.fit():
-            outcome, grad_scale = weigh(gradients, divisor, self._check, empty)
-            self._gradients.narrow()
-            return outcome, functools.partial(fused_step, optimizers, outcome.skipped, grad_scale)
-        outcome = make_true(gradients, divisor, self._check)
-        if outcome.skipped:
-            return outcome, None
-        self._gradients.narrow()
-        if self._generator is None:
-            return outcome, functools.partial(step_all, optimizers)
-        return outcome, functools.partial(_run_to_end, self._generator)
-
-
-_DISTURBED = {
-    "wiped": "an open window has lost the gradients of its {} micro-batch(es): something like `optimizer.zero_grad()` runs for "
-    "every micro-batch; move it below the yield, or remove it from a step that returns its loss. (`freeze`, and two "
-    "steps over the same parameters, do this too.)",
-    "changed": "the gradients of an open window of {} micro-batch(es) were changed from outside, as by the backward of another "
-    "loss: freeze these parameters meanwhile, `with frozen(model):` or `train_step(other_optimizer, frozen(model))`; a further "
-    "loss of this step goes to `step.backward(loss)`",
-}
 
 
 def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
@@ -663,52 +496,15 @@ def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
             _leave(contexts)
 
 
-def _backward(loss: Tensor, seed: Tensor) -> None:
-    """``loss.backward(gradient=seed)``."""
-    if _engine_run_backward is None or type(loss) is not Tensor:
-        loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
-    else:
-        run = _run_in_this_thread if loss.is_cpu else _engine_run_backward
-        run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _count(value: Any) -> int:
-    """value, if it is a number of updates; else ValueError."""
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"not a number of updates: {value!r}")
-    return value
-
-
 def _differ(a: Weight, b: Weight) -> bool:
     """Whether two weights are known to differ; tensors are not looked into."""
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a != b
 
 
-def _run_to_end(generator: types.GeneratorType[Any, None, Any]) -> None:
-    """Runs the update code of a generator function, below its yield."""
-    try:
-        next(generator)
-    except StopIteration:
-        return
-    raise ValueError("this step function yielded twice; a loss is yielded once, further ones go to `step.backward(loss)`")
-
-
-def _modes() -> tuple[Any, ...]:
-    """What a `with` block left open over a yield may have changed."""
-    # The number of autocast blocks, and not the state: one more of the same would go unseen. torch.autocast counts so too.
-    try:
-        torch.autocast_increment_nesting()
-    finally:
-        nesting = torch.autocast_decrement_nesting()
-    return nesting, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
 def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     found = [(step._at_last_batch, step._delivery) for step in steps]
-    if steps[0]._resumable is not None:
-        deliveries = steps[0]._resumable._deliver(loader, steps[0])
-    else:
-        deliveries = steps[0]._deliveries(loader)
+    first = steps[0]
+    deliveries = first._deliveries(loader) if first._resumable is None else first._resumable._deliver(loader, first)
     try:
         for delivery in deliveries:
             for step in steps:

@@ -19,7 +19,6 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 # Private in torch, so guarded: without them the same is done tensor by tensor.
 _foreach_norm = getattr(torch, "_foreach_norm", None)
 _foreach_mul_ = getattr(torch, "_foreach_mul_", None)
-_amp_update_scale_ = getattr(torch, "_amp_update_scale_", None)
 try:
     from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 except ImportError:  # then nobody can say that there are none
@@ -100,31 +99,10 @@ class Outcome(NamedTuple):
     norm: Tensor | None = None
 
 
-class LossScale:
-    """The dynamic loss scale, by the rule of ``torch.amp.GradScaler``: halved by an overflow, doubled after
-    ``growth_interval`` updates in a row without one (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740)."""
-
-    def __init__(self, init_scale: float, growth_interval: int, device: torch.device) -> None:
-        self.value = torch.full((), init_scale, dtype=torch.float32, device=device)
-        self.growth_tracker = torch.full((), 0, dtype=torch.int32, device=device)
-        self.growth_interval = growth_interval
-
-    def update(self, found_inf: Tensor) -> None:
-        """Takes in the verdict over one window, without waiting for the device."""
-        found_inf = found_inf.to(self.value.device)
-        if _amp_update_scale_ is not None:
-            _amp_update_scale_(self.value, self.growth_tracker, found_inf, 2.0, 0.5, self.growth_interval)
-            return
-        overflow, grown = found_inf > 0, self.growth_tracker + 1 == self.growth_interval
-        scaled = self.value * torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
-        self.value.copy_(torch.where(scaled.isfinite(), scaled, self.value))
-        self.growth_tracker.copy_(torch.where(overflow | grown, 0, self.growth_tracker + 1))
-
-
 def weigh(
     gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None, empty: bool | Tensor
 ) -> tuple[Outcome, Tensor | None]:
-    """What ``fused_step`` will make of gradients / divisor, and what its kernels divide by: that, clipped; None for 1.
+    """What ``step_all`` will make of gradients / divisor, and what its kernels divide by: that, clipped; None for 1.
 
     Never waits for the device. ``empty``: whether nothing in the window had a weight; a 0-d bool tensor where only the device
     knows, and else False.
@@ -145,12 +123,12 @@ def weigh(
     return outcome, grad_scale.float() if isinstance(grad_scale, Tensor) else None
 
 
-def fused_step(optimizers: Sequence[Optimizer], skipped: bool | Tensor, grad_scale: Tensor | None) -> None:
-    """Steps fused optimizers with gradients / grad_scale, or not at all where ``skipped`` is 1; never waits for the device.
+def step_all(optimizers: Sequence[Optimizer], skipped: bool | Tensor = False, grad_scale: Tensor | None = None) -> None:
+    """Steps optimizers; those that ``can_fuse`` with gradients / grad_scale, or not at all where ``skipped`` is 1.
 
     With ``weigh`` equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the
     norm reads them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
-    ``optimizer.found_inf`` is 1. Who calls it calls ``forget_scale`` after it, however it ended.
+    ``optimizer.found_inf`` is 1. Nothing waits for the device. Who calls it calls ``forget_scale`` after it, however it ended.
     """
     for optimizer in optimizers:
         if grad_scale is not None:
@@ -161,16 +139,10 @@ def fused_step(optimizers: Sequence[Optimizer], skipped: bool | Tensor, grad_sca
 
 
 def forget_scale(optimizers: Sequence[Optimizer]) -> None:
-    """Takes back what ``fused_step`` told optimizers: left behind, even as None, it would make the next GradScaler.step raise."""
+    """Takes back what ``step_all`` told optimizers: left behind, even as None, it would make the next GradScaler.step raise."""
     for optimizer in optimizers:
         optimizer.__dict__.pop("grad_scale", None)
         optimizer.__dict__.pop("found_inf", None)
-
-
-def step_all(optimizers: Sequence[Optimizer]) -> None:
-    """Steps any optimizers, with gradients that are true."""
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None) -> Outcome:
@@ -199,7 +171,7 @@ def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check
 
 
 def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bool:
-    """Whether ``fused_step`` is exact for these optimizers as they are now; asked before every update.
+    """Whether ``step_all`` is exact for these optimizers as they are now; asked before every update.
 
     ``_step_supports_amp_scaling`` is no answer: wrappers pass it on and ignore ``grad_scale``, and loading a state leaves it
     as it was. float64 gradients are refused because the kernels read ``grad_scale`` as float32, and shared parameters because
@@ -268,65 +240,8 @@ def _multiply(gradients: Sequence[Tensor], factor: float) -> None:
 
 def times(divisor: float | Tensor, factor: Tensor) -> Tensor:
     """Their product, without an operation where the divisor is known to be 1."""
-    return factor if _is_one(divisor) else factor * divisor
+    return factor if not isinstance(divisor, Tensor) and divisor == 1.0 else factor * divisor
 
 
 def _divided(norm: Tensor, divisor: float | Tensor) -> Tensor:
-    return norm if _is_one(divisor) else norm / divisor
-
-
-def _is_one(divisor: float | Tensor) -> bool:
-    return not isinstance(divisor, Tensor) and divisor == 1.0
-
-
-class Answer:
-    """Numbers on their way from the device.
-
-    A CPU has them at once. From an accelerator a copy is started, and the host need not wait for it until they matter.
-    """
-
-    def __init__(self, numbers: bool | Tensor) -> None:
-        self._numbers = numbers
-        self._event: torch.Event | None = None
-        if isinstance(numbers, Tensor) and numbers.device.type in ("cuda", "xpu"):
-            self._numbers = numbers.to("cpu", non_blocking=True)
-            self._event = torch.Event(numbers.device)
-            self._event.record()
-
-    def known(self) -> bool:
-        """Whether they are there without waiting for them."""
-        return self._event is None or self._event.query()
-
-    def read(self) -> bool | Tensor:
-        """They themselves; waits for them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._numbers
-
-
-class Streak:
-    """How many updates in a row were skipped because gradients were not finite; looked at only when it could be ``limit``.
-
-    Nobody waits for it, so on an accelerator it is known late. Several ranks must come to know it at the same time: then it is
-    looked at ``lag`` updates later, by when the answer is there.
-    """
-
-    def __init__(self, limit: float, lag: int) -> None:
-        self.length = 0
-        self._limit = limit
-        self._lag = lag
-        self._latest: list[Tensor] = []
-        self._asked: Answer | None = None
-
-    def add(self, found_inf: Tensor) -> bool:
-        """Takes in whether the gradients of an update were not finite. Returns whether the limit is known to be reached."""
-        self._latest.append(found_inf)
-        enough = min(self._limit - self.length, 256)  # and no more than that are kept
-        if self._asked is None and len(self._latest) >= enough:
-            self._asked, self._latest = Answer(torch.stack(self._latest)), []
-        if self._asked is None or len(self._latest) < self._lag or not (self._lag or self._asked.known()):
-            return False
-        found = [bool(value) for value in self._asked.read().tolist()]  # type: ignore[union-attr]
-        self._asked = None
-        self.length = self.length + len(found) if all(found) else found[::-1].index(False)
-        return self.length >= self._limit
+    return norm if not isinstance(divisor, Tensor) and divisor == 1.0 else norm / divisor
