@@ -139,8 +139,10 @@ def lift(names: Sequence[str], *, bare: bool = False) -> str:
     reached = needed(names)
     printed: set[str] = set()
     code = "\n\n\n".join(part for source in _sources().values() for part in _printed(source, reached, printed, bare))
-    exported = ", ".join(f'"{name}"' for name in dict.fromkeys(names))
-    head = f"# trainkit {_released()}, MIT license: what `python -m trainkit lift {' '.join(dict.fromkeys(names))}` prints."
+    names = list(dict.fromkeys(names))
+    exported = ", ".join(f'"{name}"' for name in names)
+    words = " ".join([*names, "--bare"] if bare else names)
+    head = f"# trainkit {_released()}, MIT license: what `python -m trainkit lift {words}` prints."
     return f"{head}\n\nfrom __future__ import annotations\n\n{_imports(reached)}\n\n{code}\n\n\n__all__ = [{exported}]\n"
 
 
