@@ -1,0 +1,160 @@
+"""Every Python block of the pages in docs/ runs, in order, each page in one namespace that has what its reader has.
+
+Comments that do not show in a page tell what is needed besides:
+
+    <!-- test: needs accelerate -->     the next block is left out where this package, or this name in one, is not there
+    <!-- test: setup                    code that runs between two blocks
+    ...
+    -->
+"""
+
+import io
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tokenize
+import types
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trainkit import Step
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md"))
+# A block of code, or a comment to this test.
+PIECE = re.compile(r"^```python\n(?P<block>.*?)^```$|^<!-- test: (?:setup\n(?P<setup>.*?)|needs (?P<needs>\S+) )-->$", re.M | re.S)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.LayerNorm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.LayerNorm(self.dense(x).tanh())
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Linear(3, 4)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embeddings(x)
+        for layer in self.encoder.layer:
+            x = layer(x)
+        return self.head(x)
+
+
+def what_the_reader_has():
+    model, G, D = Encoder(), nn.Linear(2, 3), nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    return {
+        "torch": torch,
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+        "loss_fn": nn.functional.cross_entropy,
+        "loader": [(torch.randn(4, 3), y) for _ in range(6)],
+        "x": x,
+        "y": y,
+        "G": G,
+        "D": D,
+        "optimizer_g": torch.optim.AdamW(G.parameters(), fused=True),
+        "optimizer_d": torch.optim.AdamW(D.parameters(), fused=True),
+    }
+
+
+@pytest.fixture
+def as_torchrun_starts_it(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_there(name):
+    package, _, attribute = name.partition(".")
+    return find_spec(package) is not None and (not attribute or hasattr(sys.modules[package], attribute))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_block_runs(page, as_torchrun_starts_it, monkeypatch, tmp_path):
+    text = page.read_text()
+    assert text.count("```python") == len(blocks_of(page)), "a block that PIECE does not find"
+    monkeypatch.chdir(tmp_path)  # some of them write
+    torch.manual_seed(0)
+    # A module, since what is made in it is looked up there, by pickle for one.
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    vars(module).update(what_the_reader_has())
+    needed = []
+    for piece in PIECE.finditer(text):
+        if piece["needs"]:
+            needed.append(piece["needs"])
+            continue
+        if piece["block"] and not all(map(is_there, needed)):
+            needed.clear()
+            continue
+        if piece["block"]:
+            needed.clear()
+        code = piece["block"] or piece["setup"]
+        line = text.count("\n", 0, piece.start("block" if piece["block"] else "setup"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            exec(compile("\n" * line + code, page, "exec"), vars(module))
+        for loop in re.findall(r"in (\w+)\.over\(", code):
+            step = getattr(module, loop)
+            assert isinstance(step, Step) and step.updates + step.skipped > 0
+
+
+def blocks_of(page):
+    return [piece["block"] for piece in PIECE.finditer(page.read_text()) if piece["block"]]
+
+
+def without_comments(code):
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    left_out = (tokenize.COMMENT, tokenize.NL)
+    return [token.string for token in tokens if token.type not in left_out]
+
+
+def test_the_chinese_pages_are_those_of_the_quick_start_and_the_primitives():
+    translated = {DOCS / "index.md", *(DOCS / "primitives").glob("*.md")}
+    assert {page.relative_to(DOCS / "zh") for page in (DOCS / "zh").rglob("*.md")} == {p.relative_to(DOCS) for p in translated}
+    for page in translated:
+        ours, theirs = blocks_of(page), blocks_of(DOCS / "zh" / page.relative_to(DOCS))
+        assert list(map(without_comments, ours)) == list(map(without_comments, theirs)), page
+
+
+def test_links_between_pages_lead_somewhere():
+    """And to a heading of the page, where they name one; `make docs` looks at all of it."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text()):
+            path, _, _anchor = target.partition("#")
+            assert not path or (page.parent / path).exists(), f"{page}: {target}"
+
+
+def test_nobody_is_told_to_install_what_belongs_to_somebody_else():
+    for page in PAGES:
+        assert not re.search(r"(pip|uv|conda|poetry)\b.*\b(install|add) .*\btrainkit\b(?!/)", page.read_text()), page
+
+
+@pytest.mark.skipif(shutil.which("mkdocs") is None, reason="needs the docs extra: `make docs`")
+def test_the_site_is_built_without_a_warning(tmp_path):
+    subprocess.run(["mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path], cwd=ROOT, check=True)
