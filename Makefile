@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEVICE ?= cpu
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench docs lint clean
 
 demo: .venv/ready
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -15,6 +15,10 @@ test: .venv/ready
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py --device $(DEVICE) $(ARGS)
+
+# The variable is about mkdocs-material's own future.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -34,5 +38,10 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
+# What makes site/ from docs/.
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

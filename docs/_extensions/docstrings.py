@@ -1,18 +1,20 @@
-"""Docstrings as they are written here, in Markdown: literal blocks after ``::`` become fenced ones, and double backticks single."""
+"""Docstrings as they are written here, made Markdown: ``::`` and the block below it are a fence, double backticks are single."""
 
 import re
 from typing import Any
 
 from griffe import Extension, Object
 
-# A paragraph that ends with `::`, and all that is indented further below it.
-_LITERAL = re.compile(r"::\n\n((?:    .*\n|\n)+)", re.MULTILINE)
+# What ends a paragraph, and all that is indented below it. Sections have none of these.
+_LITERAL = re.compile(r"::\n\n((?:    .*\n|\n)+)")
 
 
 def to_markdown(text: str) -> str:
     """The same docstring; its sections stay as they are."""
-    # In the pages of sections an example stands in the plural, and only then are its lines of >>> read as code.
+    # A section of that name is known in the plural, and only in a known one are lines of >>> read as code.
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+    # The first word before a colon is read as a type, and two of them as a tuple.
+    text = re.sub(r"^( +\w+Error), (\w+Error):", r"\1 | \2:", text, flags=re.MULTILINE)
     text = _LITERAL.sub(lambda found: f":\n\n```python\n{_dedented(found[1])}\n```\n\n", f"{text}\n")
     return re.sub(r"(?<!`)``(?!`)", "`", text).rstrip()
 
