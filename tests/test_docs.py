@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import nn
 
+import trainkit
 from trainkit import Step
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,10 @@ def test_the_chinese_pages_are_those_of_the_quick_start_and_the_primitives():
     for page in translated:
         ours, theirs = blocks_of(page), blocks_of(DOCS / "zh" / page.relative_to(DOCS))
         assert list(map(without_comments, ours)) == list(map(without_comments, theirs)), page
+
+
+def test_the_reference_has_all_that_is_public():
+    assert set(re.findall(r"^::: trainkit\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)) == set(trainkit.__all__)
 
 
 def test_links_between_pages_lead_somewhere():
