@@ -25,12 +25,14 @@ from torch import nn
 
 import trainkit
 from trainkit import (
+    History,
     Step,
     accumulate,
     amp,
     freeze,
     frozen,
     frozen_parameters,
+    model_summary,
     train_step,
     trainable_parameters,
     unfreeze,
@@ -374,6 +376,15 @@ CALLS = {
     "over(x)": lambda w, x: w.step.over(x),
     "list(over(x))": lambda w, x: [None for _, _ in zip(range(9), w.step.over(x), strict=False)],
     "over(_, x)": lambda w, x: w.step.over([], x),
+    "over(progress=x)": lambda w, x: list(w.step.over([], progress=x)),
+    "History(x)": lambda w, x: History(x),
+    "History(_, log=x)": lambda w, x: History(w.step, log=x),
+    "History.load_state_dict(x)": lambda w, x: History(w.step).load_state_dict(x),
+    "History.load_state_dict({rows: x})": lambda w, x: History(w.step).load_state_dict(
+        {"columns": History(w.step).columns, "rows": x}
+    ),
+    "model_summary(x)": lambda w, x: model_summary(x),
+    "model_summary(_, x)": lambda w, x: model_summary(w.model, x),
     "over([x])": lambda w, x: list(w.step.over([x, x])),
     "length": lambda w, x: train_step(w.optimizer, accumulate(length_returns(x)))(w.loss)(),
     "load_state_dict(x)": lambda w, x: w.step.load_state_dict(x),

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from trainkit import accumulate, amp, resumable, train_step
-from trainkit.scaler import Answer
+from trainkit.answer import Answer
 from trainkit.storage import _hash, _write_manifest
 
 ALWAYS = timedelta(0)

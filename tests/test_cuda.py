@@ -1,13 +1,14 @@
 """What only a GPU can show; elsewhere these are skipped."""
 
 import copy
+import io
 import math
 
 import pytest
 import torch
 from oracles import distance, loss_of, make_batches, make_model
 
-from trainkit import accumulate, amp, train_step
+from trainkit import History, accumulate, amp, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 BATCHES = (
@@ -100,3 +101,25 @@ def test_a_whole_window_can_be_captured_in_a_cuda_graph(dtype):
             eager(batch)
         graph.replay()
     assert distance(list(model.parameters()), list(expected.parameters())) <= 1e-5
+
+
+@pytest.mark.parametrize("weight", [None, 3, "on the device"])
+def test_recording_logging_and_showing_wait_for_nothing(weight, error_where_the_host_waits):
+    model, optimizer = made()
+    weight = torch.tensor(3, device="cuda") if weight == "on the device" else weight
+    rows = []
+
+    @train_step(optimizer, accumulate(2), amp(dtype=torch.float16), max_norm=0.1)
+    def step(batch):
+        return loss_of(model, batch) if weight is None else (loss_of(model, batch), weight)
+
+    silent, logging = History(step), History(step, log=lambda numbers, update: rows.append(update))
+    for seen, batch in enumerate(step.over(BATCHES, progress={"file": io.StringIO(), "mininterval": 0})):
+        if seen == 4:
+            error_where_the_host_waits()
+        step(batch)
+        if seen == 6:
+            torch.cuda.set_sync_debug_mode("default")
+    assert rows == silent["update"] == logging["update"] == [1, 2, 3, 4]
+    assert silent["loss"] == logging["loss"] and silent["loss_scale"] == [65536.0] * 4
+    assert silent["peak_memory"][-1] > 0

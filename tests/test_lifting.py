@@ -138,7 +138,7 @@ def test_the_options_of_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["acumulate"], "trainkit has no 'acumulate' to lift: `lift accumulate`; it has Step, "),
+        (["acumulate"], "trainkit has no 'acumulate' to lift: `lift accumulate`; it has "),
         ([], "give the names to lift, `lift accumulate amp`, or all of them, `lift --all`"),
         (["--all", "amp"], "give the names to lift"),
     ],

@@ -19,7 +19,8 @@ def test_only_torch_and_the_standard_library_are_imported():
 
 
 def test_what_only_some_need_is_imported_when_they_do():
-    assert "torch.distributed.checkpoint" not in loaded_by("import trainkit")
+    loaded = loaded_by("import trainkit")
+    assert not {"torch.distributed.checkpoint", "tqdm", "matplotlib", "pandas"} & set(loaded)
 
 
 def test_imports_run_one_way():
@@ -40,13 +41,19 @@ def test_imports_run_one_way():
         "gradients": {"gradients", "plan"},
         "backward": {"backward"},
         "generators": {"generators"},
-        "scaler": {"scaler", "gradients", "parallel", "plan", "precautions", "update", "window"},
+        "scaler": {"scaler", "answer", "gradients", "parallel", "plan", "precautions", "update", "window"},
         "result": {"result", "window"},
+        "answer": {"answer"},
+        "readings": {"readings", "answer", "result", "window"},
+        "progress": {"progress", "answer", "loaders", "parallel", "readings", "result", "window"},
+        "plots": {"plots", "answer", "readings", "result", "window"},
+        "summary": {"summary", "layers"},
         "randomness": {"randomness"},
         "storage": {"storage", "parallel"},
         "places": {"places", "loaders", "parallel", "randomness"},
     }
-    above["step"] = {"step", "backward", "generators", "loaders", "losses", "result"} | above["scaler"]
+    above["step"] = {"step", "backward", "generators", "loaders", "losses", "progress", "readings", "result"} | above["scaler"]
+    above["history"] = {"history", "plots"} | above["step"]
     above["batches"] = {"batches"}
     above["compose"] = {"compose", *above["step"]}
     above["parts"] = {"parts", *above["compose"]}
@@ -60,6 +67,7 @@ def test_imports_run_one_way():
 
 def test_nothing_else_is_public():
     assert sorted(trainkit.__all__) == [
+        "History",
         "Step",
         "StepResult",
         "accumulate",
@@ -68,6 +76,7 @@ def test_nothing_else_is_public():
         "frozen",
         "frozen_parameters",
         "microbatch",
+        "model_summary",
         "recompute",
         "resumable",
         "train_step",

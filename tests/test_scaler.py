@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainkit import accumulate, amp, train_step
-from trainkit.scaler import Answer, LossScale, Streak
+from trainkit.answer import Answer
+from trainkit.scaler import LossScale, Streak
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(1, 3), st.booleans())

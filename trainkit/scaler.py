@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainkit.answer import Answer
 from trainkit.gradients import Gradients
 from trainkit.plan import Plan
 from trainkit.precautions import not_finite, warn_of_missing
@@ -170,28 +171,3 @@ class Streak:
         self._asked = None
         self.length = self.length + len(found) if all(found) else found[::-1].index(False)
         return self.length >= self.limit
-
-
-class Answer:
-    """Numbers on their way from the device.
-
-    A CPU has them at once. From an accelerator a copy is started, and the host need not wait for it until they matter.
-    """
-
-    def __init__(self, numbers: bool | Tensor) -> None:
-        self._numbers = numbers
-        self._event: torch.Event | None = None
-        if isinstance(numbers, Tensor) and numbers.device.type in ("cuda", "xpu"):
-            self._numbers = numbers.to("cpu", non_blocking=True)
-            self._event = torch.Event(numbers.device)
-            self._event.record()
-
-    def known(self) -> bool:
-        """Whether they are there without waiting for them."""
-        return self._event is None or self._event.query()
-
-    def read(self) -> bool | Tensor:
-        """They themselves; waits for them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._numbers

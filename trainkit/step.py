@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from trainkit.answer import Answer
 from trainkit.backward import run_backward
 from trainkit.generators import run_to_end, run_to_yield
 from trainkit.gradients import Gradients
@@ -25,8 +26,10 @@ from trainkit.losses import read_loss
 from trainkit.parallel import Wrappers, count_ranks, over_ranks, tell_all
 from trainkit.plan import Plan, Surrounding
 from trainkit.precautions import keep_casts_fresh, refuse_float16, refuse_plan
+from trainkit.progress import with_progress
+from trainkit.readings import Readings
 from trainkit.result import StepResult
-from trainkit.scaler import Answer, Scaler, check_count
+from trainkit.scaler import Scaler, check_count
 from trainkit.update import forget_scale
 from trainkit.window import Chunk, Weight, Window, widened
 
@@ -65,6 +68,7 @@ class Step(Generic[P]):
         self._ended_early = False
         self._delivery: Delivery | None = None
         self._resumable: Any = None
+        self._watchers: list[Readings] = []
         self._gradients = Gradients(plan)
         self._window: Window | None = None
         # The micro-batch under way.
@@ -211,7 +215,7 @@ class Step(Generic[P]):
         if self._result.loss is None:
             self._result.loss = detached
 
-    def over(self, loader: Iterable[T], *other_steps: Step[Any]) -> Iterator[T]:
+    def over(self, loader: Iterable[T], *other_steps: Step[Any], progress: bool | Mapping[str, Any] = False) -> Iterator[T]:
         """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
 
         Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader without a length is read
@@ -221,8 +225,17 @@ class Step(Generic[P]):
         which counts nothing in any window. They agree before every window; a loader without a length is then read ahead by a
         window and one batch.
 
+        Args:
+            loader: what a loop can go over.
+            other_steps: further steps whose windows end with the loader.
+            progress: True shows a bar of tqdm, in a terminal and in a notebook, with the smoothed loss, the gradient norm, the
+                learning rate, the loss scale, updates that were skipped, and rows per second, or tokens where the step gives
+                weights. A mapping has arguments for tqdm, ``progress={"desc": "epoch 3"}``. Numbers are shown as they arrive
+                from the device, and nothing waits for them. On several ranks the first shows one, with its own numbers.
+
         Raises:
-            TypeError: where something is given that is no loader, or no step.
+            TypeError: where something is given that is no loader, or no step; or for another ``progress``.
+            ImportError: with ``progress``, where tqdm is not installed.
             ValueError: on several ranks, where one of them has no batch at all.
 
         Warns:
@@ -241,7 +254,9 @@ class Step(Generic[P]):
         for step in other_steps:
             if not isinstance(step, Step):
                 raise TypeError(f"step.over takes a loader and then steps, got {step!r}: `step_d.over(loader, step_g)`")
-        return _over(loader, (self, *other_steps))
+        steps = (self, *other_steps)
+        batches = _over(loader, steps)
+        return batches if progress is False else with_progress(batches, loader, steps, progress)
 
     def discard(self) -> None:
         """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
@@ -461,6 +476,8 @@ class Step(Generic[P]):
             self._ended_early = True
         self.settle()
         self._is_closing = True
+        for watcher in self._watchers:
+            watcher.before_update()
         if self._over_ranks is not None:
             window.total, window.count = self._over_ranks()
             self._over_ranks = None
@@ -483,6 +500,8 @@ class Step(Generic[P]):
             self._gradients.forget()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         result._settle = self.settle
+        for watcher in self._watchers:
+            watcher.after_update(result)
         if owed is not None and owed.known():
             self.settle()
 
@@ -513,6 +532,8 @@ def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     finally:
         for step, (at_last_batch, before) in zip(steps, found, strict=True):
             step._at_last_batch, step._delivery = at_last_batch, before
+        for watcher in [watcher for step in steps for watcher in step._watchers]:
+            watcher.flush()
     for step in steps:
         step.settle()
         if step._window is not None and step._window.losses:
