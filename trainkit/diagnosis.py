@@ -15,10 +15,9 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-import torch
-
 from trainkit.machine import Machine, examine
-from trainkit.trial import WrongTarget, run_trial
+from trainkit.targets import WrongTarget
+from trainkit.trial import run_trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +58,9 @@ def advise(machine: Machine) -> Advice:
         elif device.capability in ((5, 3), (6, 0), (6, 2)) or device.capability >= (7, 0):
             reason += "; no tensor cores: expect less memory, and little more speed"
         else:
-            dtype, reason = "float32", "float16 arithmetic is slower here than that of float32, and there are no tensor cores"
+            dtype, reason = "float32", "float16 is no faster here than float32, and there are no tensor cores"
     elif machine.kind == "cpu":
+        tensor_cores = False
         if machine.native_bfloat16:
             reason = "this CPU multiplies bfloat16 natively; no loss scale needed"
         else:
@@ -85,7 +85,12 @@ def _faults_of_accelerator(m: Machine) -> Iterator[tuple[str, str, str, str]]:
     if m.driver and m.kind == "cpu":
         if m.cuda is None:
             why = "training runs on the CPU, and the GPU stands idle"
-            yield "error", f"an NVIDIA GPU (driver {m.driver}), and a torch for the CPU alone", why, f"install torch for CUDA: {install}"
+            yield (
+                "error",
+                f"an NVIDIA GPU (driver {m.driver}), and a torch without CUDA",
+                why,
+                f"install torch for CUDA: {install}",
+            )
         elif m.visible is not None and not m.cuda_warning:
             why = "torch sees no GPU, although there is one"
             yield "warning", f"CUDA_VISIBLE_DEVICES={m.visible!r}", why, "`unset CUDA_VISIBLE_DEVICES`, unless it is meant"
@@ -156,8 +161,8 @@ def _runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> boo
 
 def report(machine: Machine, advice: Advice, findings: list[Finding]) -> str:
     """The diagnosis as text, at most 100 characters wide."""
-    built = f"CUDA {machine.cuda}" if machine.cuda else f"ROCm {machine.rocm}" if machine.rocm else "no CUDA"
-    rows = [("torch", f"{machine.torch}, built for {built}; Python {machine.python}")]
+    built = f"CUDA {machine.cuda}" if machine.cuda else f"ROCm {machine.rocm}" if machine.rocm else machine.kind.upper()
+    rows = [("torch", f"{machine.torch}, for {built}; Python {machine.python}")]
     if machine.driver:
         rows.append(("NVIDIA driver", machine.driver))
     for index, device in enumerate(machine.devices):
@@ -165,16 +170,15 @@ def report(machine: Machine, advice: Advice, findings: list[Finding]) -> str:
         capability = "compute capability {}.{}".format(*device.capability) if device.capability else ""
         name = "cpu" if machine.kind == "cpu" else f"{machine.kind}:{index}"
         rows.append((name, "; ".join(filter(None, (device.name, memory, capability)))))
-    words = {True: "yes", False: "no", None: "not known"}
     compiles = {None: "not tried", "": "works"}.get(machine.compile_failure, "does not work")
     emulated = "emulated" if machine.native_bfloat16 is False else "native" if machine.native_bfloat16 else "not known"
     rows += [
         ("CPUs", f"{machine.cpus}, threads {machine.threads}"),
         ("ranks", f"this is {machine.rank} of {machine.ranks}" if machine.ranks else "one process, without torchrun"),
         ("bfloat16", emulated),
-        ("tensor cores", words[advice.tensor_cores] if machine.kind != "cpu" else "no"),
-        ("TF32", "off" if machine.float32_matmul == "highest" else "on"),
-        ("fused", ", ".join(machine.fused) or "none"),
+        ("tensor cores", {True: "yes", False: "no", None: "not known"}[advice.tensor_cores]),
+        ("TF32", "off" if machine.float32_matmul == "highest" else "allowed, where the device has it"),
+        ("fused", ", ".join(machine.fused) or "no optimizer"),
         ("torch.compile", compiles),
     ]
     lines = [_wrapped(f"{name:<16}", text) for name, text in rows]
@@ -221,11 +225,12 @@ def _run(options: argparse.Namespace) -> int:
             print(f"python -m trainkit doctor: {error}", file=sys.stderr)
             return 2
         return 0
+    if not (options.json or options.no_compile):
+        print("This tries torch.compile, which may take a minute; --no-compile leaves it out.", file=sys.stderr)
     machine = examine(try_compile=not options.no_compile)
     advice, findings = advise(machine), find_faults(machine)
     if options.json:
-        values = {"machine": machine, "advice": advice}
-        known = {name: dataclasses.asdict(value) for name, value in values.items()}
+        known = {"machine": dataclasses.asdict(machine), "advice": dataclasses.asdict(advice)}
         print(json.dumps({**known, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
     else:
         print(report(machine, advice, findings))

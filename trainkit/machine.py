@@ -95,7 +95,7 @@ def examine(try_compile: bool = True) -> Machine:
             rocm=torch.version.hip,
             architectures=tuple(torch.cuda.get_arch_list()),
             kind=kind,
-            devices=_devices(kind),
+            devices=_describe(kind),
             failure=_failure(kind),
             amp_dtype=str(native_dtype(kind)).removeprefix("torch."),
             native_bfloat16=_native_bfloat16(kind),
@@ -115,7 +115,7 @@ def examine(try_compile: bool = True) -> Machine:
         )
 
 
-def _devices(kind: str) -> tuple[Device, ...]:
+def _describe(kind: str) -> tuple[Device, ...]:
     if kind == "cpu":
         names = re.findall(r"^model name\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
         page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
@@ -148,7 +148,7 @@ def _failure(kind: str) -> str:
 
 def _native_bfloat16(kind: str) -> bool | None:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if kind == "cpu" and (cpuinfo := _read("/proc/cpuinfo")):
         # As Linux calls them on x86, where one of two is enough, and on ARM.
         return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpuinfo.split()))

@@ -2,39 +2,32 @@
 
 Each part takes steps from the same parameters, on the same batch, with AdamW, one part after the other and again. A time is
 that of a step after the first, and the median of several. Memory is the peak of such a step: on an accelerator all that torch
-has allocated, parameters and optimizer included; on a CPU what the step itself allocates, as torch.profiler records it.
+has allocated, parameters and optimizer included; on a CPU what the step itself allocates, as torch.profiler records it. The
+largest batch is looked for on an accelerator, by running out of its memory, and up to 64 times the batch given.
 With ``--json``: ``target``, ``device``, ``rows`` of the batch, ``steps``, ``variants``, each a ``Measurement``, and ``advice``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
 import gc
-import importlib
-import inspect
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import nn
 
+from trainkit.allocation import allocated_by
 from trainkit.compose import train_step
 from trainkit.freezing import frozen, trainable_parameters
 from trainkit.microbatching import Batch, is_out_of_memory
 from trainkit.parts import amp, microbatch
 from trainkit.recomputation import recompute
-
-
-class WrongTarget(ValueError):
-    """What was asked for on the command line cannot be tried; the message says what can."""
+from trainkit.targets import WrongTarget, find_function, make, mapped, place_of
 
 
 @dataclasses.dataclass
@@ -62,10 +55,10 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
     """Measures what the function returns with each part, and all of them; returns a table, or a JSON object."""
     if steps < 1:
         raise WrongTarget(f"--steps is the number to take the median of, got {steps}: `--steps 5`")
-    model, batch, loss_fn = _made(target, find_function(target))
-    place = _place(device)
+    model, batch, loss_fn = make(target, find_function(target))
+    place = place_of(device)
     trial = _Trial(model.to(place).train(), mapped(batch, lambda tensor: tensor.to(place)), loss_fn, place)
-    variants = _variants(model, layers)
+    variants = _variants(model, layers, trial.rows)
     measured = trial.measure(variants, steps)
     advice = _conclusions(measured)
     if as_json:
@@ -77,63 +70,12 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
     return "\n".join([*lines, "", *advice])
 
 
-def find_function(target: str) -> Callable[[], Any]:
-    """The function that MODULE:FUNCTION names; WrongTarget, with the corrected form, where there is none."""
-    path, _, name = target.partition(":")
-    module_name = path.removesuffix(".py").strip("./").replace("/", ".")
-    if path != module_name or not name.isidentifier():
-        corrected = f"{module_name or 'train'}:{name if name.isidentifier() else 'make_model'}"
-        raise WrongTarget(f"{target!r} is not MODULE:FUNCTION: `python -m trainkit doctor {corrected}`")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # something that the module itself imports
-        here = sorted(path.stem for path in Path().glob("*.py"))
-        near = difflib.get_close_matches(module_name, here, 1) or here[:1] or ["train"]
-        raise WrongTarget(f"there is no module {error.name!r} here: `python -m trainkit doctor {near[0]}:{name}`") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
-        near = difflib.get_close_matches(name, known, 1) or known[:1] or ["make_model"]
-        what = "has no function" if function is None else f"has a {type(function).__name__}, and no function,"
-        raise WrongTarget(f"{module_name} {what} {name!r}: `python -m trainkit doctor {module_name}:{near[0]}`")
-    needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind not in (2, 4)]
-    if needed:
-        raise WrongTarget(f"{name} is called without arguments, and needs {', '.join(needed)}: give them defaults")
-    return function  # type: ignore[no-any-return]
-
-
-def _made(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Callable[..., Any] | None]:
-    made = function()
-    model, batch, loss_fn = (*made, None, None, None)[:3] if isinstance(made, (tuple, list)) else (None, None, None)
-    is_batch = isinstance(batch, (Tensor, tuple, list, Mapping))
-    fits = isinstance(made, (tuple, list)) and len(made) in (2, 3) and isinstance(model, nn.Module) and is_batch
-    if not fits or not (loss_fn is None or callable(loss_fn)):
-        came = [type(item).__name__ for item in made] if isinstance(made, (tuple, list)) else type(made).__name__
-        raise WrongTarget(
-            f"{target} returned {came}: `return model, batch` or `return model, batch, loss_fn`, a module, a tensor, tuple or "
-            "mapping, and a function of both"
-        )
-    return model, batch, loss_fn
-
-
-def _place(device: str | None) -> torch.device:
-    if device is None:
-        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    try:
-        return torch.ones(1, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
-        reason = str(error).partition("\n")[0]
-        raise WrongTarget(f"nothing runs on --device {device}: {reason}; `--device cpu` runs everywhere") from error
-
-
-def _variants(model: nn.Module, layers: Sequence[str] | None) -> list[_Variant]:
+def _variants(model: nn.Module, layers: Sequence[str] | None, rows: int | None) -> list[_Variant]:
     frozen_layers = recomputed = list(layers or [])
     if layers is None:
-        lists = [(name, m) for kind in (nn.ModuleList, nn.Sequential) for name, m in model.named_modules() if type(m) is kind]
-        # Of all the containers the longest; a ModuleList before a Sequential, which holds other things than blocks too.
-        name, blocks = max(lists, key=lambda item: (type(item[1]) is nn.ModuleList, len(item[1])), default=("", nn.ModuleList()))
+        lists = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        # The longest; a ModuleList before a Sequential, which may hold other things than blocks.
+        name, blocks = max(lists, key=lambda item: (isinstance(item[1], nn.ModuleList), len(item[1])), default=("", []))
         frozen_layers, recomputed = ([f"{name}[:{len(blocks) // 2}]"], [f"{name}[:]"]) if len(blocks) > 1 else ([], [])
     try:
         nothing, freezing, recomputing = frozen(model, []), frozen(model, frozen_layers), recompute(model, recomputed)
@@ -142,10 +84,14 @@ def _variants(model: nn.Module, layers: Sequence[str] | None) -> list[_Variant]:
     variants = [_Variant("plain", nothing), _Variant("amp()", nothing, (amp(),))]
     if frozen_layers:
         variants.append(_Variant(f"frozen {' '.join(frozen_layers)}", freezing, (freezing,)))
-    variants.append(_Variant("microbatch, in four", nothing, cut=True))
+    variants.append(_Variant(f"microbatch({_quarter(rows)})", nothing, cut=True))
     if recomputed:
         variants.append(_Variant(f"recompute {' '.join(recomputed)}", nothing, (recomputing,)))
     return [*variants, _Variant("all of these", freezing, (amp(), freezing, recomputing), cut=True)]
+
+
+def _quarter(rows: int | None) -> int:
+    return max(-(-(rows or 1) // 4), 1)
 
 
 class _Trial:
@@ -154,13 +100,13 @@ class _Trial:
     def __init__(self, model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None, place: torch.device) -> None:
         self.model, self.batch, self.loss_fn, self.place = model, batch, loss_fn, place
         self.module = torch.get_device_module(place)
+        if place.index:
+            self.module.set_device(place)  # whose memory is then asked for
         self.values = [*model.parameters(), *model.buffers()]
         self.found = [value.detach().to("cpu", copy=True) for value in self.values]
         self.rows: int | None = None
-        try:
+        with suppress(ValueError):  # without tensors, or of different lengths, there is nothing to cut, and microbatch says so
             self.rows = Batch((batch,), {}).rows
-        except ValueError:  # no tensors, or of different lengths: there is nothing to cut, and microbatch says so
-            pass
 
     def measure(self, variants: list[_Variant], steps: int) -> list[Measurement]:
         measured = [Measurement(variant.name) for variant in variants]
@@ -192,7 +138,8 @@ class _Trial:
         try:
             return self.take(variant, batch, rows, memory)
         except Exception as error:
-            if not is_out_of_memory(error) and (variant.name == "plain" or isinstance(error, WrongTarget)):
+            is_own = variant.name == "plain" and batch is self.batch  # or the function's, and not due to a part or a size
+            if not is_out_of_memory(error) and (is_own or isinstance(error, WrongTarget)):
                 raise
             failure = _NO_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         gc.collect()  # only here, where the error is gone, its frames hold no activations
@@ -211,7 +158,7 @@ class _Trial:
             optimizer = torch.optim.AdamW(parameters, fused=True)
         except RuntimeError:  # not on this device
             optimizer = torch.optim.AdamW(parameters)
-        parts = (*variant.parts, microbatch(max(-(-(rows or 1) // 4), 1))) if variant.cut else variant.parts
+        parts = (*variant.parts, microbatch(_quarter(rows))) if variant.cut else variant.parts
         step = train_step(optimizer, *parts)(self.loss)
         synchronize = getattr(self.module, "synchronize", bool)
         step(batch)  # which makes the state of the optimizer, and whatever is made once
@@ -234,8 +181,8 @@ class _Trial:
             output = self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
         if getattr(output, "loss", None) is None and not (isinstance(output, Mapping) and "loss" in output):
             raise WrongTarget(
-                f"the model returns a {type(output).__name__} without a loss: `return model, batch, loss_fn`, where "
-                "`loss_fn(model, batch)` is one"
+                f"the model returns a {type(output).__name__} without a loss: put labels into the batch, or "
+                "`return model, batch, loss_fn`, where `loss_fn(model, batch)` is one"
             )
         return output
 
@@ -243,45 +190,15 @@ class _Trial:
 _NO_MEMORY = "out of memory"
 
 
-def largest_that(fits: Callable[[int], bool], rows: int, most: int = 2**20) -> int:
-    """The largest number of rows that fits, to within 1/16, and at most ``most``; 0 where one does not."""
-    fitting, failing = 0, most + 1
-    while fitting < most and failing - fitting > max(1, fitting // 16):
-        count = min(rows, most) if not fitting else min(2 * fitting, most) if failing > most else (fitting + failing) // 2
-        if not fitting and failing <= most:
-            count = failing // 2
-        if count and fits(count):
-            fitting = count
-        else:
-            failing = count
+def largest_that(fits: Callable[[int], bool], rows: int, times: int = 64) -> int:
+    """The largest number of rows that fits, to within 1/16; no more than ``times * rows`` are tried. 0 where not one fits."""
+    fitting, failing = 0, rows
+    while failing <= times * rows and fits(failing):
+        fitting, failing = failing, 2 * failing
+    while failing <= times * rows and failing - fitting > max(1, fitting // 16):
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
     return fitting
-
-
-def allocated_by(function: Callable[[], Any]) -> int:
-    """The most bytes of CPU memory that were allocated at once while a function ran, over those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        recorded.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = [event["args"] for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
-    totals = [change["Total Allocated"] for change in changes]
-    return max(totals) - (totals[0] - changes[0]["Bytes"]) if changes else 0
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with a function applied to each of its tensors, in tuples, lists and mappings at any depth."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [mapped(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for name, item in value.items():
-            found[name] = mapped(item, function)
-        return found
-    return value
 
 
 def _table(measured: list[Measurement]) -> list[str]:
@@ -301,16 +218,20 @@ def _ratio(value: float | None, plain: float | None) -> str:
 
 
 def _conclusions(measured: list[Measurement]) -> list[str]:
-    plain, amp_, *others = measured
-    lines = []
-    if plain.seconds and amp_.seconds:
-        ratio = amp_.seconds / plain.seconds
-        line = f"amp() takes {ratio:.2f}x the time of plain: " + ("use it." if ratio < 0.95 else "leave it out, unless for memory.")
-        lines.append(line)
+    plain, half, *others = measured
+    if plain.seconds is None or plain.peak_bytes is None or half.seconds is None:
+        fitting = [m.name for m in measured if not m.failure]
+        return (
+            [f"This batch does not fit as it is; it does with {', '.join(fitting) or 'none of these'}."] if plain.failure else []
+        )
+    ratio = half.seconds / plain.seconds
+    lines = [f"amp() takes {ratio:.2f}x the time: {'use it' if ratio < 0.95 else 'leave it out, unless for memory'}."]
     exact = [m for m in others if m.name.startswith(("microbatch", "recompute")) and m.seconds and m.peak_bytes]
-    saving = [m for m in exact if plain.peak_bytes is None or (m.peak_bytes or 0) < 0.9 * plain.peak_bytes]
+    saving = [m for m in exact if (m.peak_bytes or 0) < 0.9 * plain.peak_bytes]
     if saving:
         best = min(saving, key=lambda m: m.seconds or 0)
-        memory = _ratio(best.peak_bytes, plain.peak_bytes)
-        lines.append(f"Where memory is short, {best.name} first: {memory} of it in {_ratio(best.seconds, plain.seconds)} the time.")
+        memory, times = _ratio(best.peak_bytes, plain.peak_bytes), _ratio(best.seconds, plain.seconds)
+        lines.append(
+            f"Where memory is short, first {best.name}: {memory} the memory in {times} the time, and the same gradients."
+        )
     return lines

@@ -1,0 +1,84 @@
+"""What ``doctor MODULE:FUNCTION`` is given: the function, the model and the batch that it returns, and where they are to run."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WrongTarget(ValueError):
+    """What was asked for on the command line cannot be tried; the message says what can."""
+
+
+def find_function(target: str) -> Callable[[], Any]:
+    """The function that MODULE:FUNCTION names; WrongTarget, with the corrected form, where there is none."""
+    path, _, name = target.partition(":")
+    module_name = path.removesuffix(".py").strip("./").replace("/", ".")
+    if path != module_name or not name.isidentifier():
+        corrected = f"{module_name or 'train'}:{name if name.isidentifier() else 'make_model'}"
+        raise WrongTarget(f"{target!r} is not MODULE:FUNCTION: `python -m trainkit doctor {corrected}`")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        here = sorted(path.stem for path in Path().glob("*.py"))
+        near = difflib.get_close_matches(module_name, here, 1) or here[:1] or ["train"]
+        raise WrongTarget(f"there is no module {error.name!r} here: `python -m trainkit doctor {near[0]}:{name}`") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
+        near = difflib.get_close_matches(name, known, 1) or known[:1] or ["make_model"]
+        what = "has no function" if function is None else f"has a {type(function).__name__}, and no function,"
+        raise WrongTarget(f"{module_name} {what} {name!r}: `python -m trainkit doctor {module_name}:{near[0]}`")
+    needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind not in (2, 4)]
+    if needed:
+        raise WrongTarget(f"{name} is called without arguments, and needs {', '.join(needed)}: give them defaults")
+    return function  # type: ignore[no-any-return]
+
+
+def make(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Callable[..., Any] | None]:
+    made = function()
+    model, batch, loss_fn = (*made, None, None, None)[:3] if isinstance(made, (tuple, list)) else (None, None, None)
+    is_batch = isinstance(batch, (Tensor, tuple, list, Mapping))
+    fits = isinstance(made, (tuple, list)) and len(made) in (2, 3) and isinstance(model, nn.Module) and is_batch
+    if not fits or not (loss_fn is None or callable(loss_fn)):
+        came = [type(item).__name__ for item in made] if isinstance(made, (tuple, list)) else type(made).__name__
+        raise WrongTarget(
+            f"{target} returned {came}: `return model, batch` or `return model, batch, loss_fn`, a module, a tensor, tuple or "
+            "mapping, and a function of both"
+        )
+    return model, batch, loss_fn
+
+
+def place_of(device: str | None) -> torch.device:
+    if device is None:
+        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+    try:
+        return torch.ones(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+        reason = str(error).partition("\n")[0]
+        raise WrongTarget(f"nothing runs on --device {device}: {reason}; `--device cpu` runs everywhere") from error
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with a function applied to each of its tensors, in tuples, lists and mappings at any depth."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        items = [mapped(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for name, item in value.items():
+            found[name] = mapped(item, function)
+        return found
+    return value
