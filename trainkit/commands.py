@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from trainkit.diagnosis import add_doctor
 from trainkit.lifting import add_lift
 
 
@@ -13,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainkit", description="Tools around training steps.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_lift(commands)
+    add_doctor(commands)
     chosen = parser.parse_args(arguments)
     status: int = chosen.run(chosen)
     return status

@@ -14,6 +14,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from trainkit.machine import Machine, examine
 from trainkit.targets import WrongTarget
@@ -84,13 +85,8 @@ def _faults_of_accelerator(m: Machine) -> Iterator[tuple[str, str, str, str]]:
     install = "https://pytorch.org/get-started/locally"
     if m.driver and m.kind == "cpu":
         if m.cuda is None:
-            why = "training runs on the CPU, and the GPU stands idle"
-            yield (
-                "error",
-                f"an NVIDIA GPU (driver {m.driver}), and a torch without CUDA",
-                why,
-                f"install torch for CUDA: {install}",
-            )
+            found, remedy = f"an NVIDIA GPU (driver {m.driver}), and a torch without CUDA", f"install torch for CUDA: {install}"
+            yield "error", found, "training runs on the CPU, and the GPU stands idle", remedy
         elif m.visible is not None and not m.cuda_warning:
             why = "torch sees no GPU, although there is one"
             yield "warning", f"CUDA_VISIBLE_DEVICES={m.visible!r}", why, "`unset CUDA_VISIBLE_DEVICES`, unless it is meant"
@@ -201,8 +197,8 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command ``doctor`` to a command line."""
+def add_doctor(commands: Any) -> None:
+    """Adds ``doctor`` to the commands of ``python -m trainkit``."""
     about = "says what this machine can do and what to use; with MODULE:FUNCTION, what each part does for your own model"
     parser = commands.add_parser("doctor", help=about, description=about)
     returns = "a function that returns (model, batch) or (model, batch, loss_fn), where loss_fn(model, batch) is a loss"
@@ -214,10 +210,10 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     trial.add_argument("--device", help="where to run; else on the accelerator, or the CPU")
     layers = "what to freeze and recompute, also several times; else the longest ModuleList, its lower half and all of it"
     trial.add_argument("--layers", metavar="PATTERN", action="append", help=layers)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_doctor)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _doctor(options: argparse.Namespace) -> int:
     if options.target is not None:
         try:
             print(run_trial(options.target, options.steps, options.device, options.layers, options.json))

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from trainkit.allocation import allocated_by
+from trainkit.batches import Batch
 from trainkit.compose import train_step
 from trainkit.freezing import frozen, trainable_parameters
-from trainkit.microbatching import Batch, is_out_of_memory
-from trainkit.parts import amp, microbatch
+from trainkit.microbatching import is_out_of_memory, microbatch
+from trainkit.parts import amp
 from trainkit.recomputation import recompute
 from trainkit.targets import WrongTarget, find_function, make, mapped, place_of
 
