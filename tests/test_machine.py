@@ -1,6 +1,5 @@
 """The facts, on a machine that is not there: torch answers as it does on each of these."""
 
-import subprocess
 import sys
 import types
 import warnings
@@ -153,7 +152,7 @@ def test_the_driver_is_that_of_a_gpu_that_is_there(monkeypatch, tmp_path):
 def test_compiling_is_tried_by_itself(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # as if it worked, without what it takes
     assert found_by._compile_failure("cpu") == ""
-    assert "timed" not in found_by._compile_failure("cpu", 0.01) and "0 seconds" in found_by._compile_failure("cpu", 0.01)
+    assert found_by._compile_failure("cpu", 0.01) == "not done after 0 seconds"
 
 
 def test_compiling_without_a_compiler_says_so(monkeypatch):
@@ -165,4 +164,3 @@ def test_compiling_without_a_compiler_says_so(monkeypatch):
 def test_a_process_that_dies_gives_its_status(monkeypatch):
     monkeypatch.setattr(found_by, "_TO_COMPILE", "import os; os._exit(7)")
     assert found_by._compile_failure("cpu") == "exit status 7"
-    assert subprocess.run([sys.executable, "-c", "import os; os._exit(7)"]).returncode == 7
