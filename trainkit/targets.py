@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-class WrongTarget(ValueError):
+class WrongTarget(Exception):
     """What was asked for on the command line cannot be tried; the message says what can."""
 
 
@@ -22,7 +23,7 @@ def find_function(target: str) -> Callable[[], Any]:
     """The function that MODULE:FUNCTION names; WrongTarget, with the corrected form, where there is none."""
     path, _, name = target.partition(":")
     module_name = path.removesuffix(".py").strip("./").replace("/", ".")
-    if path != module_name or not name.isidentifier():
+    if not module_name or path != module_name or not name.isidentifier():
         corrected = f"{module_name or 'train'}:{name if name.isidentifier() else 'make_model'}"
         raise WrongTarget(f"{target!r} is not MODULE:FUNCTION: `python -m trainkit doctor {corrected}`")
     try:
@@ -37,21 +38,24 @@ def find_function(target: str) -> Callable[[], Any]:
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
         near = difflib.get_close_matches(name, known, 1) or known[:1] or ["make_model"]
-        what = "has no function" if function is None else f"has a {type(function).__name__}, and no function,"
-        raise WrongTarget(f"{module_name} {what} {name!r}: `python -m trainkit doctor {module_name}:{near[0]}`")
-    needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind not in (2, 4)]
-    if needed:
-        raise WrongTarget(f"{name} is called without arguments, and needs {', '.join(needed)}: give them defaults")
+        what = f"no function {name!r}" if function is None else f"for {name!r} an object of type {type(function).__name__}"
+        raise WrongTarget(f"{module_name} has {what}: `python -m trainkit doctor {module_name}:{near[0]}`")
+    with suppress(ValueError):  # what is not written in Python may not tell
+        parameters = inspect.signature(function).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if needed:
+            raise WrongTarget(f"{name} is called without arguments, and needs {', '.join(needed)}: give them defaults")
     return function  # type: ignore[no-any-return]
 
 
 def make(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Callable[..., Any] | None]:
+    """What the function returns, the loss function None where there is none; WrongTarget for anything else."""
     made = function()
-    model, batch, loss_fn = (*made, None, None, None)[:3] if isinstance(made, (tuple, list)) else (None, None, None)
+    items = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+    model, batch, loss_fn = (*items, None, None)[:3]
     is_batch = isinstance(batch, (Tensor, tuple, list, Mapping))
-    fits = isinstance(made, (tuple, list)) and len(made) in (2, 3) and isinstance(model, nn.Module) and is_batch
-    if not fits or not (loss_fn is None or callable(loss_fn)):
-        came = [type(item).__name__ for item in made] if isinstance(made, (tuple, list)) else type(made).__name__
+    if not (len(items) in (2, 3) and isinstance(model, nn.Module) and is_batch and (loss_fn is None or callable(loss_fn))):
+        came = ", ".join(type(item).__name__ for item in items)
         raise WrongTarget(
             f"{target} returned {came}: `return model, batch` or `return model, batch, loss_fn`, a module, a tensor, tuple or "
             "mapping, and a function of both"
@@ -60,6 +64,7 @@ def make(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Call
 
 
 def place_of(device: str | None) -> torch.device:
+    """The device of that name; for None the accelerator, or the CPU where there is none; WrongTarget if nothing runs there."""
     if device is None:
         return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
     try:

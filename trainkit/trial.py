@@ -67,7 +67,7 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
         return json.dumps({**known, "variants": [dataclasses.asdict(m) for m in measured], "advice": advice}, indent=2)
     size = "" if trial.rows is None else f", a batch of {trial.rows} rows"
     counted = "what a step allocates" if place.type == "cpu" else "all that is allocated"
-    lines = [f"{target} on {place}{size}; the median of {steps} steps; memory: the peak of {counted}", "", *_table(measured)]
+    lines = [f"{target} on {place}{size}", f"the median of {steps} steps; memory: the peak of {counted}", "", *_table(measured)]
     return "\n".join([*lines, "", *advice])
 
 
@@ -220,19 +220,17 @@ def _ratio(value: float | None, plain: float | None) -> str:
 
 def _conclusions(measured: list[Measurement]) -> list[str]:
     plain, half, *others = measured
-    if plain.seconds is None or plain.peak_bytes is None or half.seconds is None:
+    if plain.failure:
         fitting = [m.name for m in measured if not m.failure]
-        return (
-            [f"This batch does not fit as it is; it does with {', '.join(fitting) or 'none of these'}."] if plain.failure else []
-        )
-    ratio = half.seconds / plain.seconds
-    lines = [f"amp() takes {ratio:.2f}x the time: {'use it' if ratio < 0.95 else 'leave it out, unless for memory'}."]
+        return [f"This batch does not fit as it is; it does with {', '.join(fitting) or 'none of these'}."]
+    lines = []
+    if plain.seconds and half.seconds:
+        ratio = half.seconds / plain.seconds
+        lines.append(f"amp() takes {ratio:.2f}x the time: {'use it' if ratio < 0.95 else 'leave it out, unless for memory'}.")
     exact = [m for m in others if m.name.startswith(("microbatch", "recompute")) and m.seconds and m.peak_bytes]
-    saving = [m for m in exact if (m.peak_bytes or 0) < 0.9 * plain.peak_bytes]
+    saving = [m for m in exact if plain.peak_bytes and (m.peak_bytes or 0) < 0.9 * plain.peak_bytes]
     if saving:
         best = min(saving, key=lambda m: m.seconds or 0)
         memory, times = _ratio(best.peak_bytes, plain.peak_bytes), _ratio(best.seconds, plain.seconds)
-        lines.append(
-            f"Where memory is short, first {best.name}: {memory} the memory in {times} the time, and the same gradients."
-        )
+        lines.append(f"Where memory is short, first {best.name}: {memory} memory, {times} time, the same gradients.")
     return lines

@@ -1,0 +1,63 @@
+"""python -m trainkit, as it is typed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainkit.commands import main
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd=PACKAGE):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "trainkit", *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_without_a_command_it_says_how_it_is_used():
+    done = run()
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("usage: python -m trainkit [-h] COMMAND")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["docter"], "'docter'"), (["doctor", "--jsno"], "arguments: --jsno")])
+def test_what_is_no_command_is_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_doctor_reports():
+    done = run("doctor", "--no-compile")
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert done.stdout.startswith("torch ") and "@train_step(optimizer, accumulate(4)" in done.stdout
+    assert "torch.compile   not tried" in done.stdout
+
+
+def test_the_doctor_prints_one_json_object(capsys):
+    main(["doctor", "--json", "--no-compile"])
+    printed = capsys.readouterr()
+    assert list(json.loads(printed.out)) == ["machine", "advice", "findings"] and printed.err == ""
+
+
+def test_a_model_in_the_current_folder_is_tried_and_nothing_is_written(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    return torch.nn.Linear(2, 1), torch.ones(8, 2), lambda model, batch: model(batch).pow(2).mean()\n"
+        "def fails():\n"
+        "    raise KeyError('mine')\n"
+    )
+    done = run("doctor", "mine:make", "--steps", "1", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and "microbatch(2)" in done.stdout, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+    wrong = run("doctor", "mine:mkae", cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr == "python -m trainkit doctor: mine has no function 'mkae': `python -m trainkit doctor mine:make`\n"
+    own = run("doctor", "mine:fails", cwd=tmp_path)
+    assert own.returncode == 1 and "Traceback" in own.stderr and "KeyError: 'mine'" in own.stderr
