@@ -45,7 +45,8 @@ def test_the_doctor_prints_one_json_object(capsys):
     assert list(json.loads(printed.out)) == ["machine", "advice", "findings"] and printed.err == ""
 
 
-def test_a_model_in_the_current_folder_is_tried_and_nothing_is_written(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "def make():\n"
@@ -53,11 +54,19 @@ def test_a_model_in_the_current_folder_is_tried_and_nothing_is_written(tmp_path)
         "def fails():\n"
         "    raise KeyError('mine')\n"
     )
-    done = run("doctor", "mine:make", "--steps", "1", "--device", "cpu", cwd=tmp_path)
+    return tmp_path
+
+
+def test_a_model_in_the_current_folder_is_tried_and_nothing_is_written(folder):
+    done = run("doctor", "mine:make", "--steps", "1", "--device", "cpu", cwd=folder)
     assert done.returncode == 0 and done.stderr == "" and "microbatch(2)" in done.stdout, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
-    wrong = run("doctor", "mine:mkae", cwd=tmp_path)
-    assert wrong.returncode == 2 and wrong.stdout == ""
-    assert wrong.stderr == "python -m trainkit doctor: mine has no function 'mkae': `python -m trainkit doctor mine:make`\n"
-    own = run("doctor", "mine:fails", cwd=tmp_path)
-    assert own.returncode == 1 and "Traceback" in own.stderr and "KeyError: 'mine'" in own.stderr
+    assert {path.name for path in folder.iterdir()} <= {"mine.py", "__pycache__"}
+
+
+def test_what_cannot_be_tried_is_one_line_and_an_error_of_the_users_own_is_left(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(folder))
+    assert main(["doctor", "mine:mkae"]) == 2
+    said = "python -m trainkit doctor: mine has no function 'mkae': `python -m trainkit doctor mine:make`\n"
+    assert capsys.readouterr() == ("", said)
+    with pytest.raises(KeyError, match="mine"):
+        main(["doctor", "mine:fails"])

@@ -98,6 +98,7 @@ FAULTS = [
     (dataclasses.replace(CPU, cuda="13.0", driver="470.1"), "error", "torch for CUDA 13.0 cannot use", "nvidia-smi"),
     (dataclasses.replace(CPU, cuda="12.6", driver="550.54", visible=""), "warning", "CUDA_VISIBLE_DEVICES=''", "unset"),
     (dataclasses.replace(P100, architectures=("sm_75", "sm_80")), "error", "is sm_60, which", "CUDA 12.6"),
+    (dataclasses.replace(P100, architectures=("sm_75",), failure="no kernel image"), "error", "is sm_60, which", "CUDA 12.6"),
     (dataclasses.replace(H100, architectures=("sm_80",)), "error", "is sm_90, which", "install a torch that has sm_90"),
     (dataclasses.replace(T4, failure="CUDA error: unspecified"), "error", "product of two small matrices", "restart"),
     (dataclasses.replace(T4, failure="CUDA out of memory. Tried"), "error", "product of two small matrices", "free its memory"),
@@ -128,7 +129,7 @@ def test_what_is_wrong_is_found_and_nothing_else(machine, level, found, remedy):
         dataclasses.replace(T4, compile_failure=None),
         dataclasses.replace(CPU, cuda="12.6"),  # a torch for CUDA without a GPU
         dataclasses.replace(CPU, threads=4),  # of two threads on each core
-        dataclasses.replace(CPU, threads=4, cpus=4, omp_threads="4"),
+        dataclasses.replace(CPU, threads=4, omp_threads="4"),
         dataclasses.replace(CPU, shared_memory=None),
     ],
 )

@@ -26,6 +26,10 @@ def with_cuda(monkeypatch, *gpus, architectures=("sm_60", "sm_90"), hip=None):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (gpus[index][2] * GIB // 2, gpus[index][2] * GIB))
 
+    # A T4 answers True where emulation counts.
+    native = hip is not None or any(capability >= (8, 0) for _, capability, _ in gpus)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+
     def properties(index):
         name, (major, minor), size = gpus[index]
         return types.SimpleNamespace(name=name, major=major, minor=minor, total_memory=size * GIB)

@@ -1,7 +1,7 @@
 """``python -m trainkit doctor MODULE:FUNCTION``: what each part does for your own model, in time and memory.
 
 Each part takes steps from the same parameters, on the same batch, with AdamW, one part after the other and again. A time is
-that of a step after the first, and the median of several. Memory is the peak of such a step: on an accelerator all that torch
+that of a step after another, and the median of several. Memory is the peak of such a step: on an accelerator all that torch
 has allocated, parameters and optimizer included; on a CPU what the step itself allocates, as torch.profiler records it. The
 largest batch is looked for on an accelerator, by running out of its memory, and up to 64 times the batch given.
 With ``--json``: ``target``, ``device``, ``rows`` of the batch, ``steps``, ``variants``, each a ``Measurement``, and ``advice``.
@@ -13,10 +13,11 @@ import dataclasses
 import gc
 import json
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from trainkit.microbatching import is_out_of_memory, microbatch
 from trainkit.parts import amp
 from trainkit.recomputation import recompute
 from trainkit.targets import WrongTarget, find_function, make, mapped, place_of
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -112,15 +115,13 @@ class _Trial:
     def measure(self, variants: list[_Variant], steps: int) -> list[Measurement]:
         measured = [Measurement(variant.name) for variant in variants]
         seconds: list[list[float]] = [[] for _ in variants]
-        for turn in range(steps):
+        for variant, result in zip(variants, measured, strict=True):  # which also warms up
+            result.peak_bytes, result.failure = self.attempt(self.peak, variant, self.batch, self.rows)
+        for _ in range(steps):
             for variant, result, times in zip(variants, measured, seconds, strict=True):
                 if not result.failure:
-                    outcome = self.attempt(variant, self.batch, self.rows, memory=turn == 0)
-                    if isinstance(outcome, str):
-                        result.failure = outcome
-                    else:
-                        times.append(outcome[0])
-                        result.peak_bytes = result.peak_bytes or outcome[1]
+                    taken, result.failure = self.attempt(self.seconds, variant, self.batch, self.rows)
+                    times += [] if taken is None else [taken]
         for variant, result, times in zip(variants, measured, seconds, strict=True):
             result.seconds = statistics.median(times) if times else None
             if self.place.type != "cpu" and self.rows and result.failure in ("", _NO_MEMORY):
@@ -130,24 +131,26 @@ class _Trial:
     def largest(self, variant: _Variant, rows: int) -> int:
         def fits(count: int) -> bool:
             batch = mapped(self.batch, lambda t: t[torch.arange(count, device=t.device) % rows] if t.dim() else t)
-            return not isinstance(self.attempt(variant, batch, count), str)
+            return not self.attempt(self.peak, variant, batch, count)[1]
 
         return largest_that(fits, rows)
 
-    def attempt(self, variant: _Variant, batch: Any, rows: int | None, memory: bool = False) -> tuple[float, int | None] | str:
-        """Seconds and peak memory of a step; or why there are none."""
+    def attempt(
+        self, measure: Callable[[Callable[[], Any]], T], variant: _Variant, batch: Any, rows: int | None
+    ) -> tuple[T | None, str]:
+        """What is measured of a step, or None; and why it could not be, or nothing."""
         try:
-            return self.take(variant, batch, rows, memory)
+            return measure(self.step(variant, batch, rows)), ""
         except Exception as error:
-            is_own = variant.name == "plain" and batch is self.batch  # or the function's, and not due to a part or a size
-            if not is_out_of_memory(error) and (is_own or isinstance(error, WrongTarget)):
+            is_own = variant.name == "plain" and batch is self.batch  # or the user's function, and not due to a part or a size
+            if is_own and not is_out_of_memory(error):
                 raise
-            failure = _NO_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-        gc.collect()  # only here, where the error is gone, its frames hold no activations
-        getattr(self.module, "empty_cache", bool)()
-        return failure
+            return None, _NO_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
 
-    def take(self, variant: _Variant, batch: Any, rows: int | None, memory: bool) -> tuple[float, int | None]:
+    def step(self, variant: _Variant, batch: Any, rows: int | None) -> Callable[[], Any]:
+        """A step from the parameters found, after a first one, which made the state of the optimizer."""
+        gc.collect()  # or what an earlier step has left, whole or out of memory, would count for this one
+        getattr(self.module, "empty_cache", bool)()
         with torch.no_grad():
             for value, found in zip(self.values, self.found, strict=True):
                 value.copy_(found)
@@ -161,17 +164,23 @@ class _Trial:
             optimizer = torch.optim.AdamW(parameters)
         parts = (*variant.parts, microbatch(_quarter(rows))) if variant.cut else variant.parts
         step = train_step(optimizer, *parts)(self.loss)
-        synchronize = getattr(self.module, "synchronize", bool)
-        step(batch)  # which makes the state of the optimizer, and whatever is made once
-        synchronize()
-        getattr(self.module, "reset_peak_memory_stats", bool)()
-        start = time.perf_counter()
         step(batch)
+        return lambda: step(batch)
+
+    def seconds(self, step: Callable[[], Any]) -> float:
+        synchronize = getattr(self.module, "synchronize", bool)
         synchronize()
-        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        step()
+        synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, step: Callable[[], Any]) -> int | None:
         if self.place.type == "cpu":
-            return seconds, allocated_by(lambda: step(batch)) if memory else None
-        return seconds, getattr(self.module, "max_memory_allocated", lambda: None)()
+            return allocated_by(step)
+        getattr(self.module, "reset_peak_memory_stats", bool)()
+        step()
+        return getattr(self.module, "max_memory_allocated", lambda: None)()
 
     def loss(self, batch: Any) -> Any:
         if self.loss_fn is not None:
@@ -211,7 +220,10 @@ def _table(measured: list[Measurement]) -> list[str]:
         times, memory = _ratio(m.seconds, plain.seconds), _ratio(m.peak_bytes, plain.peak_bytes)
         largest = "-" if m.largest_batch is None else str(m.largest_batch)
         lines.append(f"{m.name:<{width}} {seconds:>10} {times:>6} {peak:>10} {memory:>6} {largest:>14}")
-    return lines + [f"{m.name}: {' '.join(m.failure.split())}" for m in measured if m.failure]
+    failures = {
+        m.failure: ", ".join(other.name for other in measured if other.failure == m.failure) for m in measured if m.failure
+    }
+    return lines + [line for failure, names in failures.items() for line in textwrap.wrap(f"{names}: {failure}", 100)]
 
 
 def _ratio(value: float | None, plain: float | None) -> str:
@@ -232,5 +244,5 @@ def _conclusions(measured: list[Measurement]) -> list[str]:
     if saving:
         best = min(saving, key=lambda m: m.seconds or 0)
         memory, times = _ratio(best.peak_bytes, plain.peak_bytes), _ratio(best.seconds, plain.seconds)
-        lines.append(f"Where memory is short, first {best.name}: {memory} memory, {times} time, the same gradients.")
+        lines.append(f"Where memory is short, first {best.name}: {memory} memory, {times} time.")
     return lines
