@@ -6,7 +6,7 @@ import types
 import torch
 from transformers import BatchEncoding
 
-from trainkit.batches import Batch
+from trainkit.batches import Batch, mapped, tensors
 
 Pair = collections.namedtuple("Pair", "a b")
 
@@ -35,3 +35,24 @@ def test_what_is_cut_and_what_is_not():
     assert kwargs["encoding"].input_ids.tolist() == [[2, 3], [4, 5]] and len(encoding["input_ids"]) == 5
     assert type(kwargs["pair"]) is Pair and kwargs["pair"].a.tolist() == [1, 2]
     assert kwargs["scale"] == 3 and kwargs["fixed"]["x"].tolist() == [1, 2]
+
+
+def test_all_tensors_of_a_batch_are_reached_and_it_stays_what_it_is():
+    Pair = collections.namedtuple("Pair", "x y")
+    batch = collections.OrderedDict(a=torch.ones(2), b=[Pair(torch.ones(1), "text"), (torch.ones(3), 7)], c=None)
+    found = mapped(batch, lambda tensor: tensor * 2)
+    assert (
+        type(found) is collections.OrderedDict
+        and type(found["b"][0]) is Pair
+        and found["b"][0].y == "text"
+        and found["c"] is None
+    )
+    assert [found["a"].sum(), found["b"][0].x.sum(), found["b"][1][0].sum()] == [4, 2, 6] and found["b"][1][1] == 7
+    assert batch["a"].sum() == 2
+
+
+def test_tensors_with_rows_are_found_wherever_they_are():
+    four = torch.zeros(4, 2)
+    for batch in (four, (four, 3), {"a": torch.ones(()), "b": [four]}):
+        assert [found is four for found in tensors(batch)] == [True]
+    assert not any(list(tensors(batch)) for batch in ("text", 3, [], None, torch.ones(())))

@@ -29,6 +29,7 @@ def test_imports_run_one_way():
     alone += "sys.modules['trainkit'] = package; import trainkit.{}"
     above = {
         "layers": {"layers"},
+        "batches": {"batches"},
         "freezing": {"layers", "freezing"},
         "recomputation": {"layers", "recomputation"},
         "update": {"update"},
@@ -36,6 +37,9 @@ def test_imports_run_one_way():
         "loaders": {"loaders"},
         "losses": {"losses", "window"},
         "plan": {"plan"},
+        "allocation": {"allocation"},
+        "machine": {"machine", "plan"},
+        "targets": {"targets", "plan"},
         "parallel": {"parallel"},
         "precautions": {"precautions", "parallel", "plan"},
         "gradients": {"gradients", "plan"},
@@ -45,19 +49,19 @@ def test_imports_run_one_way():
         "result": {"result", "window"},
         "answer": {"answer"},
         "readings": {"readings", "answer", "result", "window"},
-        "progress": {"progress", "answer", "loaders", "parallel", "readings", "result", "window"},
+        "progress": {"progress", "answer", "batches", "loaders", "parallel", "readings", "result", "window"},
         "plots": {"plots", "answer", "readings", "result", "window"},
         "summary": {"summary", "layers"},
         "randomness": {"randomness"},
         "storage": {"storage", "parallel"},
         "places": {"places", "loaders", "parallel", "randomness"},
     }
-    above["step"] = {"step", "backward", "generators", "loaders", "losses", "progress", "readings", "result"} | above["scaler"]
+    above["step"] = {"step", "backward", "batches", "generators", "loaders", "losses", "progress", "readings", "result"}
+    above["step"] |= above["scaler"]
     above["history"] = {"history", "plots"} | above["step"]
-    above["batches"] = {"batches"}
     above["compose"] = {"compose", *above["step"]}
     above["parts"] = {"parts", *above["compose"]}
-    above["microbatching"] = {"microbatching", "batches", *above["compose"]}
+    above["microbatching"] = {"microbatching", *above["compose"]}
     above["states"] = {"states", "layers", "randomness"} | above["step"]
     above["checkpointing"] = {"checkpointing"} | above["states"] | above["places"] | above["storage"]
     for name, allowed in above.items():

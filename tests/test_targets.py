@@ -1,12 +1,10 @@
 """What doctor is given to try: found, or refused in one line that says what to type."""
 
-from collections import OrderedDict, namedtuple
-
 import pytest
 import torch
 from torch import nn
 
-from trainkit.targets import WrongTarget, find_function, make, mapped, place_of
+from trainkit.targets import WrongTarget, find_function, make, place_of
 
 SOURCE = """
 from torch import nn
@@ -98,12 +96,3 @@ def test_a_place_is_one_where_something_runs():
         with pytest.raises(WrongTarget, match=f"--device {nowhere}") as raised:
             place_of(nowhere)
         assert "\n" not in str(raised.value)
-
-
-def test_all_tensors_of_a_batch_are_reached_and_it_stays_what_it_is():
-    Pair = namedtuple("Pair", "x y")
-    batch = OrderedDict(a=torch.ones(2), b=[Pair(torch.ones(1), "text"), (torch.ones(3), 7)], c=None)
-    found = mapped(batch, lambda tensor: tensor * 2)
-    assert type(found) is OrderedDict and type(found["b"][0]) is Pair and found["b"][0].y == "text" and found["c"] is None
-    assert [found["a"].sum(), found["b"][0].x.sum(), found["b"][1][0].sum()] == [4, 2, 6] and found["b"][1][1] == 7
-    assert batch["a"].sum() == 2

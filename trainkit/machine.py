@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trainkit.plan import native_dtype
+from trainkit.plan import current_device, native_dtype
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def examine(try_compile: bool = True) -> Machine:
         torch.cuda.is_available()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch warns of later, such as an old GPU, findings say more
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        kind = accelerator.type if accelerator else "cpu"
+        kind = current_device().type
         return Machine(
             python=platform.python_version(),
             torch=torch.__version__,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainkit.compose import Part, UnboundStep, train_step
-from trainkit.plan import Plan, Precision, check_clipping, check_length, check_max_skips, check_module
+from trainkit.plan import Plan, Precision, check_clipping, check_length, check_max_skips, check_module, current_device
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,8 +93,7 @@ class Autocast(Part):
     def __enter__(self) -> None:
         precision = self.plan.precision
         assert precision is not None
-        accelerator = torch.accelerator.current_accelerator()
-        device_type, dtype = precision.resolve(accelerator or torch.device("cpu"))
+        device_type, dtype = precision.resolve(current_device())
         autocast = torch.autocast(device_type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
         autocast.__enter__()  # type: ignore[no-untyped-call]
         self._entered += [autocast]  # not by a call, after which an interrupt may come; nor is it taken out by one

@@ -105,6 +105,13 @@ class Plan:
         return list({id(p): p for parameters in found for p in parameters}.values())
 
 
+def current_device() -> torch.device:
+    """The accelerator of this machine, if there is one that works; else the CPU."""
+    # Asked first: without it torch names the accelerator that it was built for.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def native_dtype(device_type: str) -> torch.dtype:
     """The half precision that a device computes natively: bfloat16 where it can, else float16."""
     if device_type == "cuda":

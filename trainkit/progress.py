@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
-
+from trainkit.batches import tensors
 from trainkit.loaders import length_of
 from trainkit.parallel import this_rank
 from trainkit.readings import Readings, Smoothed
@@ -78,7 +77,7 @@ class _Numbers:
 
     def count(self, batch: Any) -> None:
         self.batches += 1
-        self._rows += _rows(batch)
+        self._rows += next(map(len, tensors(batch)), 0)
 
     def close(self) -> None:
         """Watches no longer, and leaves the bar as it is now."""
@@ -126,11 +125,3 @@ def _short(value: float) -> str:
     value = float(f"{value:.3g}")
     power = min(int(math.log10(value)) // 3, 4) if value >= 1 else 0
     return f"{value / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"
-
-
-def _rows(batch: Any) -> int:
-    """The rows of a batch: the length of the first tensor in it; 0 without one."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next(filter(None, map(_rows, parts)), 0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trainkit.plan import current_device
 
 
 class WrongTarget(Exception):
@@ -66,24 +67,9 @@ def make(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Call
 def place_of(device: str | None) -> torch.device:
     """The device of that name; for None the accelerator, or the CPU where there is none; WrongTarget if nothing runs there."""
     if device is None:
-        return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+        return current_device()
     try:
         return torch.ones(1, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
         reason = str(error).partition("\n")[0]
         raise WrongTarget(f"nothing runs on --device {device}: {reason}; `--device cpu` runs everywhere") from error
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with a function applied to each of its tensors, in tuples, lists and mappings at any depth."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        items = [mapped(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for name, item in value.items():
-            found[name] = mapped(item, function)
-        return found
-    return value

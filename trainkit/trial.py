@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from trainkit.allocation import allocated_by
-from trainkit.batches import Batch
+from trainkit.batches import Batch, mapped
 from trainkit.compose import train_step
 from trainkit.freezing import frozen, trainable_parameters
 from trainkit.microbatching import is_out_of_memory, microbatch
 from trainkit.parts import amp
 from trainkit.recomputation import recompute
-from trainkit.targets import WrongTarget, find_function, make, mapped, place_of
+from trainkit.targets import WrongTarget, find_function, make, place_of
 
 T = TypeVar("T")
 
