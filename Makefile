@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEVICE ?= cpu
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test bench docs lint clean
+.PHONY: demo notebooks test bench docs lint clean
 
 demo: .venv/ready
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -19,6 +19,9 @@ bench: .venv/bench
 # The variable is about mkdocs-material's own future.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+notebooks: .venv/ready
+	$(BIN)/python examples/notebooks.py $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -252,3 +253,36 @@ if __name__ == "__main__":  # one of the ranks of run_ranks
     losses = run_here(*sys.argv[2:])
     if losses is not None:
         Path(sys.argv[1]).write_text(json.dumps(losses))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (
+            "kaggle_notebook",
+            [r"all of it: 0\.9[5-9]\d of the validation", r"History\(\d+ updates", r"encoder\[0\] +Conv2d"],
+        ),
+        ("tour", [r"the power is gone", r"History\(\d+ updates, 1\d skipped", r"^True$"]),
+    ],
+)
+def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, shown, tmp_path, monkeypatch):
+    """make notebooks writes them anew."""
+    nbformat = pytest.importorskip("nbformat")
+    path, away = ROOT / "examples" / f"{name}.ipynb", str(tmp_path / "away")
+    if name == "kaggle_notebook":  # which has its own trainkit, and must not find another
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", away)
+    committed = nbformat.read(path, as_version=4)
+    ran = load("notebooks").run(path, tmp_path)
+    assert [cell.source for cell in committed.cells] == [cell.source for cell in ran.cells]
+    for notebook in (committed, ran):
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        texts = [output.get("text") or output.data.get("text/plain", "") for output in outputs]
+        for pattern in shown:
+            assert any(re.search(pattern, text) for text in texts), texts
+        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    assert path.stat().st_size < 300 * 2**10
+    if name == "kaggle_notebook":
+        assert (tmp_path / "trainkit.py").exists() and len((tmp_path / "submission.csv").read_text().splitlines()) == 401

@@ -1,0 +1,61 @@
+"""Lifts, runs and saves the notebooks of this folder anew, with outputs that are small: make notebooks
+
+python examples/notebooks.py            all of them, in place
+python examples/notebooks.py tour       one of them
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+from trainkit.lifting import lift
+
+HERE = Path(__file__).parent
+HEAD = "%%writefile trainkit.py\n"
+
+
+def lifted(source):
+    """A cell that writes trainkit.py, as the command that it names prints it now."""
+    if not source.startswith(HEAD):
+        return source
+    words = re.search(r"`python -m trainkit lift ([^`]*)`", source)[1].split()
+    return HEAD + lift([word for word in words if word != "--bare"], bare="--bare" in words).rstrip("\n")
+
+
+def smaller(picture):
+    """The same in at most 64 colours, which is a third of the size."""
+    found = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(picture))).quantize(64).save(found, "png", optimize=True)
+    return base64.b64encode(found.getvalue()).decode()
+
+
+def run(path, folder):
+    """The notebook, lifted and run in a folder that has nothing else; raises the exception of a cell that fails."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = lifted(cell.source)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata = {}
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    return notebook
+
+
+if __name__ == "__main__":
+    for path in sorted(HERE.glob("*.ipynb")):
+        if not sys.argv[1:] or path.stem in sys.argv[1:]:
+            with tempfile.TemporaryDirectory() as folder:
+                nbformat.write(run(path, folder), path)
+            print(f"{path.name}: {path.stat().st_size / 2**10:.0f} KiB")
