@@ -677,7 +677,7 @@ def test_frozen_models_can_be_traced():
 
 def test_only_modules_are_taken():
     for function in (frozen, freeze, unfreeze, frozen_parameters, trainable_parameters):
-        with pytest.raises(TypeError, match=f"{function.__name__} takes a torch.nn.Module, got a list"):
+        with pytest.raises(TypeError, match=f"{function.__name__} takes a torch.nn.Module, got an object of type list"):
             function([nn.Linear(1, 1)])
 
 

@@ -258,7 +258,7 @@ def test_a_list_of_lists_is_a_type_error():
 
 def test_what_is_no_module_is_a_type_error():
     for function in (frozen, freeze, frozen_parameters):
-        with pytest.raises(TypeError, match=rf"{function.__name__} takes a torch.nn.Module, got a str"):
+        with pytest.raises(TypeError, match=rf"{function.__name__} takes a torch.nn.Module, got an object of type str"):
             function("embeddings")
 
 

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="microbatch was given twice, 2 and 'auto'"):
         train_step(optimizer, microbatch(2), microbatch("auto"))
     step = train_step(optimizer, microbatch(2))(lambda x, y: F.mse_loss(model(x), y))
-    with pytest.raises(ValueError, match=r"2 lengths: \[\(3, 4\), \(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"these differ in it: \[\(3, 4\), \(2, 3\)\]"):
         step(torch.ones(3, 4), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"no tensor to cut in \['int', 'list'\]"):
         step(1, [2])

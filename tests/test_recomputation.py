@@ -430,7 +430,9 @@ def test_parameters_changed_between_forward_and_backward_are_an_error():
         early = model.pair.a(x).sum()
         loss_of(model, x).backward()
         optimizer.step()
-        with pytest.raises(RuntimeError, match=r"parameters of a Block were changed .* update after the last backward"):
+        with pytest.raises(
+            RuntimeError, match=r"parameters of a recomputed Block were changed .* update after the last backward"
+        ):
             early.backward()
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
 
@@ -562,7 +564,7 @@ def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
 
 
 def test_only_modules_are_taken_and_layers_are_required():
-    with pytest.raises(TypeError, match=r"recompute takes a torch.nn.Module, got a list: `recompute"):
+    with pytest.raises(TypeError, match=r"recompute takes a torch.nn.Module, got an object of type list: `recompute"):
         recompute([nn.Linear(1, 1)], "**")
     with pytest.raises(TypeError, match="layers"):
         recompute(make())

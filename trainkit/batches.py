@@ -27,9 +27,9 @@ class Batch:
             )
         if len(lengths) > 1:
             raise ValueError(
-                f"microbatch cuts tensors along their first dimension, and these have {len(lengths)} lengths: "
-                f"{[tuple(tensor.shape) for tensor in found]}; let the function find what is no batch elsewhere than in its "
-                "arguments"
+                "microbatch cuts tensors along their first dimension, and these differ in it: "
+                f"{[tuple(tensor.shape) for tensor in found]}; bind what is no part of the batch beforehand, "
+                "`functools.partial(function, table=table)`"
             )
         (self.rows,) = lengths
         # By this, more or less, the memory that a row needs is known before it is needed.

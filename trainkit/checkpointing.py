@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from trainkit.randomness import RandomStates
 from trainkit.states import Objects
 from trainkit.step import Step
 from trainkit.storage import Checkpoints, Saved
+from trainkit.warning import warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLACE = ".place"  # no object has this name
@@ -258,7 +258,7 @@ class resumable:
             step.settle()  # schedulers and the like are then where the parameters are
         self._note_time()
         if broken := next(filter(None, everyone(self._objects.not_finite())), ""):
-            warnings.warn(f"{broken} is not finite, and no checkpoint is written: the newest in {self._path} stays", stacklevel=2)
+            warn(f"{broken} is not finite, and no checkpoint is written: the newest in {self._path} stays")
             return
         place = self._place.state_dict()
         self._checkpoints.save({**self._objects.states(place["loaders"]), PLACE: place}, self._objects.shared())
@@ -290,7 +290,7 @@ def _check_interval(every: Any) -> timedelta | int:
     if isinstance(every, bool) or not isinstance(every, (int, timedelta)):
         raise TypeError(f"every is a time or a number of updates, got {every!r}: `every=timedelta(minutes=10)` or `every=1000`")
     if (every < timedelta(0)) if isinstance(every, timedelta) else (every < 1):
-        raise ValueError(f"every must be a time or a number of updates that can pass, got {every!r}: `every=1000`")
+        raise ValueError(f"every must be a time >= 0 or a number of updates >= 1, got {every!r}: `every=1000`")
     return every
 
 

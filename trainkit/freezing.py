@@ -365,4 +365,5 @@ def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
 
 def _check_module(function: str, module: Any) -> None:
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
-        raise TypeError(f"{function} takes a torch.nn.Module, got a {type(module).__name__}: `{function}(model, 'embeddings')`")
+        kind = type(module).__name__
+        raise TypeError(f"{function} takes a torch.nn.Module, got an object of type {kind}: `{function}(model, 'embeddings')`")

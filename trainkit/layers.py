@@ -172,8 +172,8 @@ def _says_yes(predicate: Any, name: str, parameter: nn.Parameter) -> bool:
         return bool(answer)
     except Exception as error:  # a tensor of several numbers raises a RuntimeError, an array a ValueError
         raise TypeError(
-            f"the predicate given for layers answers with a {type(answer).__name__} for {name!r}, which is neither yes nor no: "
-            "`lambda name, parameter: parameter.ndim == 1`"
+            f"the predicate given for layers answers for {name!r} with an object of type {type(answer).__name__}, which is "
+            "neither yes nor no: `lambda name, parameter: parameter.ndim == 1`"
         ) from error
 
 

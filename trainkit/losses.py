@@ -35,7 +35,7 @@ def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
 
 
 _WANTED = (
-    "a step function hands over the loss of one micro-batch, and got {}; return (or yield) `loss`, `loss, weight`, "
+    "a step function hands over the loss of one micro-batch, and not {}: return (or yield) `loss`, `loss, weight`, "
     "`{{'loss': loss, 'weight': weight}}`, or a model's output that has a loss"
 )
 
@@ -51,7 +51,7 @@ def check_loss(loss: Any) -> None:
             "averaged over the window"
         )
     if not loss.is_floating_point():
-        raise TypeError(f"the loss must be a floating-point tensor, but is {loss.dtype}; was something else returned first?")
+        raise TypeError(f"the loss must be a floating-point tensor, but is {loss.dtype}: the first of two values is the loss")
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph, so nothing would be learned: return it without `.item()`, `.detach()` or "

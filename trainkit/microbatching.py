@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec
 
@@ -18,6 +17,7 @@ from trainkit.parallel import tell_all
 from trainkit.plan import Plan
 from trainkit.result import StepResult
 from trainkit.step import Step
+from trainkit.warning import warn
 from trainkit.window import Chunk, Weight, weighted_mean
 
 P = ParamSpec("P")
@@ -185,10 +185,9 @@ class ChunkedStep(Step[P]):
         gc.collect()
         getattr(torch.get_device_module(self._device_type), "empty_cache", bool)()
         if not self.chunk_sizes:
-            warnings.warn(
+            warn(
                 f"memory ran out with {rows} rows of {batch.size_of_row} numbers, and microbatch('auto') goes on with "
-                f"{rows // 2}; what it finds is in `step.chunk_sizes`, and is said only once",
-                stacklevel=3,
+                f"{rows // 2}; what it finds is in `step.chunk_sizes`, and is said only once"
             )
         self.chunk_sizes[batch.size_of_row] = rows // 2
         self._untold.append(batch.size_of_row)

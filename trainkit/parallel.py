@@ -186,15 +186,16 @@ class Synchronised:
             return
         if added := [name for name, parameter in named if id(parameter) in trained - self._known]:
             raise ValueError(
-                f"{len(added)} parameters became trainable after DistributedDataParallel was made, and it never synchronises "
-                f"them (first {added[0]!r}): unfreeze before it, `unfreeze(model, layers)`, `DistributedDataParallel(model)`"
+                f"{len(added)} of {len(named)} parameters became trainable after DistributedDataParallel was made, and it never "
+                f"synchronises them (first {added[0]!r}): unfreeze before it, `unfreeze(model, layers)`, "
+                "`DistributedDataParallel(model)`"
             )
         missing = [name for name, parameter in named if id(parameter) in self._known - trained]
         if not module.find_unused_parameters:
             raise ValueError(
-                f"{len(missing)} parameters were frozen after DistributedDataParallel was made, which waits for their gradients "
-                f"(first {missing[0]!r}): freeze before it, `freeze(model, layers)`, `DistributedDataParallel(model)`; "
-                "or freeze all of it; or wrap with `find_unused_parameters=True`"
+                f"{len(missing)} of {len(named)} parameters were frozen after DistributedDataParallel was made, which waits for "
+                f"their gradients (first {missing[0]!r}): freeze before it, `freeze(model, layers)`, "
+                "`DistributedDataParallel(model)`; or freeze all of it; or wrap with `find_unused_parameters=True`"
             )
 
 

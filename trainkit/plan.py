@@ -143,21 +143,23 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
             if closure is not None and closure.default is inspect.Parameter.empty:
                 raise TypeError(
                     f"{_name(optimizer)}.step needs a closure that evaluates the loss again, and a step function is called once: "
-                    "use it by hand"
+                    "call `optimizer.step(closure)` yourself"
                 )
             continue
         remedy = (
             "`train_step(optimizer, ...)` or `amp(optimizer, ...)`, as in `optimizer = torch.optim.AdamW(model.parameters())`"
         )
         if isinstance(optimizer, nn.Module):
-            raise TypeError(f"got the module {_name(optimizer)} where an optimizer belongs; it knows the parameters: {remedy}")
+            raise TypeError(f"got a module, of type {_name(optimizer)}, where an optimizer belongs: {remedy}")
         if isinstance(optimizer, torch.dtype):
-            remedy = f"a dtype goes by name: `amp(dtype={optimizer})`"
+            remedy = f"for the dtype of autocast, `amp(dtype={optimizer})`"
         raise TypeError(f"got {optimizer!r} where an optimizer belongs: {remedy}")
     if not found:
         raise ValueError("got no optimizer: `train_step(optimizer)`, or several as `train_step([optimizer_a, optimizer_b])`")
     if len({id(optimizer) for optimizer in found}) < len(found):
-        raise ValueError("the same optimizer was given twice; give each once")
+        raise ValueError(
+            "the same optimizer was given twice, and would step twice: give each once, `train_step([optimizer_a, optimizer_b])`"
+        )
     return found
 
 
@@ -167,7 +169,9 @@ def check_module(module: Any) -> tuple[nn.Module, ...]:
         return ()
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
         hint = "optimizers go to `train_step(optimizer, ...)`" if isinstance(module, Optimizer) else "`module=model`"
-        raise TypeError(f"module must be the torch.nn.Module to be trained, got a {type(module).__name__}: {hint}")
+        raise TypeError(
+            f"module must be the torch.nn.Module to be trained, got an object of type {type(module).__name__}: {hint}"
+        )
     return (module,)
 
 
@@ -179,12 +183,12 @@ def check_clipping(max_norm: Any, norm_type: Any) -> tuple[float | None, float]:
     float32 = torch.finfo(torch.float32)
     if max_norm is not None and not (float32.tiny <= max_norm <= float32.max or max_norm == math.inf):
         raise ValueError(
-            f"max_norm must be above 0, got {max_norm}, and a number that float32 has: `max_norm=1.0` clips, `math.inf` only "
+            f"max_norm must be above 0 and in the range of float32, got {max_norm}: `max_norm=1.0` clips, `math.inf` only "
             "checks for finite gradients"
         )
     if norm_type not in (1, 2, math.inf):
         raise ValueError(
-            f"norm_type must be 1, 2 or math.inf, got {norm_type}: `norm_type=2.0`; p = 0 would miss a nan, a large p overflows"
+            f"norm_type must be 1, 2 or math.inf, got {norm_type}: `norm_type=2.0`; 0 would miss a nan, and large ones overflow"
         )
     return (None if max_norm is None else float(max_norm)), float(norm_type)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from trainkit.parallel import Wrappers
 from trainkit.plan import Plan
+from trainkit.warning import warn
 
 
 def refuse_plan(plan: Plan, ranks: int, wrappers: Wrappers, by_hand: bool) -> None:
@@ -87,10 +87,9 @@ def warn_of_missing(gradients: Sequence[Tensor], parameters: Sequence[nn.Paramet
     """Warns where most parameters take no part in the loss: torch says it vaguely, or not at all."""
     trainable = sum(p.requires_grad for p in parameters)
     if 2 * len(gradients) < trainable:
-        warnings.warn(
+        warn(
             f"only {len(gradients)} of {trainable} trainable parameters got a gradient in the first window; if layers below the "
-            "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`",
-            stacklevel=2,
+            "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`"
         )
 
 

@@ -73,7 +73,8 @@ class recompute(ContextDecorator):
     def __init__(self, module: nn.Module, layers: Layers) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"recompute takes a torch.nn.Module, got a {type(module).__name__}: `recompute(model, 'encoder.layer')`"
+                f"recompute takes a torch.nn.Module, got an object of type {type(module).__name__}: "
+                "`recompute(model, 'encoder.layer')`"
             )
         self._module = module
         self._chosen = [Chosen(module, (layer,)) for layer in normalise(layers)]
@@ -183,8 +184,8 @@ def _shadow(region: _Region) -> Callable[..., Any]:
         values = (*args, *kwargs.values())
         if any(hasattr(value, "get_seq_length") for value in values):
             raise ValueError(
-                f"a {type(region.module).__name__} that is to be recomputed was given a key-value cache, and would write to it "
-                "again in backward: `model(..., use_cache=False)`"
+                f"a recomputed {type(region.module).__name__} was given a key-value cache, and would write to it again in "
+                "backward: `model(..., use_cache=False)`"
             )
         # Each by itself, also those with names: in these torch looks for devices, and for changes in place.
         return checkpoint(_Call(region, tuple(kwargs)), *values, use_reentrant=False)
@@ -225,8 +226,8 @@ class _Call:
     def _as_held(self) -> Iterator[None]:
         if any(p._version != version for p, _, version in self.parameters):
             raise RuntimeError(
-                f"parameters of a {type(self.region.module).__name__} were changed between its forward and its backward, which "
-                "runs the forward again: update after the last backward, or leave this layer out of `recompute`"
+                f"parameters of a recomputed {type(self.region.module).__name__} were changed between its forward and its "
+                "backward, which runs the forward again: update after the last backward, or leave this layer out of `recompute`"
             )
         buffers = {key: buffer.clone() for key, buffer in self.buffers.items()}
         slots = [(owner, key, buffers.get(id(v), v)) for owner, held in self.held for key, v in held.items() if key in owner]

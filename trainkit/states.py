@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -15,6 +14,7 @@ from trainkit.layers import unwrapped
 from trainkit.parallel import Wrappers
 from trainkit.randomness import is_source
 from trainkit.step import Step
+from trainkit.warning import warn
 
 
 class Objects:
@@ -48,15 +48,14 @@ class Objects:
         plans = [step._plan for step in self.steps]
         called = (getattr(call, "__self__", None) for plan in plans for call in plan.after)
         used = chain((o for plan in plans for o in plan.optimizers), (thing for thing in called if hasattr(thing, "state_dict")))
-        missing = [f"a {type(thing).__name__}" for thing in used if id(thing) not in known]
+        missing = [type(thing).__name__ for thing in used if id(thing) not in known]
         parameters = {id(p) for module in self._modules().values() for p in module.parameters()}
         if unknown := sum(id(p) not in parameters for plan in plans for p in plan.parameters()):
             missing.append(f"{unknown} parameters")
         if missing:
-            warnings.warn(
-                f"the step changes {' and '.join(missing)} that no object holds, and that would not go on from where they were: "
-                "`resumable(path, model=model, optimizer=optimizer, schedule=schedule, step=step)`",
-                stacklevel=3,
+            warn(
+                f"the step changes what is not among the objects, and would not go on from where it was: {', '.join(missing)}; "
+                "give it, `resumable(path, model=model, optimizer=optimizer, schedule=schedule, step=step)`"
             )
 
     def not_finite(self) -> str:

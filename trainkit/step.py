@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -31,6 +30,7 @@ from trainkit.readings import Readings
 from trainkit.result import StepResult
 from trainkit.scaler import Scaler, check_count
 from trainkit.update import forget_scale
+from trainkit.warning import warn
 from trainkit.window import Chunk, Weight, Window, widened
 
 P = ParamSpec("P")
@@ -160,10 +160,9 @@ class Step(Generic[P]):
                         generator.close()
                     self._began_backward = False
                 elif kind is None and self._gradients.touched():
-                    warnings.warn(
+                    warn(
                         "a micro-batch ended without a loss but left gradients, which the step does not count: call "
-                        "`step.backward(loss)` in place of `loss.backward()`",
-                        stacklevel=2,
+                        "`step.backward(loss)` in place of `loss.backward()`"
                     )
             finally:
                 failed = self._began_backward  # and did not finish: some gradients are in, others are not
@@ -357,7 +356,7 @@ class Step(Generic[P]):
             return self
         name = getattr(self._function, "__name__", "step")
         raise TypeError(
-            f"the method {name!r} of a {type(instance).__name__} was decorated, and all instances would share one state: "
+            f"the method {name!r} of the class {type(instance).__name__} was decorated, and all instances would share one state: "
             f"leave the method as it is and write `self.step = train_step(...)(self.{name})` in __init__"
         )
 
@@ -468,10 +467,9 @@ class Step(Generic[P]):
             return
         if window.batches < window.length:
             if self._ended_early:
-                warnings.warn(
+                warn(
                     "several micro-batches came at the last batch of `step.over`, and each of them ends a window: let the loop "
-                    "over micro-batches be the one that goes through `step.over`",
-                    stacklevel=3,
+                    "over micro-batches be the one that goes through `step.over`"
                 )
             self._ended_early = True
         self.settle()
@@ -537,8 +535,7 @@ def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
     for step in steps:
         step.settle()
         if step._window is not None and step._window.losses:
-            warnings.warn(
+            warn(
                 f"the last batch did not reach a step (or the loader ended before its length), and {len(step._window.losses)} "
-                "micro-batches wait in its open window: `step.discard()` drops them",
-                stacklevel=2,
+                "micro-batch(es) wait in its open window: `step.discard()` drops them"
             )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.parallel import count_ranks, cpu_group, everyone, this_rank
+from trainkit.warning import warn
 
 MANIFEST, SAVING, DELETING = "manifest.json", ".saving", ".deleting"
 # What lies in JSON is a tenth of a millisecond faster than an entry of torch.distributed.checkpoint; random states do.
@@ -98,7 +99,7 @@ class Checkpoints:
                 reasons[name] = reason
                 continue
             if reasons:
-                warnings.warn(f"{self._told(reasons)}; going on from {self._path / name}, the one before", stacklevel=4)
+                warn(f"{self._told(reasons)}; going on from {self._path / name}, the one before")
             self._damaged = list(reasons)
             return Saved(self._path / name, manifest)
         if reasons:
@@ -174,13 +175,15 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor], shared: Container[
         if not value.dtype.hasobject and numpy.dtype(dtype) == value.dtype:
             name = "array" if kind is numpy.ndarray else "scalar"
             return {name: [dtype, list(value.shape), _text(numpy.ascontiguousarray(value).tobytes())]}
-    raise TypeError(f"{key} is a {kind.__module__}.{kind.__qualname__}, and a checkpoint holds no objects but {ALLOWED}")
+    raise TypeError(f"{key} is of type {kind.__module__}.{kind.__qualname__}, and a checkpoint holds no objects but {ALLOWED}")
 
 
 def _encode_tensor(tensor: Tensor, key: str, tensors: dict[str, Tensor], shared: Container[str]) -> dict[str, Any]:
     sharded = hasattr(tensor, "full_tensor")  # a DTensor, without the import
     if not sharded and (type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized):
-        raise TypeError(f"{key} is a {type(tensor).__name__} of layout {tensor.layout}, and a checkpoint holds only {ALLOWED}")
+        raise TypeError(
+            f"{key} is of type {type(tensor).__name__} and layout {tensor.layout}, and a checkpoint holds only {ALLOWED}"
+        )
     tensor = tensor.detach()
     dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
     description = {"dtype": dtype, "shape": shape, "device": tensor.device.type}

@@ -225,8 +225,8 @@ def seed_momentum(optimizer: Optimizer) -> None:
                 states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         elif 0 < len(joining) < len(states):
             raise ValueError(
-                f"{len(joining)} parameters join fused SGD with momentum and dampening={group['dampening']} after its first "
-                "step, which its kernel cannot take: make it with `fused=False`"
+                f"{len(joining)} of {len(states)} parameters came to fused SGD with momentum and dampening={group['dampening']} "
+                "after its first step, which its kernel cannot take: make it with `fused=False`"
             )
 
 

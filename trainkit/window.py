@@ -60,8 +60,8 @@ class Window:
         if self.losses and self.weighted is not (weight is not None):
             was, came = ("with", "without") if self.weighted else ("without", "with")
             raise TypeError(
-                f"a loss came {came} a weight into a window whose {len(self.losses)} losses so far came {was} one; the mean over "
-                "both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
+                f"a loss came {came} a weight into a window whose losses so far ({len(self.losses)}) came {was} one; the mean "
+                "over both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
             )
         if weight is None:
             return fraction / self.parts
