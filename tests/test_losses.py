@@ -23,7 +23,7 @@ def test_a_transformers_output_and_a_mapping_are_losses(model, optimizer):
 @pytest.mark.parametrize(
     ("output", "error", "words"),
     [
-        (lambda loss: None, TypeError, "got None"),
+        (lambda loss: None, TypeError, "not None"),
         (lambda loss: loss.item(), TypeError, "a step function hands over the loss"),
         (lambda loss: loss.expand(2), ValueError, r"has shape \(2,\)"),
         (lambda loss: loss.detach(), ValueError, "no graph"),

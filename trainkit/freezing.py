@@ -73,7 +73,7 @@ class frozen:
     """
 
     def __init__(self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False) -> None:
-        _check_module("frozen", module)
+        _check_module("frozen(model, 'embeddings')", module)
         self._module = module
         self._chosen = Chosen(module, layers)
         if not isinstance(eval_mode, bool):
@@ -145,7 +145,7 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    _check_module("freeze", module)
+    _check_module("freeze(model, 'embeddings')", module)
     selection = select(module, normalise(layers))
     for parameter in selection.parameters:
         if hold := _hold_of(parameter):
@@ -180,7 +180,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    _check_module("unfreeze", module)
+    _check_module("unfreeze(model, 'embeddings')", module)
     selection = select(module, normalise(layers))
     # Quantised weights are integers, and have no gradient.
     parameters = [p for p in selection.parameters if p.is_floating_point() or p.is_complex()]
@@ -213,7 +213,7 @@ def frozen_parameters(module: nn.Module) -> list[str]:
         >>> frozen_parameters(model)
         ['0.bias', '1.bias']
     """
-    _check_module("frozen_parameters", module)
+    _check_module("frozen_parameters(model)", module)
     return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
 
@@ -233,7 +233,7 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
         [(1, 2), (1,)]
     """
-    _check_module("trainable_parameters", module)
+    _check_module("trainable_parameters(model)", module)
     return [p for p in module.parameters() if p.requires_grad]
 
 
@@ -363,7 +363,7 @@ def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
     return [name for name, p in unwrapped(module).named_parameters(remove_duplicate=False) if id(p) in chosen]
 
 
-def _check_module(function: str, module: Any) -> None:
+def _check_module(call: str, module: Any) -> None:
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
-        kind = type(module).__name__
-        raise TypeError(f"{function} takes a torch.nn.Module, got an object of type {kind}: `{function}(model, 'embeddings')`")
+        function, kind = call.partition("(")[0], type(module).__name__
+        raise TypeError(f"{function} takes a torch.nn.Module, got an object of type {kind}: `{call}`")

@@ -197,7 +197,7 @@ def amp(
         if device_type is not None and not torch.amp.is_autocast_available(device_type):
             raise ValueError(f"there is no autocast for {device_type}")
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device must be a type of device, got {device!r}: `amp(device='cuda')`") from error
+        raise ValueError(f"device must be a type of device that has autocast, got {device!r}: `amp(device='cuda')`") from error
     max_norm, norm_type = check_clipping(max_norm, norm_type)
     precision = Precision(dtype, device_type, float(init_scale), growth_interval)
     max_skips = check_max_skips(max_skips)

@@ -131,9 +131,10 @@ class Place:
     def _resume(self, now: Pass, found: Pass, length: Callable[[], int]) -> Pass:
         """Begins the pass as the one that was found; returns that, as far as it is to be read again."""
         if now.loader != found.loader:
+            was, this = (repr(name) if name else "a loader that is no object" for name in (found.loader, now.loader))
             raise ValueError(
-                f"the checkpoint was written in a pass over {found.loader or 'a loader that is no object'}, and this one is "
-                f"over {now.loader or 'a loader that is no object'}: give the same objects, and the loader to `over`"
+                f"the checkpoint was written in a pass over {was}, and this one is over {this}: give the same objects, and the "
+                "loader to `over`"
             )
         if now.loader is None and found.ranks == now.ranks and now.size != found.size:
             raise ValueError(

@@ -146,9 +146,7 @@ def check_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
                     "call `optimizer.step(closure)` yourself"
                 )
             continue
-        remedy = (
-            "`train_step(optimizer, ...)` or `amp(optimizer, ...)`, as in `optimizer = torch.optim.AdamW(model.parameters())`"
-        )
+        remedy = "`train_step(optimizer, ...)` or `amp(optimizer, ...)`, with `optimizer = torch.optim.AdamW(model.parameters())`"
         if isinstance(optimizer, nn.Module):
             raise TypeError(f"got a module, of type {_name(optimizer)}, where an optimizer belongs: {remedy}")
         if isinstance(optimizer, torch.dtype):

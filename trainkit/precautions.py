@@ -100,7 +100,7 @@ def not_finite(plan: Plan) -> str:
         for g, group in enumerate(optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
                 given = group["param_names"][i] if "param_names" in group else ""
-                place = f"params[{i}] of param_groups[{g}] of {type(optimizer).__name__}, of shape {tuple(parameter.shape)}"
+                place = f"params[{i}] of param_groups[{g}] of {type(optimizer).__name__} with shape {tuple(parameter.shape)}"
                 names.setdefault(id(parameter), repr(given) if given else place)
     bad = [p for p in plan.parameters() if p.grad is not None and not _is_finite(p.grad)]
     if not bad:

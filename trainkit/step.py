@@ -334,7 +334,7 @@ class Step(Generic[P]):
             gradients = {} if window is None else dict(state["gradients"])
             self._scaler.check_state_dict(state)
         except Exception as error:  # whatever is in place of a state may raise whatever it likes
-            raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from error
+            raise ValueError(f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned") from None
         self._gradients.check_state_dict(gradients)
         self.discard()
         self._owed = None

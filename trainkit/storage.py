@@ -278,7 +278,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} does not have the hash that it begins with")
     content: dict[str, Any] = json.loads(text)
     if content["format"] != 1:
-        raise ValueError(f"{file} is of format {content['format']}, which this version of trainkit does not know")
+        raise ValueError(
+            f"{file} is of format {content['format']}, which this version of trainkit does not know: update trainkit, or give "
+            "another path to begin anew"
+        )
     return content
 
 
