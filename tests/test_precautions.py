@@ -99,7 +99,7 @@ def test_parameters_that_nobody_has_named_and_the_default():
     with pytest.raises(FloatingPointError, match=r"^25 .* of 1 of 3 parameters, first params\[1\] of param_groups\[1\] of SGD"):
         step(torch.tensor(math.nan))
     bad.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"of shape \(2,\) \(which is not finite itself\)"):
+    with pytest.raises(FloatingPointError, match=r"with shape \(2,\) \(which is not finite itself\)"):
         for _ in range(25):
             step(torch.tensor(math.nan))
     forever = train_step(optimizer, max_norm=1.0, max_skips=math.inf)(lambda: bad.sum() * torch.tensor(math.nan))
