@@ -68,7 +68,8 @@ class History:
     def __init__(self, step: Step[Any], *, log: Any = None) -> None:
         if not isinstance(step, Step):
             raise TypeError(
-                f"a history is of a step, got a {type(step).__name__}: `step = train_step(optimizer)(function)`, `History(step)`"
+                f"a history is of a step, got an object of type {type(step).__name__}: `step = train_step(optimizer)(function)`, "
+                "`History(step)`"
             )
         self._log = None if log is None else _logger(log)
         self._max_norm = step._plan.max_norm

@@ -109,7 +109,9 @@ def model_summary(module: nn.Module, depth: int | None = None) -> ModelSummary:
         0.0 MiB, with 0 numbers in buffers
     """
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
-        raise TypeError(f"model_summary takes a torch.nn.Module, got a {type(module).__name__}: `model_summary(model)`")
+        raise TypeError(
+            f"model_summary takes a torch.nn.Module, got an object of type {type(module).__name__}: `model_summary(model)`"
+        )
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
         raise TypeError(f"depth is a number of levels, or None for all, got {depth!r}: `model_summary(model, depth=2)`")
     if depth is not None and depth < 0:
