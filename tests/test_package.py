@@ -55,11 +55,11 @@ def test_imports_run_one_way(monkeypatch):
         "machine": {"machine", "plan"},
         "targets": {"targets", "plan"},
         "parallel": {"parallel"},
-        "precautions": {"precautions", "parallel", "plan"},
+        "precautions": {"precautions", "parallel", "plan", "warning"},
         "gradients": {"gradients", "plan"},
         "backward": {"backward"},
         "generators": {"generators"},
-        "scaler": {"scaler", "answer", "gradients", "parallel", "plan", "precautions", "update", "window"},
+        "scaler": {"scaler", "answer", "gradients", "parallel", "plan", "precautions", "update", "warning", "window"},
         "result": {"result", "window"},
         "answer": {"answer"},
         "readings": {"readings", "answer", "result", "window"},
@@ -67,7 +67,8 @@ def test_imports_run_one_way(monkeypatch):
         "plots": {"plots", "answer", "readings", "result", "window"},
         "summary": {"summary", "layers"},
         "randomness": {"randomness"},
-        "storage": {"storage", "parallel"},
+        "storage": {"storage", "parallel", "warning"},
+        "warning": {"warning"},
         "places": {"places", "loaders", "parallel", "randomness"},
     }
     above["step"] = {"step", "backward", "batches", "generators", "loaders", "losses", "progress", "readings", "result"}
