@@ -268,7 +268,8 @@ def main():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
 
-    model.to(torch.accelerator.current_accelerator() or "cpu").train()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model.to(device).train()
     documents = documents[: options.train]
     if RANK == 0:
         print(f"\ntraining on {len(documents):,} documents, {len(held_out)} others are held out", flush=True)

@@ -128,7 +128,8 @@ def contend(name, labels, rows, evaluation_rows, options):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     head = {"num_labels": labels, "ignore_mismatched_sizes": True}  # made anew where it was for something else
     model = AutoModelForSequenceClassification.from_pretrained(options.model, **head)
-    model.float().to(torch.accelerator.current_accelerator() or "cpu").train()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model.float().to(device).train()
 
     start = time.perf_counter()
     losses = torch.stack(CONTENDERS[name](model, tokenizer, rows, options))

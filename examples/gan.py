@@ -122,7 +122,7 @@ def main():
 
     torch.set_num_threads(1)  # layers as small as these gain nothing from more
     torch.manual_seed(options.seed)
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pixels, digits = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images, unseen, digits, unseen_digits = train_test_split(images, torch.tensor(digits), test_size=0.2, random_state=0)
