@@ -1,9 +1,11 @@
 """What the package promises about itself."""
 
 import importlib
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import trainkit
 
@@ -102,3 +104,10 @@ def test_nothing_else_is_public():
         "unfreeze",
     ]
     assert all(getattr(trainkit, name).__doc__ for name in trainkit.__all__)
+
+
+def test_every_file_stands_in_the_readme():
+    package = Path(trainkit.__file__).parent
+    listed = re.findall(r"(\w+)\.py\b", (package.parent / "README.md").read_text().partition("## The files")[2])
+    files = [path.stem for path in package.glob("*.py") if not path.stem.startswith("__")]
+    assert sorted(set(listed) - {"test_package"}) == sorted(files)
