@@ -1,5 +1,6 @@
 """Deterministic everywhere; `HYPOTHESIS_PROFILE=deep` looks further."""
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,13 @@ settings.register_profile("ci", max_examples=150, derandomize=True, **usual)
 settings.register_profile("deep", max_examples=2000, **usual)
 settings.register_profile("brief", max_examples=15, derandomize=True, **usual)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_imported_is_not_looked_at_again():
+    """gc.collect(), which the package calls where memory runs out, takes 0.2 s over all that torch and transformers are."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
