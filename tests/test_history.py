@@ -207,6 +207,38 @@ def test_on_a_cpu_a_row_is_logged_at_once():
         assert calls[-1] == update
 
 
+def test_a_log_that_fails_costs_no_row_and_no_update():
+    def fails_at_the_second(numbers, update):
+        logged.append(update)
+        if update == 2:
+            raise OSError("the disk is full")
+
+    logged, model, applied = [], make_model(torch.float32), []
+    step = train_step(torch.optim.SGD(model.parameters()), after=lambda: applied.append(step._closed))(
+        lambda batch: loss_of(model, batch)
+    )
+    first, second = History(step, log=fails_at_the_second), History(step)
+    for batch in BATCHES[:4]:
+        with suppress(OSError):
+            step(batch)
+        assert len(applied) == step._closed and all(p.grad is None for p in model.parameters())
+    assert logged == first["update"] == second["update"] == [1, 2, 3, 4]
+    assert first["loss"] == second["loss"] and step.updates == 4
+
+
+def test_the_window_at_which_a_run_gives_up_is_a_row():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()), max_norm=1.0, max_skips=3)(
+        lambda batch: loss_of(model, batch) * math.inf
+    )
+    history = History(step)
+    for batch in BATCHES[:2]:
+        step(batch)
+    with pytest.raises(FloatingPointError):
+        step(BATCHES[2])
+    assert history["update"] == [1, 2, 3] and history["skipped"] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("log", [3, "runs", Writer, torch.nn.ReLU])
 def test_what_cannot_be_logged_to_is_refused(log):
     model = make_model(torch.float32)
@@ -277,6 +309,21 @@ def test_a_run_that_is_stopped_goes_on_with_its_history(tmp_path):
     assert len(whole) == 4 and resumed["update"] == [1, 2, 3, 4]
     assert resumed["loss"] == whole["loss"]
     assert resumed["seconds"] == sorted(resumed["seconds"])
+
+
+def test_what_was_recorded_since_gives_way_to_a_state_that_is_loaded():
+    model = make_model(torch.float32)
+    step = train_step(torch.optim.SGD(model.parameters()))(lambda batch: loss_of(model, batch))
+    history = History(step)
+    for batch in BATCHES[:3]:
+        step(batch)
+    state = history.state_dict()
+    for batch in BATCHES:
+        step(batch)
+    history.load_state_dict(state)
+    assert history["update"] == [1, 2, 3]
+    history.load_state_dict(History(step).state_dict())
+    assert len(history) == 0 and history["update"] == []
 
 
 def test_another_state_is_refused_and_changes_nothing():

@@ -61,6 +61,19 @@ def test_flush_waits_for_all_that_is_left(late):
     assert [numbers["update"] for numbers in taken] == [1, 2, 3, 4, 5] and readings.pending == 0
 
 
+def test_a_copy_that_fails_loses_nothing(monkeypatch):
+    step, taken = stepped(), []
+    readings = Readings(step, lambda numbers: taken.append(numbers["update"]), least=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainkit.readings, "Answer", lambda numbers: pytest.fail("interrupted"))
+        step(BATCHES[0])
+        with pytest.raises(pytest.fail.Exception):
+            step(BATCHES[1])
+    assert readings.pending == 2
+    step(BATCHES[2])
+    assert taken == [1, 2, 3] and step.updates == 3
+
+
 def test_the_end_of_a_loop_flushes_however_it_ends(late):
     step, taken = stepped(accumulate(2)), []
     Readings(step, taken.append, least=1)

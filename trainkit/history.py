@@ -160,8 +160,8 @@ class History:
             ) from error
         if columns != self._names:
             raise ValueError(f"a history of {', '.join(map(str, columns))}, and this one has {', '.join(self._names)}")
+        self._readings.restart(rows[-1, columns.index("seconds")].item() if numbers else 0.0)
         self._numbers = numbers
-        self._readings.restart(self["seconds"][-1] if numbers else 0.0)
 
     def _take(self, numbers: dict[str, float]) -> None:
         # In one call, which no signal comes between.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trainkit.answer import Answer
-from trainkit.result import StepResult
+from trainkit.update import Outcome
+from trainkit.window import Window
 
 
 class Readings:
@@ -30,7 +31,7 @@ class Readings:
 
     def __init__(self, step: Any, take: Callable[[dict[str, float]], None], least: int) -> None:
         self.rates = rate_names(len(step._plan.optimizers))
-        self._step, self._take, self._least = step, take, least
+        self._step, self._take, self.least = step, take, least
         self._began = time.perf_counter()
         self._used: dict[str, Any] = {}
         # A row has numbers, and tensors of one dimension or none in the place of numbers that have not arrived.
@@ -48,10 +49,8 @@ class Readings:
         if scale is not None:
             self._used["loss_scale"] = _kept(scale.value)
 
-    def after_update(self, result: StepResult) -> None:
-        """Notes what the update came to, and hands over what has arrived of earlier ones."""
-        window = result._window
-        assert window is not None
+    def after_update(self, window: Window, outcome: Outcome) -> None:
+        """Notes what the update came to."""
         # A copy now: the output of a CUDA graph is another at its next run.
         losses, weights = torch.stack(window.losses), window.weights
         row = self._used | {
@@ -59,13 +58,12 @@ class Readings:
             "losses": losses,
             "weights": _stacked(weights, losses.device) if any(isinstance(weight, Tensor) for weight in weights) else weights,
             "is_weighted": window.weighted,
-            "skipped": result._skipped,
+            "skipped": outcome.skipped,
             "seconds": time.perf_counter() - self._began,
         }
-        if result.grad_norm is not None:
-            row["grad_norm"] = result.grad_norm
+        if outcome.norm is not None:
+            row["grad_norm"] = outcome.norm
         self._waiting += [row]
-        self.ask(self._least)
 
     def ask(self, least: int = 1) -> None:
         """Hands over what has arrived, and has what waits copied, if that is so many windows; waits for nothing."""
@@ -96,9 +94,9 @@ class Readings:
 
     def _send(self) -> None:
         """Has the numbers of all windows that wait copied from the device: as a rule, in one piece."""
-        if not self._waiting:
+        rows = self._waiting
+        if not rows:
             return
-        rows, self._waiting = self._waiting, []
         memory = _peak_memory(rows[-1]["losses"].device)
         pieces: dict[Any, list[tuple[dict[str, Any], str, Tensor]]] = {}
         for row in rows:
@@ -106,11 +104,12 @@ class Readings:
             for name, value in row.items():
                 if isinstance(value, Tensor):
                     pieces.setdefault((value.device, value.dtype), []).append((row, name, value.reshape(-1)))
-        self._answers = [
+        answers = [
             (Answer(torch.cat([part for *_, part in found])), [(row, name, part.numel()) for row, name, part in found])
             for found in pieces.values()
         ]
-        self._coming.extend(rows)
+        # In one assignment, which no signal comes between.
+        self._answers, self._coming, self._waiting = answers, deque(rows), []
 
     def _hand_over(self, wait: bool = False) -> None:
         if self._answers and (wait or all(answer.known() for answer, _ in self._answers)):

@@ -490,6 +490,8 @@ class Step(Generic[P]):
             self._window, self._reference, self._closed, self._skips, self._owed = None, reference, self._closed + 1, skips, owed
         finally:
             forget_scale(self._plan.optimizers)
+        for watcher in self._watchers:
+            watcher.after_update(window, outcome)
         if outcome.found_inf is not None:
             self._scaler.update(outcome.found_inf, lambda: self.updates)
         if self._generator is None or outcome.skipped is True:
@@ -498,10 +500,10 @@ class Step(Generic[P]):
             self._gradients.forget()
         result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
         result._settle = self.settle
-        for watcher in self._watchers:
-            watcher.after_update(result)
         if owed is not None and owed.known():
             self.settle()
+        for watcher in self._watchers:  # last: what is done with their numbers may fail
+            watcher.ask(watcher.least)
 
 
 def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
