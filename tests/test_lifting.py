@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import trainkit
-from trainkit.lifting import PACKAGE, lift, public_names
+from trainkit.lifting import lift, public_names
 
 HERE = Path(__file__).parent
+PACKAGE = Path(trainkit.__file__).parent
 PRIMITIVES = ["accumulate", "amp", "frozen", "train_step", "microbatch", "recompute", "resumable"]
 
 
@@ -146,3 +148,21 @@ def test_the_options_of_the_command(tmp_path):
 def test_what_cannot_be_lifted(arguments, said):
     refused = command("lift", *arguments)
     assert refused.returncode == 2 and said in refused.stderr and not refused.stdout
+
+
+@pytest.mark.parametrize("output", ["nowhere/trainkit.py", "."])
+def test_a_file_that_cannot_be_written_is_said_in_one_line(output, tmp_path):
+    refused = command("lift", "amp", "-o", output, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("python -m trainkit lift: error: -o ")
+    assert f"-o {output}: " in refused.stderr and refused.stderr.endswith(": `-o trainkit.py`\n")
+
+
+def test_it_needs_no_folder_of_the_package_and_no_encoding(tmp_path):
+    package = zipfile.ZipFile(tmp_path / "package.zip", "w")
+    with package:
+        for path in PACKAGE.glob("*.py"):
+            package.write(path, f"trainkit/{path.name}")
+    environment = {**os.environ, "PYTHONPATH": package.filename, "PYTHONIOENCODING": "ascii"}
+    run = [sys.executable, "-m", "trainkit", "lift", "--all", "--inline"]
+    printed = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert printed.returncode == 0 and printed.stdout == lift(public_names()), printed.stderr

@@ -13,12 +13,11 @@ import ast
 import difflib
 import functools
 import importlib.metadata
+import importlib.resources
 import symtable
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-PACKAGE = Path(__file__).parent
 
 
 class Statement(NamedTuple):
@@ -35,7 +34,7 @@ class Source:
     """A file of the package."""
 
     def __init__(self, name: str) -> None:
-        text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        text = importlib.resources.files("trainkit").joinpath(f"{name}.py").read_text(encoding="utf-8")
         tree = ast.parse(text)
         self.name, self.lines, self.doc = name, text.splitlines(), ast.get_docstring(tree) or ""
         self.own: dict[str, str] = {}  # names from other files of the package, and the files
@@ -89,10 +88,7 @@ def _sources() -> dict[str, Source]:
 
 def public_names() -> list[str]:
     """What can be lifted: all that the package exports."""
-    (exported,) = (s.node for s in _sources()["__init__"].statements if "__all__" in s.binds)
-    assert isinstance(exported, ast.Assign)
-    names: list[str] = ast.literal_eval(exported.value)
-    return names
+    return list(importlib.import_module("trainkit").__all__)
 
 
 def needed(names: Iterable[str]) -> set[tuple[str, str]]:
@@ -215,7 +211,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     except ValueError as error:
         parser.error(str(error))
     if arguments.output is not None:
-        arguments.output.write_text(code, encoding="utf-8")
+        try:
+            arguments.output.write_text(code, encoding="utf-8")
+        except OSError as error:
+            parser.error(f"-o {arguments.output}: {error.strerror}; give a file in a folder that is there: `-o trainkit.py`")
     else:
         print(code if arguments.inline else f"%%writefile trainkit.py\n{code}", end="")
     return 0

@@ -209,5 +209,5 @@ def _fitted(text: str, width: int, is_number: bool) -> str:
     """The text in so many columns; of one that is longer the end, which tells more than the beginning."""
     if len(text) > width:
         text = text.strip().rjust(width)
-        text = text if len(text) == width else "…" + text[len(text) - width + 1 :]
+        text = text if len(text) == width else "\N{HORIZONTAL ELLIPSIS}" + text[len(text) - width + 1 :]
     return text.rjust(width) if is_number else text.ljust(width)
