@@ -96,6 +96,24 @@ def test_a_shared_parameter_counts_once_and_both_say_with_whom():
     assert whole.parameters == row.parameters == 6 and row.module == "3 x Linear"
 
 
+def test_of_a_shared_parameter_in_a_container_the_other_name_is_said():
+    embedding, linear, norm = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.LayerNorm(5)
+    linear.weight = embedding.weight
+    model = nn.ModuleDict({"stem": nn.Sequential(embedding, linear), "blocks": nn.ModuleList([norm, nn.Linear(5, 5), norm])})
+    assert [(row.path, row.tied) for row in model_summary(model).rows if row.tied] == [
+        ("stem[0]", "stem.1.weight"),
+        ("stem[1]", "stem.0.weight"),
+        ("blocks[0]", "blocks.2.weight"),
+        ("blocks[2]", "blocks.0.weight"),
+    ]
+    same = nn.ModuleDict({"blocks": nn.ModuleList([norm, norm]), "head": norm})
+    assert [(row.path, row.tied) for row in model_summary(same).rows] == [
+        ("**", ""),
+        ("blocks[0:2]", "head.weight"),
+        ("head", "blocks.0.weight"),
+    ]
+
+
 def test_dtypes_are_shown_where_they_differ():
     model = Model()
     assert "dtype" not in model_summary(model).table(100)

@@ -120,7 +120,7 @@ def model_summary(module: nn.Module, depth: int | None = None) -> ModelSummary:
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    rows = list(_rows_of([module], "", depth, names))
+    rows = list(_rows_of({"": module}, "", depth, names))
     parameters, buffers = list(module.parameters()), list(module.buffers())
     count, trainable = _count_of(parameters), _count_of(p for p in parameters if p.requires_grad)
     memory = sum(map(_bytes_of, [*parameters, *buffers])) / 2**20
@@ -131,20 +131,21 @@ def model_summary(module: nn.Module, depth: int | None = None) -> ModelSummary:
     return ModelSummary(rows, totals)
 
 
-def _rows_of(same: list[nn.Module], path: str, depth: int | None, names: dict[int, list[str]]) -> Iterator[SummaryRow]:
-    """The lines of a module and what is in it, or of several equal ones in one."""
-    parameters = list({id(p): p for module in same for p in module.parameters()}.values())
-    if not parameters and not any(True for module in same for _ in module.buffers()):
+def _rows_of(same: dict[str, nn.Module], path: str, depth: int | None, names: dict[int, list[str]]) -> Iterator[SummaryRow]:
+    """The lines of a module and what is in it, or of several equal ones in one: by their names."""
+    modules = list(same.values())
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    if not parameters and not any(True for module in modules for _ in module.buffers()):
         return
     states = {p.requires_grad for p in parameters}
     state = "part" if len(states) > 1 else {True: "trainable", False: "frozen"}.get(next(iter(states), None), "")  # type: ignore[arg-type]
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     dtype = "mixed" if len(dtypes) > 1 else "".join(dtypes)
     count = f"{len(same)} x " if len(same) > 1 else ""
-    is_list = isinstance(same[0], nn.ModuleList)
+    is_list = isinstance(modules[0], nn.ModuleList)
     if not (is_list and path):  # of a list there is nothing to say but what is in it
-        name = type(same[0]).__name__
-        yield SummaryRow(path or "**", count + name, _count_of(parameters), state, dtype, _tied(same, path, names))
+        name = type(modules[0]).__name__
+        yield SummaryRow(path or "**", count + name, _count_of(parameters), state, dtype, _tied(same, names))
     for component, children in _groups(same):
         is_index = component.startswith("[")
         deeper = depth if depth is None or (is_index and path) else depth - 1
@@ -153,18 +154,20 @@ def _rows_of(same: list[nn.Module], path: str, depth: int | None, names: dict[in
             yield from _rows_of(children, inner, deeper, names)
 
 
-def _groups(same: list[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
+def _groups(same: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, nn.Module]]]:
     """The children of equal modules by name; of a container, those that are equal and follow each other, by a slice."""
-    names = [name for name, child in same[0]._modules.items() if child is not None]
-    is_container = isinstance(same[0], (nn.ModuleList, nn.Sequential)) and names == [str(i) for i in range(len(names))]
-    forms = [_form(same[0]._modules[name]) for name in names] if is_container else names
+    first = next(iter(same.values()))
+    names = [name for name, child in first._modules.items() if child is not None]
+    is_container = isinstance(first, (nn.ModuleList, nn.Sequential)) and names == [str(i) for i in range(len(names))]
+    forms = [_form(first._modules[name]) for name in names] if is_container else names
     start = 0
     while start < len(names):
         stop = start + 1
         while is_container and stop < len(names) and forms[stop] == forms[start]:
             stop += 1
         component = names[start] if not is_container else f"[{start}]" if stop == start + 1 else f"[{start}:{stop}]"
-        yield component, [module._modules[name] for module in same for name in names[start:stop]]  # type: ignore[misc]
+        children = {f"{place}.{name}".lstrip("."): m._modules[name] for place, m in same.items() for name in names[start:stop]}
+        yield component, children  # type: ignore[misc]
         start = stop
 
 
@@ -181,11 +184,12 @@ def _form(module: nn.Module | None) -> Any:
     return type(module), own, [(name, _form(child)) for name, child in module._modules.items()]
 
 
-def _tied(same: list[nn.Module], path: str, names: dict[int, list[str]]) -> str:
-    """The name of another parameter that is one of these modules' own, too."""
-    own = [p for module in same for p in module._parameters.values() if p is not None]
-    others = (name for p in own for name in names[id(p)] if len(names[id(p)]) > 1)
-    return next((name for name in others if name.rpartition(".")[0] != path), "")
+def _tied(same: dict[str, nn.Module], names: dict[int, list[str]]) -> str:
+    """The name of a parameter of another module that is one of these modules' own, too; of one of several that share theirs."""
+    own = [p for module in same.values() for p in module._parameters.values() if p is not None]
+    shared = [name for p in own for name in names[id(p)] if len(names[id(p)]) > 1]
+    others = (name for name in shared if name.rpartition(".")[0] not in same)
+    return next(others, shared[0] if shared and len(same) > 1 else "")
 
 
 def _count_of(tensors: Iterable[Tensor]) -> int:
