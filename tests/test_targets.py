@@ -88,11 +88,20 @@ def test_something_else_than_a_model_and_a_batch_is_refused(made, came):
     assert came in str(raised.value) and "`return model, batch, loss_fn`" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "model", [nn.ReLU(), nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1, device="meta"), nn.LazyLinear(1)]
+)
+def test_a_model_without_anything_to_train_is_refused(model):
+    with pytest.raises(WrongTarget, match=r"my_training:make_model returned a model .*: `") as raised:
+        make("my_training:make_model", lambda: (model, torch.ones(1)))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_place_is_one_where_something_runs():
     assert place_of("cpu") == torch.device("cpu")
     expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert place_of(None) == expected
-    for nowhere in ("cuda:99", "nonsense"):
+    for nowhere in ("cuda:99", "nonsense", "meta"):
         with pytest.raises(WrongTarget, match=f"--device {nowhere}") as raised:
             place_of(nowhere)
         assert "\n" not in str(raised.value)

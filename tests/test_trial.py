@@ -9,7 +9,7 @@ from torch import nn
 
 from trainkit import trial as measured_by
 from trainkit.targets import WrongTarget
-from trainkit.trial import Measurement, largest_that, run_trial
+from trainkit.trial import Measurement, _variants, largest_that, run_trial
 
 SOURCE = """
 import torch
@@ -151,6 +151,11 @@ def test_layers_can_be_named(user):
 
 def test_a_model_without_blocks_has_nothing_frozen_or_recomputed(user):
     assert names_of(tried("of_no_blocks")) == ["plain", "amp()", "microbatch(2)", "all of these"]
+
+
+def test_the_blocks_of_a_compiled_model_are_found(user):
+    model = torch.compile(user.Model(), backend="eager")
+    assert [variant.name for variant in _variants(model, None, 8)][2::2] == ["frozen blocks[:2]", "recompute blocks[:]"]
 
 
 def test_a_part_that_cannot_be_says_why_and_the_others_go_on(user):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainkit.plan import current_device
 
@@ -61,6 +62,12 @@ def make(target: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Call
             f"{target} returned {came}: `return model, batch` or `return model, batch, loss_fn`, a module, a tensor, tuple or "
             "mapping, and a function of both"
         )
+    parameters = list(model.parameters())
+    if any(p.is_meta or is_lazy(p) for p in parameters) or not any(p.requires_grad for p in parameters):
+        raise WrongTarget(
+            f"{target} returned a model whose parameters have no values yet, or none of which is trained: `model.to_empty(...)` "
+            "or a first forward gives them values, `model.requires_grad_()` has them trained"
+        )
     return model, batch, loss_fn
 
 
@@ -69,7 +76,9 @@ def place_of(device: str | None) -> torch.device:
     if device is None:
         return current_device()
     try:
-        return torch.ones(1, device=device).device
+        place = torch.ones(1, device=device)
+        place.item()  # the meta device has no numbers
+        return place.device
     except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
         reason = str(error).partition("\n")[0]
         raise WrongTarget(f"nothing runs on --device {device}: {reason}; `--device cpu` runs everywhere") from error

@@ -26,6 +26,7 @@ from trainkit.allocation import allocated_by
 from trainkit.batches import Batch, mapped
 from trainkit.compose import train_step
 from trainkit.freezing import frozen, trainable_parameters
+from trainkit.layers import unwrapped
 from trainkit.microbatching import is_out_of_memory, microbatch
 from trainkit.parts import amp
 from trainkit.recomputation import recompute
@@ -77,7 +78,7 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
 def _variants(model: nn.Module, layers: Sequence[str] | None, rows: int | None) -> list[_Variant]:
     frozen_layers = recomputed = list(layers or [])
     if layers is None:
-        lists = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        lists = [(name, m) for name, m in unwrapped(model).named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
         # The longest; a ModuleList before a Sequential, which may hold other things than blocks.
         name, blocks = max(lists, key=lambda item: (isinstance(item[1], nn.ModuleList), len(item[1])), default=("", []))
         frozen_layers, recomputed = ([f"{name}[:{len(blocks) // 2}]"], [f"{name}[:]"]) if len(blocks) > 1 else ([], [])
