@@ -33,3 +33,11 @@ def test_what_is_wrong_is_said_and_no_cell_is_filled(capsys, tmp_path):
         assert "error: " in capsys.readouterr().err
     shell.magics["trainkit"](f"lift frozen -o {tmp_path / 'trainkit.py'}")
     assert shell.cells == [] and (tmp_path / "trainkit.py").read_text() == lift(["frozen"])
+
+
+def test_help_is_shown(capsys):
+    shell = Shell()
+    load_ipython_extension(shell)
+    for line, said in (("-h", "lift"), ("lift --help", "--inline")):
+        shell.magics["trainkit"](line)
+        assert said in capsys.readouterr().out and not shell.cells

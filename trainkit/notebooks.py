@@ -14,13 +14,12 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def _trainkit(shell: Any, line: str) -> None:
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            import_module("trainkit.commands").main(line.split())
-    except SystemExit:  # it has said what is wrong, and a notebook goes on
-        return
-    if line.split()[0] == "lift" and printed.getvalue():
+    printed, is_done = io.StringIO(), False
+    # Leaving, it has said what is wrong, or how it is used, and a notebook goes on.
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        import_module("trainkit.commands").main(line.split())
+        is_done = True
+    if is_done and line.split()[0] == "lift" and printed.getvalue():
         shell.set_next_input(printed.getvalue())
     else:
         print(printed.getvalue(), end="")
