@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from oracles import BATCHES, loss_of, make_batches, make_model, same_bits, state_of
@@ -57,3 +59,34 @@ def test_backward_leaves_autocast_on_for_the_forward_that_follows():
     with step:
         step.backward(model(x).float().mean())
         assert model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_a_backward_or_an_update_of_the_users_own_is_explained(model, generator):
+    """Torch's own advice, retain_graph and anomaly detection, is for other loops."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def twice(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    def moved(x):
+        loss = model(x).square().mean()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return loss
+
+    def yielding(x, function):
+        yield function(x)
+
+    for function, remedy in (
+        (twice, r"retain_graph=True(?s:.*)remove `loss.backward\(\)`"),
+        (moved, r"remove `optimizer.step\(\)`"),
+    ):
+        body = functools.partial(yielding, function=function) if generator else function
+        step = train_step(optimizer, accumulate(2))(body)
+        with pytest.raises(RuntimeError, match=remedy):
+            step(torch.ones(2, 4).double())
+        assert step.updates == 0 and all(parameter.grad is None for parameter in model.parameters())

@@ -272,6 +272,24 @@ TRAIN_STEP = [
     ),
     (
         TypeError,
+        "1.0 is not a part; gradients are clipped by `train_step(optimizer, max_norm=1.0)`",
+        lambda w: train_step(w.optimizer, 1.0),
+    ),
+    (
+        TypeError,
+        "[accumulate(2), amp(dtype=None)] is not a part; they stand one by one: `train_step(optimizer, accumulate(4), amp())`, "
+        "or `train_step(optimizer, *parts)`",
+        lambda w: train_step(w.optimizer, [accumulate(2), amp()]),
+    ),
+    (TypeError, "<function amp at ADDRESS> is not a part; it makes one: `amp(...)`", lambda w: train_step(w.optimizer, amp)),
+    (
+        TypeError,
+        "<built-in function print> is not a part; what is called after each update goes by name: "
+        "`train_step(optimizer, after=scheduler.step)`",
+        lambda w: train_step(w.optimizer, print),
+    ),
+    (
+        TypeError,
         "'amp' is not a part; parts are `accumulate(4)`, `amp()`, `frozen(module)`",
         lambda w: train_step(w.optimizer, "amp"),
     ),
@@ -285,6 +303,12 @@ TRAIN_STEP = [
         "only functions are decorated, got amp(dtype=None); parts go together in `train_step(optimizer, a, b)`",
         lambda w: train_step(w.optimizer)(amp()),
     ),
+    (
+        TypeError,
+        "this step has no function yet, and was called with something else: decorate one, "
+        "`step = train_step(optimizer, ...)(function)`, or give it the loss by hand, `with step: step.backward(loss)`",
+        lambda w: train_step(w.optimizer)(w.x, w.x),
+    ),
     (TypeError, "steps are made by `train_step(optimizer)(function)`, and not of 3 and None", lambda w: Step(3)),
     (
         TypeError,
@@ -293,6 +317,12 @@ TRAIN_STEP = [
         lambda w: decorated_method(w),
     ),
 ]
+
+
+def without_a_number():
+    @accumulate
+    def step(x, y):
+        return x
 
 
 def decorated_method(w):
@@ -307,6 +337,12 @@ def decorated_method(w):
 # accumulate
 
 ACCUMULATE = [
+    (
+        TypeError,
+        "accumulate takes a number, or a function of the number of updates, got 'step', which takes something else: a step "
+        "function is decorated by `@accumulate(4)`",
+        lambda w: without_a_number(),
+    ),
     (TypeError, "accumulate got 0.5; n counts the micro-batches of a window, an int: `accumulate(4)`", lambda w: accumulate(0.5)),
     (
         ValueError,
@@ -664,6 +700,11 @@ CALLS = [
     ),
     (
         TypeError,
+        "the loss is the first of two values, and this one came second: `return loss, weight`",
+        lambda w: train_step(w.optimizer)(lambda: (4, w.loss()))(),
+    ),
+    (
+        TypeError,
         "the second of two values is the weight: how many things (rows, tokens) the loss is the mean of, an int or an "
         "integer 0-d tensor; got a torch.float32 tensor on cpu. Return `loss, mask.sum()`; or, if this is a metric or a "
         "prediction, the loss alone; or, for a real-valued weight, `{'loss': loss, 'weight': weight}`",
@@ -801,6 +842,12 @@ CALLS = [
         "cannot take: make it with `fused=False`",
         lambda w: joining_late(w),
         5,
+    ),
+    (
+        UserWarning,
+        "none of 8 trainable parameters got a gradient, and nothing is learned: the loss is of other ones, as where a model was "
+        "copied or made again after its optimizer; make the optimizer last",
+        lambda w: train_step(w.optimizer)(lambda: Net()(w.x).sum())(),
     ),
     (
         UserWarning,

@@ -28,3 +28,18 @@ def run_backward(loss: Tensor, seed: Tensor, device_type: str) -> None:
     else:
         run = _run_in_this_thread if loss.is_cpu else _engine_run_backward
         run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def explain(error: BaseException) -> None:
+    """Adds to an error of backward what it comes from as a rule, in a step; torch's own advice is for other loops."""
+    for said, remedy in _REMEDIES.items():
+        if isinstance(error, RuntimeError) and said in str(error):
+            error.args = (f"{error}\n{remedy}",)
+
+
+_REMEDIES = {
+    "backward through the graph a second time": "In a step function: the step runs backward of its loss, so remove "
+    "`loss.backward()`; a further loss goes to `step.backward(loss)`, before the one that is returned or yielded.",
+    "modified by an inplace operation": "In a step function: the step updates after backward, so remove `optimizer.step()`, or "
+    "put it below the yield.",
+}

@@ -7,9 +7,10 @@ a ``Step``; nothing wraps anything. So the order in which parts are given cannot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, ParamSpec, overload
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -23,7 +24,12 @@ Q = ParamSpec("Q")
 class UnboundStep(Step[[Any]]):
     """A step without a function: a context for micro-batches by hand, and a decorator for the function it lacks."""
 
-    def __call__(self, function: Callable[Q, Any]) -> Step[Q]:  # type: ignore[override]
+    def __call__(self, function: Callable[Q, Any], *more: Any) -> Step[Q]:  # type: ignore[override]
+        if more or isinstance(function, Tensor):
+            raise TypeError(
+                "this step has no function yet, and was called with something else: decorate one, "
+                "`step = train_step(optimizer, ...)(function)`, or give it the loss by hand, `with step: step.backward(loss)`"
+            )
         return _bind(self._plan, function)
 
 
@@ -150,6 +156,14 @@ def _plan_of(part: Any) -> Plan:
         remedy = "a module goes by name: `train_step(optimizer, module=model)`"
     elif isinstance(part, int):
         remedy = f"for windows of {part} micro-batches: `accumulate({part})`"
+    elif isinstance(part, float):
+        remedy = f"gradients are clipped by `train_step(optimizer, max_norm={part})`"
+    elif isinstance(part, (list, tuple)):
+        remedy = "they stand one by one: `train_step(optimizer, accumulate(4), amp())`, or `train_step(optimizer, *parts)`"
+    elif isinstance(part, (type, FunctionType)) and str(part.__module__).startswith("trainkit"):
+        remedy = f"it makes one: `{part.__name__}(...)`"
+    elif callable(part):
+        remedy = "what is called after each update goes by name: `train_step(optimizer, after=scheduler.step)`"
     elif hasattr(part, "step"):
         remedy = "a scheduler's step goes by name: `train_step(optimizer, after=scheduler.step)`"
     shown = type(part).__name__ if isinstance(part, (Optimizer, nn.Module)) else repr(part)

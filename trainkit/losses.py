@@ -22,6 +22,8 @@ def read_loss(output: Any) -> tuple[Tensor, Weight | None]:
             if len(output) != 2:
                 raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
             output, weight = output
+            if not isinstance(output, Tensor) and isinstance(weight, Tensor) and weight.requires_grad:
+                raise TypeError("the loss is the first of two values, and this one came second: `return loss, weight`")
             check_weight(weight)
         if isinstance(output, Mapping) and "loss" in output:
             output, given = output["loss"], output.get("weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -66,6 +67,11 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None, *
     """
     if not callable(n) or isinstance(n, nn.Module):
         check_length(n, "accumulate got")
+    elif not _takes_one(n):
+        raise TypeError(
+            f"accumulate takes a number, or a function of the number of updates, got {getattr(n, '__name__', n)!r}, which takes "
+            "something else: a step function is decorated by `@accumulate(4)`"
+        )
     if dtype not in (None, torch.float32):
         raise ValueError(
             f"gradients are summed in torch.float32, or for None in their own dtype, got {dtype!r}: "
@@ -73,6 +79,16 @@ def accumulate(n: int | Callable[[int], int], module: nn.Module | None = None, *
         )
     name = getattr(n, "__name__", n)
     return Part(Plan(lengths=(n,), sum_dtype=dtype, modules=check_module(module)), f"accumulate({name})")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # what is not written in Python may not tell
+        pass
+    return True
 
 
 def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:

@@ -86,7 +86,12 @@ def _drop_casts(gradient: Tensor) -> None:
 def warn_of_missing(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
     """Warns where most parameters take no part in the loss: torch says it vaguely, or not at all."""
     trainable = sum(p.requires_grad for p in parameters)
-    if 2 * len(gradients) < trainable:
+    if trainable and not gradients:
+        warn(
+            f"none of {trainable} trainable parameters got a gradient, and nothing is learned: the loss is of other "
+            "ones, as where a model was copied or made again after its optimizer; make the optimizer last"
+        )
+    elif 2 * len(gradients) < trainable:
         warn(
             f"only {len(gradients)} of {trainable} trainable parameters got a gradient in the first window; if layers below the "
             "others are frozen, this is what reentrant activation checkpointing does: use `use_reentrant=False`"

@@ -62,7 +62,7 @@ class Scaler:
         if empty is True:
             return Outcome(skipped=True), None
         found, optimizers = gradients.found(), self._plan.optimizers
-        if is_first:
+        if is_first or not found:
             warn_of_missing(found, self._plan.parameters())
         for optimizer in optimizers:
             seed_momentum(optimizer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.answer import Answer
-from trainkit.backward import run_backward
+from trainkit.backward import explain, run_backward
 from trainkit.generators import run_to_end, run_to_yield
 from trainkit.gradients import Gradients
 from trainkit.loaders import Delivery, in_step, mark_last
@@ -418,6 +418,7 @@ class Step(Generic[P]):
         except BaseException as error:
             if not self._take_back(error):
                 self.discard()  # at once: the block may catch this and go on
+            explain(error)
             raise
 
     def _take_back(self, error: BaseException) -> bool:
