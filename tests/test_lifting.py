@@ -1,6 +1,7 @@
 """lift: the code of some names, alone, is what the package is."""
 
 import ast
+import functools
 import itertools
 import os
 import re
@@ -122,6 +123,18 @@ def test_a_name_at_the_top_of_two_files_is_the_same_thing_in_both():
                 assert node in tree.body
 
 
+def test_a_lifted_file_says_what_it_lacks_and_that_it_has_no_commands(tmp_path):
+    (tmp_path / "trainkit.py").write_text(lift(["accumulate", "amp"], bare=True))
+    lacking = [sys.executable, "-c", "import trainkit; assert not hasattr(trainkit, 'nothing'); from trainkit import History"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    said = run(lacking).stderr.splitlines()[-1]
+    assert said.startswith(
+        "ImportError: History was not lifted into this file: `python -m trainkit lift accumulate amp --bare History`"
+    )
+    commands = run([sys.executable, "-m", "trainkit", "lift", "amp"])
+    assert commands.returncode == 1 and "lifted code, without commands" in commands.stderr
+
+
 def test_the_command():
     printed = command("lift", "frozen", "freeze")
     first, second = printed.stdout.splitlines()[:2]
@@ -131,7 +144,7 @@ def test_the_command():
 
 
 def test_the_options_of_the_command(tmp_path):
-    assert command("lift", "--inline", "--bare", "StepResult").stdout == lift(["StepResult"], bare=True)
+    assert command("lift", "--inline", "--bare", "StepResult").stdout == lift(["StepResult"], bare=True, inline=True)
     written = command("lift", "--all", "-o", "toolkit.py", cwd=tmp_path)
     assert written.returncode == 0 and written.stdout == ""
     assert (tmp_path / "toolkit.py").read_text() == lift(trainkit.__all__)
@@ -141,8 +154,8 @@ def test_the_options_of_the_command(tmp_path):
     ("arguments", "said"),
     [
         (["acumulate"], "trainkit has no 'acumulate' to lift: `lift accumulate`; it has "),
-        ([], "give the names to lift, `lift accumulate amp`, or all of them, `lift --all`"),
-        (["--all", "amp"], "give the names to lift"),
+        ([], "give either names, `lift accumulate amp`, or `lift --all`"),
+        (["--all", "amp"], "give either names"),
     ],
 )
 def test_what_cannot_be_lifted(arguments, said):
@@ -165,4 +178,4 @@ def test_it_needs_no_folder_of_the_package_and_no_encoding(tmp_path):
     environment = {**os.environ, "PYTHONPATH": package.filename, "PYTHONIOENCODING": "ascii"}
     run = [sys.executable, "-m", "trainkit", "lift", "--all", "--inline"]
     printed = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert printed.returncode == 0 and printed.stdout == lift(public_names()), printed.stderr
+    assert printed.returncode == 0 and printed.stdout == lift(public_names(), inline=True), printed.stderr

@@ -56,6 +56,8 @@ class resumable:
             ``state_dict`` and ``load_state_dict``, generators of random numbers, and lists and dicts, which are filled in
             place. States hold numbers, strings, None, lists, tuples, sets, dicts, bytes, tensors and NumPy arrays.
 
+    Nothing is printed. ``run.resumed_from`` is the checkpoint that was loaded, or None; a run that was at its end does nothing.
+
     The place in the loader is found by reading again, with the random states with which the pass began, the batches that counted.
     So the loader must give the same batches for the same random states, whether training goes on meanwhile or not; with workers
     that persist, datasets must not draw random numbers of their own. A loader with a state of its own, as torchdata's
@@ -120,6 +122,7 @@ class resumable:
         self._objects.warn_of_missing()
         self._place = Place(self._objects.others, RandomStates(self._objects.sources))
         self._checkpoints = Checkpoints(self._path, keep)
+        self.resumed_from: Path | None = None
         self._is_entered = self._is_changed = self._is_nested = False
         self._is_stopped = False  # by a signal: whatever the block still does is not part of the run
         # When to save.
@@ -136,6 +139,7 @@ class resumable:
             raise RuntimeError("a step is in the block of another `resumable`: give all objects to one of them")
         if (saved := self._checkpoints.newest()) is not None:
             self._load(saved)
+            self.resumed_from = saved.path
         self._note_time()
         self._is_entered = True
         for step in self._objects.steps:
@@ -226,7 +230,11 @@ class resumable:
             self._save()
         if wish > DUE:
             self._is_stopped, self._signal = True, 0
-            _follow(wish, self._handlers)
+            try:
+                _follow(wish, self._handlers)
+            except KeyboardInterrupt as error:
+                error.args = error.args or (f"saved in {self._path}: run it again to go on",)
+                raise
             self._is_stopped = False  # who handles it has the run go on
 
     def _updates(self) -> int:

@@ -109,7 +109,7 @@ def needed(names: Iterable[str]) -> set[tuple[str, str]]:
     return found
 
 
-def lift(names: Sequence[str], *, bare: bool = False) -> str:
+def lift(names: Sequence[str], *, bare: bool = False, inline: bool = False) -> str:
     """The code of some public names as one file, which imports nothing but torch and the standard library.
 
     Equivalent to the package as far as these names go: the same statements, once each.
@@ -117,6 +117,7 @@ def lift(names: Sequence[str], *, bare: bool = False) -> str:
     Args:
         names: of what is to be in it, as "accumulate".
         bare: without docstrings.
+        inline: to be pasted among other code, and not to be a file ``trainkit.py`` of its own.
 
     Raises:
         ValueError: for a name that the package does not export.
@@ -139,7 +140,24 @@ def lift(names: Sequence[str], *, bare: bool = False) -> str:
     exported = ", ".join(f'"{name}"' for name in names)
     words = " ".join([*names, "--bare"] if bare else names)
     head = f"# trainkit {_released()}, MIT license: what `python -m trainkit lift {words}` prints."
-    return f"{head}\n\nfrom __future__ import annotations\n\n{_imports(reached)}\n\n{code}\n\n\n__all__ = [{exported}]\n"
+    left = sorted(set(public) - set(names))
+    end = "" if inline else (_LACKING.format(words=words, left=left) if left else "") + _NO_COMMANDS
+    return f"{head}\n\nfrom __future__ import annotations\n\n{_imports(reached)}\n\n{code}\n\n\n__all__ = [{exported}]\n{end}"
+
+
+# What a file says that is found in the place of the package.
+_LACKING = """
+
+def __getattr__(name: str) -> object:
+    if name in {left}:
+        raise ImportError(f"{{name}} was not lifted into this file: `python -m trainkit lift {words} {{name}}`")
+    raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
+"""
+_NO_COMMANDS = """
+
+if __name__ == "__main__":
+    raise SystemExit("this trainkit.py is lifted code, without commands: run `python -m trainkit` in another folder")
+"""
 
 
 def _printed(source: Source, reached: set[tuple[str, str]], printed: set[str], bare: bool) -> Iterator[str]:
@@ -194,20 +212,21 @@ def _imports(reached: set[tuple[str, str]]) -> str:
 
 def add_lift(commands: Any) -> None:
     """Adds ``lift`` to the commands of ``python -m trainkit``."""
-    parser = commands.add_parser("lift", help="print the code of some names as one cell for a notebook")
+    parser = commands.add_parser("lift", help="prints the code of some names as one cell for a notebook")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(public_names()))
     parser.add_argument("--all", action="store_true", help="all of them")
     parser.add_argument("--bare", action="store_true", help="without docstrings")
-    parser.add_argument("--inline", action="store_true", help="to be pasted as it is, and not written to trainkit.py by its cell")
+    inline = "to be pasted as it is, and not written to trainkit.py by its cell: it then defines a hundred names of its own there"
+    parser.add_argument("--inline", action="store_true", help=inline)
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file in place of printing a cell")
     parser.set_defaults(run=functools.partial(_run, parser))
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if bool(arguments.names) == arguments.all:
-        parser.error("give the names to lift, `lift accumulate amp`, or all of them, `lift --all`")
+        parser.error("give either names, `lift accumulate amp`, or `lift --all`")
     try:
-        code = lift(arguments.names or public_names(), bare=arguments.bare)
+        code = lift(arguments.names or public_names(), bare=arguments.bare, inline=arguments.inline)
     except ValueError as error:
         parser.error(str(error))
     if arguments.output is not None:

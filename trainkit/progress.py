@@ -115,7 +115,8 @@ class _Numbers:
         state = self._bar.format_dict
         done = self._bar.n - (self._bar.initial or 0)
         rate = state["rate"] or (done / state["elapsed"] if state["elapsed"] else 0)
-        amount, unit = (self._weight, "tokens") if self._weight else (self._rows, "rows")
+        # Weights may be rows, and windows lag behind batches.
+        amount, unit = (self._weight, "tokens") if self._weight > self._rows else (self._rows, "rows")
         if rate and amount:
             yield f"{_short(amount / self.batches * rate)} {unit}/s"
 

@@ -34,7 +34,7 @@ def find_function(target: str) -> Callable[[], Any]:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports
         here = sorted(path.stem for path in Path().glob("*.py"))
-        near = difflib.get_close_matches(module_name, here, 1) or here[:1] or ["train"]
+        near = difflib.get_close_matches(module_name, here, 1) or ["train"]
         raise WrongTarget(f"there is no module {error.name!r} here: `python -m trainkit doctor {near[0]}:{name}`") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import json
 import statistics
 import textwrap
@@ -186,10 +187,16 @@ class _Trial:
     def loss(self, batch: Any) -> Any:
         if self.loss_fn is not None:
             return self.loss_fn(self.model, batch)
-        if isinstance(batch, Mapping):
-            output = self.model(**batch)
-        else:
-            output = self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+        keywords = batch if isinstance(batch, Mapping) else {}
+        values = () if keywords else batch if isinstance(batch, (tuple, list)) else (batch,)
+        try:
+            inspect.signature(self.model.forward).bind(*values, **keywords)
+        except TypeError as error:
+            raise WrongTarget(
+                f"the batch does not fit the forward of a {type(self.model).__name__} ({error}): `return model, batch, loss_fn`, "
+                "where `loss_fn(model, batch)` is the loss"
+            ) from error
+        output = self.model(*values, **keywords)
         if getattr(output, "loss", None) is None and not (isinstance(output, Mapping) and "loss" in output):
             raise WrongTarget(
                 f"the model returns a {type(output).__name__} without a loss: put labels into the batch, or "
@@ -239,7 +246,9 @@ def _conclusions(measured: list[Measurement]) -> list[str]:
     lines = []
     if plain.seconds and half.seconds:
         ratio = half.seconds / plain.seconds
-        lines.append(f"amp() takes {ratio:.2f}x the time: {'use it' if ratio < 0.95 else 'leave it out, unless for memory'}.")
+        saves = half.peak_bytes and plain.peak_bytes and half.peak_bytes < 0.95 * plain.peak_bytes
+        verdict = "use it" if ratio < 0.95 else "leave it out, unless for memory" if saves else "leave it out"
+        lines.append(f"amp() takes {ratio:.2f}x the time: {verdict}.")
     exact = [m for m in others if m.name.startswith(("microbatch", "recompute")) and m.seconds and m.peak_bytes]
     saving = [m for m in exact if plain.peak_bytes and (m.peak_bytes or 0) < 0.9 * plain.peak_bytes]
     if saving:
