@@ -201,7 +201,10 @@ def test_a_signal_is_obeyed_at_the_next_place_between_two_batches(number, kind, 
     for at in (0, 4, 6, 9):
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stopped:
             train(tmp_path / str(at), kind, every=10**6, signals={at: number})
-        assert number == signal.SIGINT or stopped.value.code == 128 + 15
+        if number == signal.SIGINT:
+            assert str(stopped.value) == f"saved in {tmp_path / str(at)}: run it again to go on"
+        else:
+            assert stopped.value.code == 128 + 15
         assert signal.getsignal(number) is found
         states, again, count = train(tmp_path / str(at), kind, every=10**6)
         assert same(states, expected) and again == numbers and count == total - at - 1, at
@@ -334,6 +337,10 @@ def test_a_run_at_its_end_has_nothing_left_to_do_and_may_be_made_longer(tmp_path
     before = names(tmp_path / "parts")
     assert run_small(tmp_path / "parts", 2) == 0
     assert names(tmp_path / "parts") == before
+    with resumable(tmp_path / "parts", **small()) as run:
+        assert run.resumed_from == tmp_path / "parts" / before[-1]
+    with resumable(tmp_path / "new", **small()) as run:
+        assert run.resumed_from is None
     assert run_small(tmp_path / "parts", 3, objects=parts) == 8
     assert same(parts["model"].state_dict(), whole["model"].state_dict())
 
