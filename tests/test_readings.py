@@ -106,6 +106,19 @@ def test_weights_may_be_numbers_and_tensors_in_one_window():
     assert taken[0]["loss"] == pytest.approx((losses[0] + 2 * losses[1] + 5 * losses[2]) / 8, rel=1e-6)
 
 
+def test_an_optimizer_need_not_have_a_learning_rate():
+    class Halves(torch.optim.Optimizer):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.mul_(0.5)
+
+    model, taken = make_model(torch.float32), []
+    step = train_step(Halves(model.parameters(), {}))(lambda batch: loss_of(model, batch))
+    Readings(step, taken.append, least=1)
+    step(BATCHES[0])
+    assert step.updates == 1 and taken[0]["update"] == 1 and "lr" not in taken[0]
+
+
 def test_a_window_that_weighs_nothing_has_no_mean():
     model, taken = make_model(torch.float32), []
     step = train_step(torch.optim.SGD(model.parameters()), max_norm=1.0)(lambda batch, w: (loss_of(model, batch), w))

@@ -42,10 +42,8 @@ class Readings:
 
     def before_update(self) -> None:
         """Notes what the update is made with: the scale moves in place after it, a learning rate in the code of a generator."""
-        optimizers, scale = self._step._plan.optimizers, self._step._scaler.loss_scale
-        self._used = {
-            name: _kept(optimizer.param_groups[0]["lr"]) for name, optimizer in zip(self.rates, optimizers, strict=True)
-        }
+        groups, scale = (o.param_groups[0] for o in self._step._plan.optimizers), self._step._scaler.loss_scale
+        self._used = {name: _kept(group["lr"]) for name, group in zip(self.rates, groups, strict=True) if "lr" in group}
         if scale is not None:
             self._used["loss_scale"] = _kept(scale.value)
 
