@@ -16,8 +16,6 @@ from trainkit.plots import curves, png
 from trainkit.readings import Readings
 from trainkit.step import Step
 
-Log = Callable[[dict[str, float], int], Any]
-
 
 class History:
     """Records every window that a step closes: a row per update, skipped ones included.
@@ -171,7 +169,7 @@ class History:
             self._log(numbers, update)
 
 
-def _logger(log: Any) -> Log:
+def _logger(log: Any) -> Callable[[dict[str, float], int], Any]:
     """A callable of numbers and an update, for whatever can be logged to; else TypeError."""
     if not isinstance(log, type):
         if hasattr(log, "add_scalar"):

@@ -30,7 +30,8 @@ class Readings:
     """
 
     def __init__(self, step: Any, take: Callable[[dict[str, float]], None], least: int) -> None:
-        self.rates = rate_names(len(step._plan.optimizers))
+        count = len(step._plan.optimizers)
+        self.rates = ["lr"] if count == 1 else [f"lr/{i}" for i in range(count)]
         self._step, self._take, self.least = step, take, least
         self._began = time.perf_counter()
         self._used: dict[str, Any] = {}
@@ -118,11 +119,6 @@ class Readings:
             self._answers = []
         while self._coming and not self._answers:
             self._take(_numbers(self._coming.popleft()))
-
-
-def rate_names(count: int) -> list[str]:
-    """The names of so many learning rates."""
-    return ["lr"] if count == 1 else [f"lr/{i}" for i in range(count)]
 
 
 def _kept(value: Any) -> Any:
