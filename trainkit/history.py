@@ -44,7 +44,8 @@ class History:
         log: where rows go as well, as they arrive: a ``SummaryWriter`` of TensorBoard; a run of wandb, or the module; or a
             callable, ``log(numbers, update)``, which ``mlflow.log_metrics`` and ``fabric.log_dict`` are. Numbers that a step does
             not have are left out. On an accelerator rows come a little late, and at the end of ``step.over`` or at
-            ``flush()`` the last of them; so wandb gets ``update`` as a number, and counts its own steps.
+            ``flush()`` the last of them; so wandb gets ``update`` as a number, and counts its own steps. What a log raises comes
+            out of the step, whose update is made and recorded by then.
 
     Raises:
         TypeError: for another step or log.

@@ -491,10 +491,12 @@ class Step(Generic[P]):
             self._window, self._reference, self._closed, self._skips, self._owed = None, reference, self._closed + 1, skips, owed
         finally:
             forget_scale(self._plan.optimizers)
-        for watcher in self._watchers:
-            watcher.after_update(window, outcome)
-        if outcome.found_inf is not None:
-            self._scaler.update(outcome.found_inf, lambda: self.updates)
+        try:
+            if outcome.found_inf is not None:
+                self._scaler.update(outcome.found_inf, lambda: self.updates)
+        finally:
+            for watcher in self._watchers:
+                watcher.after_update(window, outcome)
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them
