@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trainkit.answer import Answer
-from trainkit.update import Outcome
 from trainkit.window import Window
 
 
@@ -48,7 +47,7 @@ class Readings:
         if scale is not None:
             self._used["loss_scale"] = _kept(scale.value)
 
-    def after_update(self, window: Window, outcome: Outcome) -> None:
+    def after_update(self, window: Window, skipped: bool | Tensor, norm: Tensor | None) -> None:
         """Notes what the update came to."""
         # A copy now: the output of a CUDA graph is another at its next run.
         losses, weights = torch.stack(window.losses), window.weights
@@ -57,11 +56,11 @@ class Readings:
             "losses": losses,
             "weights": _stacked(weights, losses.device) if any(isinstance(weight, Tensor) for weight in weights) else weights,
             "is_weighted": window.weighted,
-            "skipped": outcome.skipped,
+            "skipped": skipped,
             "seconds": time.perf_counter() - self._began,
         }
-        if outcome.norm is not None:
-            row["grad_norm"] = outcome.norm
+        if norm is not None:
+            row["grad_norm"] = norm
         self._waiting += [row]
 
     def ask(self, least: int = 1) -> None:

@@ -496,7 +496,7 @@ class Step(Generic[P]):
                 self._scaler.update(outcome.found_inf, lambda: self.updates)
         finally:
             for watcher in self._watchers:
-                watcher.after_update(window, outcome)
+                watcher.after_update(window, outcome.skipped, outcome.norm)
         if self._generator is None or outcome.skipped is True:
             self._gradients.drop()
         else:  # the update code of the function decides what becomes of them
