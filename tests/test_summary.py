@@ -78,7 +78,7 @@ def test_totals_count_what_is_there():
     freeze(model, "embeddings")
     count = sum(p.numel() for p in model.parameters())
     assert model_summary(model).totals == (
-        f"{count} parameters: {count - 40} trainable, 40 frozen\n0.0 MiB, with 7 numbers in buffers"
+        f"{count} parameters: {count - 40} trainable, 40 frozen\n0.9 KiB, with 7 numbers in buffers"
     )
     assert model_summary(nn.Linear(1024, 1024, dtype=torch.float64)).totals.endswith("8.0 MiB, with 0 numbers in buffers")
 

@@ -106,7 +106,7 @@ def model_summary(module: nn.Module, depth: int | None = None) -> ModelSummary:
         [1:4]  3 x Linear          60  trainable
         ----------------------------------------
         100 parameters: 60 trainable, 40 frozen
-        0.0 MiB, with 0 numbers in buffers
+        0.4 KiB, with 0 numbers in buffers
     """
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
         raise TypeError(
@@ -123,11 +123,12 @@ def model_summary(module: nn.Module, depth: int | None = None) -> ModelSummary:
     rows = list(_rows_of({"": module}, "", depth, names))
     parameters, buffers = list(module.parameters()), list(module.buffers())
     count, trainable = _count_of(parameters), _count_of(p for p in parameters if p.requires_grad)
-    memory = sum(map(_bytes_of, [*parameters, *buffers])) / 2**20
+    memory = sum(map(_bytes_of, [*parameters, *buffers])) / 2**10
+    size = f"{memory:,.1f} KiB" if memory < 2**10 else f"{memory / 2**10:,.1f} MiB"
     totals = f"{count:,} parameters: {trainable:,} trainable, {count - trainable:,} frozen"
     if lazy := sum(map(is_lazy, parameters)):
         totals += f"; {lazy} have no shape before the first forward"
-    totals += f"\n{memory:,.1f} MiB, with {_count_of(buffers):,} numbers in buffers"
+    totals += f"\n{size}, with {_count_of(buffers):,} numbers in buffers"
     return ModelSummary(rows, totals)
 
 
