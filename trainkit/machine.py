@@ -108,9 +108,9 @@ def examine(try_compile: bool = True) -> Machine:
             threads=torch.get_num_threads(),
             omp_threads=os.environ.get("OMP_NUM_THREADS"),
             shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
-            ranks=int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None,
-            local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-            rank=int(os.environ.get("RANK", 0)),
+            ranks=int(os.environ.get("WORLD_SIZE") or 0) or None,
+            local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or 1,
+            rank=int(os.environ.get("RANK") or 0),
         )
 
 
