@@ -68,10 +68,10 @@ def test_imports_run_one_way(monkeypatch):
         "progress": {"progress", "answer", "batches", "loaders", "parallel", "readings", "window"},
         "plots": {"plots", "answer", "readings", "window"},
         "summary": {"summary", "layers"},
-        "randomness": {"randomness"},
-        "storage": {"storage", "parallel", "warning"},
+        "randomness": {"randomness", "plan"},
+        "storage": {"storage", "parallel", "plan", "warning"},
         "warning": {"warning"},
-        "places": {"places", "loaders", "parallel", "randomness"},
+        "places": {"places", "loaders", "parallel", "plan", "randomness"},
     }
     above["step"] = {"step", "backward", "batches", "generators", "loaders", "losses", "progress", "readings", "result"}
     above["step"] |= above["scaler"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from trainkit.plan import current_device
+
 # Two methods with which sources give and take their states: torch.Generator and numpy.random; Python's random; torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
 # What loaders and progress bars hold within each other.
@@ -76,10 +78,10 @@ class RandomStates:
 
 def _devices(start: bool = False) -> list[Any]:
     """The generators of the accelerators of this process, once it uses one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
+    device = current_device()
+    if device.type == "cpu":
         return []
-    module: Any = torch.get_device_module(accelerator)
+    module: Any = torch.get_device_module(device)
     if start and hasattr(module, "init"):
         module.init()
     # Empty until the device is in use, and then it has no state either. That of MPS is the module.

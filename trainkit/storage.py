@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.parallel import count_ranks, cpu_group, everyone, this_rank
+from trainkit.plan import current_device
 from trainkit.warning import warn
 
 MANIFEST, SAVING, DELETING = "manifest.json", ".saving", ".deleting"
@@ -224,8 +225,7 @@ def _decode(value: Any, tensors: dict[str, Tensor], like: Mapping[str, Tensor]) 
 
 def _decode_tensor(content: dict[str, Any], tensors: dict[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
     dtype, shape, device = getattr(torch, content["dtype"]), content["shape"], content["device"]
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if here is None or here.type != device:
+    if current_device().type != device:
         device = "cpu"
     if "data" in content:
         data = bytearray(base64.b64decode(content["data"]))
