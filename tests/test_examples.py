@@ -256,17 +256,17 @@ if __name__ == "__main__":  # one of the ranks of run_ranks
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "pictures", "shown"),
     [
         (
             "kaggle_notebook",
+            1,
             [r"all of it: 0\.9[5-9]\d of the validation", r"History\(\d+ updates", r"encoder\[0\] +Conv2d"],
         ),
-        ("tour", [r"the power is gone", r"History\(\d+ updates, 1\d skipped", r"^True$"]),
+        ("tour", 5, [r"the power is gone", r"History\(\d+ updates, 1\d skipped", r"^True$"]),
     ],
 )
-def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, shown, tmp_path, monkeypatch):
-    """make notebooks writes them anew."""
+def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, pictures, shown, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     path, away = ROOT / "examples" / f"{name}.ipynb", str(tmp_path / "away")
     if name == "kaggle_notebook":  # which has its own trainkit, and must not find another
@@ -274,14 +274,16 @@ def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, shown, t
     else:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", away)
-    committed = nbformat.read(path, as_version=4)
-    ran = load("notebooks").run(path, tmp_path)
-    assert [cell.source for cell in committed.cells] == [cell.source for cell in ran.cells]
+    committed, notebooks = nbformat.read(path, as_version=4), load("notebooks")
+    stale = [cell.id for cell in committed.cells if cell.source != notebooks.lifted(cell.source)]
+    assert not stale, "`make notebooks` lifts and runs them anew"
+    ran = notebooks.run(path, tmp_path)
     for notebook in (committed, ran):
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         texts = [output.get("text") or output.data.get("text/plain", "") for output in outputs]
         for pattern in shown:
             assert any(re.search(pattern, text) for text in texts), texts
+        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
         assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
     assert path.stat().st_size < 300 * 2**10
     if name == "kaggle_notebook":
