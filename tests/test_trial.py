@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -245,6 +246,25 @@ def test_buffers_and_random_numbers_are_put_back_too():
     hook.remove(), hook_after.remove()
     first, second = means[:4], means[4:]
     assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[2])
+
+
+@pytest.mark.parametrize("layers, error", [(None, None), (None, ZeroDivisionError), (["nowhere"], WrongTarget)])
+def test_a_model_that_somebody_goes_on_with_is_given_back_as_it_was(user, monkeypatch, layers, error):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        return model(batch).pow(2).mean() if error is None or len(calls) < 2 else 1 / 0
+
+    monkeypatch.setattr(user, "kept", lambda: (model, torch.randn(8, 4), loss_fn), raising=False)
+    with pytest.raises(error) if error else nullcontext():
+        tried("kept", layers=layers)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_an_optimizer_has_what_is_trained_and_is_gone_when_the_next_is_made(user, monkeypatch):

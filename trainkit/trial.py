@@ -63,9 +63,15 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
         raise WrongTarget(f"--steps is the number to take the median of, got {steps}: `--steps 5`")
     model, batch, loss_fn = make(target, find_function(target))
     place = place_of(device)
+    modes = [(module, module.training) for module in model.modules()]
     trial = _Trial(model.to(place).train(), mapped(batch, lambda tensor: tensor.to(place)), loss_fn, place)
-    variants = _variants(model, layers, trial.rows)
-    measured = trial.measure(variants, steps)
+    try:
+        variants = _variants(model, layers, trial.rows)
+        measured = trial.measure(variants, steps)
+    finally:  # in a notebook it may be the model that training goes on with
+        trial.restore()
+        for module, mode in modes:
+            module.training = mode
     advice = _conclusions(measured)
     if as_json:
         known = {"target": target, "device": str(place), "rows": trial.rows, "steps": steps}
@@ -153,10 +159,7 @@ class _Trial:
         """A step from the parameters found, after a first one, which made the state of the optimizer."""
         gc.collect()  # or what an earlier step has left, whole or out of memory, would count for this one
         getattr(self.module, "empty_cache", bool)()
-        with torch.no_grad():
-            for value, found in zip(self.values, self.found, strict=True):
-                value.copy_(found)
-                value.grad = None
+        self.restore()
         torch.manual_seed(0)
         with variant.freezing:
             parameters = trainable_parameters(self.model)
@@ -168,6 +171,13 @@ class _Trial:
         step = train_step(optimizer, *parts)(self.loss)
         step(batch)
         return lambda: step(batch)
+
+    def restore(self) -> None:
+        """Puts back the parameters and buffers found, without gradients."""
+        with torch.no_grad():
+            for value, found in zip(self.values, self.found, strict=True):
+                value.copy_(found)
+                value.grad = None
 
     def seconds(self, step: Callable[[], Any]) -> float:
         synchronize = getattr(self.module, "synchronize", bool)
