@@ -70,3 +70,11 @@ def test_what_cannot_be_tried_is_one_line_and_an_error_of_the_users_own_is_left(
     assert capsys.readouterr() == ("", said)
     with pytest.raises(KeyError, match="mine"):
         main(["doctor", "mine:fails"])
+
+
+def test_what_the_users_own_code_prints_is_not_part_of_the_json_object(folder, monkeypatch, capsys):
+    (folder / "loud.py").write_text("print('imported')\nimport mine\ndef make():\n    print('made')\n    return mine.make()\n")
+    monkeypatch.syspath_prepend(str(folder))
+    assert main(["doctor", "loud:make", "--steps", "1", "--device", "cpu", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["target"] == "loud:make" and printed.err == "imported\nmade\n"

@@ -8,6 +8,7 @@ The exit status is 1 where training on the accelerator cannot work, which is whe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -216,10 +217,12 @@ def add_doctor(commands: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     if options.target is not None:
         try:
-            print(run_trial(options.target, options.steps, options.device, options.layers, options.json))
+            with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):  # of what the user's own code prints
+                found = run_trial(options.target, options.steps, options.device, options.layers, options.json)
         except WrongTarget as error:
             print(f"python -m trainkit doctor: {error}", file=sys.stderr)
             return 2
+        print(found)
         return 0
     if not (options.json or options.no_compile):
         print("This tries torch.compile, which may take a minute; --no-compile leaves it out.", file=sys.stderr)
