@@ -1,5 +1,7 @@
 """%load_ext trainkit, as IPython calls it."""
 
+import pytest
+
 from trainkit import load_ipython_extension
 from trainkit.lifting import lift
 
@@ -41,3 +43,13 @@ def test_help_is_shown(capsys):
     for line, said in (("-h", "lift"), ("lift --help", "--inline")):
         shell.magics["trainkit"](line)
         assert said in capsys.readouterr().out and not shell.cells
+
+
+def test_what_was_printed_before_an_exception_is_shown(capsys, tmp_path, monkeypatch):
+    (tmp_path / "stumbles.py").write_text("def make():\n    print('so far')\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shell = Shell()
+    load_ipython_extension(shell)
+    with pytest.raises(ZeroDivisionError):
+        shell.magics["trainkit"]("doctor stumbles:make")
+    assert capsys.readouterr().out == "so far\n" and not shell.cells

@@ -14,12 +14,13 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def _trainkit(shell: Any, line: str) -> None:
-    printed, is_done = io.StringIO(), False
-    # Leaving, it has said what is wrong, or how it is used, and a notebook goes on.
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        import_module("trainkit.commands").main(line.split())
-        is_done = True
-    if is_done and line.split()[0] == "lift" and printed.getvalue():
-        shell.set_next_input(printed.getvalue())
-    else:
-        print(printed.getvalue(), end="")
+    words, printed = line.split(), io.StringIO()
+    # What is lifted makes the next cell; all else is shown as it comes, also where it ends in an exception.
+    kept = contextlib.redirect_stdout(printed) if words[:1] == ["lift"] else contextlib.nullcontext()
+    with contextlib.suppress(SystemExit):  # leaving, it has said what is wrong, or how it is used, and a notebook goes on
+        with kept:
+            import_module("trainkit.commands").main(words)
+        if printed.getvalue():
+            shell.set_next_input(printed.getvalue())
+        return
+    print(printed.getvalue(), end="")
