@@ -1535,6 +1535,7 @@ def test_a_warning_points_at_the_line_also_where_the_code_was_lifted(form, tmp_p
 ELSEWHERE = {
     # files, and texts that are not said to one process
     "lifting.py": "a command's, in tests/test_lifting.py",
+    "trial.py": "a command's, in tests/test_trial.py",
     "the loaders of ranks": "several ranks, in tests/test_loaders.py",
     "a loader of length": "several ranks, in tests/test_loaders.py",
     "ranks run, and would each train": "several ranks, in tests/test_ranks.py",

@@ -154,6 +154,17 @@ def test_a_model_without_blocks_has_nothing_frozen_or_recomputed(user):
     assert names_of(tried("of_no_blocks")) == ["plain", "amp()", "microbatch(2)", "all of these"]
 
 
+def test_a_lower_half_without_which_nothing_is_trained_is_not_frozen(user, monkeypatch):
+    block = nn.Linear(16, 16)
+    for blocks in ([block, nn.Sigmoid()], [block] * 4):
+        made = nn.Sequential(*blocks), torch.ones(8, 16), lambda model, batch: model(batch).mean()
+        monkeypatch.setattr(user, "of_one_half", lambda made=made: made, raising=False)
+        assert names_of(found := tried("of_one_half")) == ["plain", "amp()", "microbatch(2)", "recompute [:]", "all of these"]
+        assert all(variant["failure"] == "" for variant in found["variants"])
+    failures = [variant["failure"] for variant in tried("of_one_half", layers=["**"])["variants"]]
+    assert failures[2] == failures[5] == "ValueError: nothing is left to train: name less, `--layers PATTERN`"
+
+
 def test_the_blocks_of_a_compiled_model_are_found(user):
     model = torch.compile(user.Model(), backend="eager")
     assert [variant.name for variant in _variants(model, None, 8)][2::2] == ["frozen blocks[:2]", "recompute blocks[:]"]

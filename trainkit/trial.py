@@ -93,6 +93,10 @@ def _variants(model: nn.Module, layers: Sequence[str] | None, rows: int | None) 
         nothing, freezing, recomputing = frozen(model, []), frozen(model, frozen_layers), recompute(model, recomputed)
     except ValueError as error:
         raise WrongTarget(f"--layers: {error}") from error
+    with freezing:
+        trained = trainable_parameters(model)
+    if layers is None and not trained:  # the blocks are shared, or nothing else has parameters
+        freezing, frozen_layers = nothing, []
     variants = [_Variant("plain", nothing), _Variant("amp()", nothing, (amp(),))]
     if frozen_layers:
         variants.append(_Variant(f"frozen {' '.join(frozen_layers)}", freezing, (freezing,)))
@@ -163,6 +167,8 @@ class _Trial:
         torch.manual_seed(0)
         with variant.freezing:
             parameters = trainable_parameters(self.model)
+        if not parameters:
+            raise ValueError("nothing is left to train: name less, `--layers PATTERN`")
         try:
             optimizer = torch.optim.AdamW(parameters, fused=True)
         except RuntimeError:  # not on this device
