@@ -144,6 +144,16 @@ def test_the_chinese_pages_are_those_of_the_quick_start_and_the_primitives():
         assert list(map(without_comments, ours)) == list(map(without_comments, theirs)), page
 
 
+def test_the_time_of_an_update_is_the_one_that_was_measured_last():
+    table = (ROOT / "BENCHMARKS.md").read_text().partition("### An update alone")[2].partition("###")[0].splitlines()
+    (head,), (row,) = ([line.split("|") for line in table if word in line] for word in ("40 M", "**train_step, returning"))
+    (cell,) = (cell for name, cell in zip(head, row, strict=True) if "40 M" in name)
+    ratio = re.search(r"us, (\S+) ", cell)[1]
+    for page, unit in {"README.md": "x", "docs/primitives/amp.md": " of the time", "docs/zh/primitives/amp.md": " 倍"}.items():
+        (line,) = (line for line in (ROOT / page).read_text().splitlines() if re.search("40 M param|4000 万个参数", line))
+        assert ratio + unit in line, page
+
+
 def test_the_reference_has_all_that_is_public():
     assert set(re.findall(r"^::: trainkit\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)) == set(trainkit.__all__)
 
