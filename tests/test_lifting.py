@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import trainkit
 from trainkit.lifting import lift, public_names
@@ -59,6 +60,19 @@ def test_what_is_lifted_uses_nothing_that_is_not_there_and_imports_nothing_that_
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", str(tmp_path)]
     found = subprocess.run(ruff, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def test_in_a_cell_as_in_the_package_it_is_said_that_a_part_is_made_by_a_call(monkeypatch):
+    cell = types.ModuleType("cell")
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    exec(compile(lift(PRIMITIVES, bare=True, inline=True), "cell", "exec"), vars(cell))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))])
+    for made_by, name in itertools.product((trainkit, cell), [name for name in PRIMITIVES if name != "resumable"]):
+        with pytest.raises(TypeError, match=rf"is not a part; it makes one: `{name}\(\.\.\.\)`"):
+            made_by.train_step(optimizer, getattr(made_by, name))
+    for no_part in (lambda: None, trainkit.freeze):
+        with pytest.raises(TypeError, match="what is called after each update goes by name"):
+            trainkit.train_step(optimizer, no_part)
 
 
 def test_only_what_is_needed():

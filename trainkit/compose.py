@@ -160,7 +160,7 @@ def _plan_of(part: Any) -> Plan:
         remedy = f"gradients are clipped by `train_step(optimizer, max_norm={part})`"
     elif isinstance(part, (list, tuple)):
         remedy = "they stand one by one: `train_step(optimizer, accumulate(4), amp())`, or `train_step(optimizer, *parts)`"
-    elif isinstance(part, (type, FunctionType)) and str(part.__module__).startswith("trainkit"):
+    elif hasattr(part, "around_step") or (isinstance(part, FunctionType) and _makes_parts(part)):
         remedy = f"it makes one: `{part.__name__}(...)`"
     elif callable(part):
         remedy = "what is called after each update goes by name: `train_step(optimizer, after=scheduler.step)`"
@@ -168,6 +168,11 @@ def _plan_of(part: Any) -> Plan:
         remedy = "a scheduler's step goes by name: `train_step(optimizer, after=scheduler.step)`"
     shown = type(part).__name__ if isinstance(part, (Optimizer, nn.Module)) else repr(part)
     raise TypeError(f"{shown} is not a part; {remedy}")
+
+
+def _makes_parts(function: FunctionType) -> bool:
+    # By what it says, and not by its module: lifted into a cell it is one of the user's.
+    return str(function.__annotations__.get("return")).endswith(("Part", "UnboundStep"))
 
 
 def _bind(plan: Plan, function: Callable[P, Any]) -> Step[P]:
