@@ -64,6 +64,12 @@ def of_different_lengths():
 def of_no_blocks():
     return nn.Linear(16, 16), torch.ones(8, 16), lambda model, batch: model(batch).mean()
 
+def takes_labels_out():
+    def loss_fn(model, batch):
+        labels = batch[0].pop("labels")
+        return (model(**batch[0]) - labels).pow(2).mean()
+    return Model(), [{"x": torch.ones(8, 16), "labels": torch.zeros(8, 16)}], loss_fn
+
 def fails_in_its_loss():
     def loss_fn(model, batch):
         raise KeyError("the user's own")
@@ -135,8 +141,8 @@ def test_they_take_turns_and_begin_from_the_same_parameters(user):
     assert user.ran.count(user.made[0].blocks[0]) == len(user.seen) + 3 * 2 * (1 + 4)
 
 
-@pytest.mark.parametrize("function", ["pair", "mapping"])
-def test_a_model_with_a_loss_needs_no_function_for_it(user, function):
+@pytest.mark.parametrize("function", ["pair", "mapping", "takes_labels_out"])
+def test_a_model_with_a_loss_needs_no_function_for_it_and_a_function_may_take_things_out_of_its_batch(user, function):
     found = tried(function)
     assert found["rows"] == 8 and all(variant["failure"] == "" for variant in found["variants"])
 

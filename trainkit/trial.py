@@ -201,6 +201,7 @@ class _Trial:
         return getattr(self.module, "max_memory_allocated", lambda: None)()
 
     def loss(self, batch: Any) -> Any:
+        batch = mapped(batch, lambda tensor: tensor)  # the function may take things out of it, and it comes again
         if self.loss_fn is not None:
             return self.loss_fn(self.model, batch)
         keywords = batch if isinstance(batch, Mapping) else {}
