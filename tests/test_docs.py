@@ -9,6 +9,7 @@ Comments that do not show in a page tell what is needed besides:
 """
 
 import io
+import math
 import re
 import socket
 import subprocess
@@ -152,6 +153,72 @@ def test_the_time_of_an_update_is_the_one_that_was_measured_last():
     for page, unit in {"README.md": "x", "docs/primitives/amp.md": " of the time", "docs/zh/primitives/amp.md": " 倍"}.items():
         (line,) = (line for line in (ROOT / page).read_text().splitlines() if re.search("40 M param|4000 万个参数", line))
         assert ratio + unit in line, page
+
+
+MIGRATION = (DOCS / "migration.md").read_text()
+
+
+def trained(make_step):
+    """The state of a model with a BatchNorm after some updates by the step that is made for it."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"stem": nn.Linear(3, 4), "bn": nn.BatchNorm1d(4), "head": nn.Linear(4, 1)}).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make_step(model, optimizer, lambda x: model["head"](model["bn"](model["stem"](x)).relu()).pow(2).mean())
+    for x in torch.randn(5, 6, 3, dtype=torch.float64):
+        model.train()
+        step(x)
+    return model.state_dict()
+
+
+def test_what_replaces_a_batch_norm_in_evaluation_mode_is_that_loop():
+    def by_hand(model, optimizer, loss):
+        def step(x):
+            model["bn"].eval()
+            loss(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def written(model, optimizer, loss):
+        (call,) = re.findall(r"^\| `model\.bn\.eval\(\)` .* \| `(.*?)`", MIGRATION, re.MULTILINE)
+        eval(call, {"freeze": trainkit.freeze, "model": model})
+        return trainkit.train_step(optimizer)(loss)
+
+    assert all(map(torch.equal, trained(by_hand).values(), trained(written).values()))
+
+
+def test_what_replaces_clipping_by_value_is_that_loop():
+    def clip(model):
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+
+    def by_hand(model, optimizer, loss):
+        return lambda x: (loss(x).backward(), clip(model), optimizer.step(), optimizer.zero_grad())
+
+    def written(model, optimizer, loss):
+        def step(x):
+            yield loss(x)
+            clip(model), optimizer.step(), optimizer.zero_grad()
+
+        return trainkit.train_step(optimizer)(step)
+
+    assert all(map(torch.equal, trained(by_hand).values(), trained(written).values()))
+    assert '| `gradient_clip_algorithm="value"` | `clip_grad_value_(parameters, 1.0)` below a `yield loss` |' in MIGRATION
+
+
+@pytest.mark.parametrize("replaced", ["`scaler.get_scale() < before`", "`accelerator.optimizer_step_was_skipped`"])
+def test_an_update_is_said_to_be_skipped_where_one_was_and_not_within_a_window(replaced):
+    (said,) = re.findall(rf"^\| {re.escape(replaced)}.* \| `(.*?)`", MIGRATION, re.MULTILINE)
+    found = []
+
+    def make_step(model, optimizer, loss):
+        step = trainkit.train_step(optimizer, trainkit.accumulate(2), max_norm=1.0)(
+            lambda x: loss(x) * (math.nan if found else 1)
+        )
+        return lambda x: found.append(eval(said, {"result": step(x)}))
+
+    trained(make_step)
+    assert found == [False, True, False, True, False]
 
 
 def test_the_reference_has_all_that_is_public():
