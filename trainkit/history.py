@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,10 @@ class History:
         """How many windows were recorded; waits for nothing."""
         return len(self._numbers) // len(self._names) + self._readings.pending
 
+    def __iter__(self) -> Iterator[str]:
+        """Goes over the names of the columns, as that of a DataFrame does; ``"loss" in history`` looks there, too."""
+        return iter(self._names)
+
     def __getitem__(self, column: str) -> list[float]:
         """A column; KeyError for another name."""
         if column not in self._names:
@@ -102,7 +106,7 @@ class History:
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self._names)
-            for row in zip(*map(self.__getitem__, self._names), strict=True):
+            for row in zip(*(self[name] for name in self), strict=True):
                 writer.writerow([int(value) if value.is_integer() else value for value in row])
 
     def to_pandas(self) -> Any:
@@ -111,7 +115,7 @@ class History:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
             raise ImportError("history.to_pandas() needs pandas, which is not installed: `pip install pandas`") from error
-        return pandas.DataFrame({name: self[name] for name in self._names})
+        return pandas.DataFrame({name: self[name] for name in self})
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure`` of loss, gradient norm, loss scale and learning rate, each where there is one.
@@ -122,7 +126,7 @@ class History:
         Raises:
             ImportError: without matplotlib.
         """
-        return curves({name: self[name] for name in self._names}, self._readings.rates, self._max_norm)
+        return curves({name: self[name] for name in self}, self._readings.rates, self._max_norm)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]] | None:
         try:
