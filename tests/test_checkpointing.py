@@ -575,6 +575,10 @@ def test_a_checkpoint_of_something_else_changes_nothing(tmp_path):
             lambda o: o["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
             "optimizer.param_groups.1 was not there, and is of 1 parameters",
         ),
+        (
+            lambda o: o.update(optimizer=torch.optim.SGD(o["model"].parameters())),
+            "optimizer.param_groups.0 was of 4 parameters, lr, weight_decay, and is of 4 parameters, lr, momentum, dampening",
+        ),
     ]:
         objects = small()
         change(objects)

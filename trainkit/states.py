@@ -141,9 +141,12 @@ def _check_object(name: str, thing: Any) -> None:
 
 
 def _forms(thing: nn.Module | Optimizer, state: Mapping[str, Any]) -> dict[str, str]:
-    """What of a state must fit the object: shapes and dtypes of a module, and how many parameters an optimizer has."""
+    """What of a state must fit the object: shapes and dtypes of a module; of an optimizer, how many parameters, with what set."""
     if isinstance(thing, Optimizer):
-        return {f"param_groups.{i}": f"of {len(group['params'])} parameters" for i, group in enumerate(state["param_groups"])}
+        # A step of AdamW fails without the betas that SGD has not. Flags are more from version to version, and torch adds them.
+        known = [key for key, value in thing.defaults.items() if not (value is None or isinstance(value, bool))]
+        groups = ([f"of {len(group['params'])} parameters", *(k for k in known if k in group)] for group in state["param_groups"])
+        return {f"param_groups.{i}": ", ".join(words) for i, words in enumerate(groups)}
     tensors = ((key, value) for key, value in state.items() if isinstance(value, Tensor))
     return {key: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" for key, value in tensors}
 
