@@ -163,6 +163,42 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
         assert count == total - stop, stop
 
 
+def test_workers_that_persist_find_their_place_also_after_the_first_epoch(tmp_path, monkeypatch):
+    """They draw a random number when they start, which is in the first epoch of a process."""
+    options = {"shuffle": True, "persistent_workers": True, **WORKERS}
+    monkeypatch.setitem(LOADERS, "persistent", lambda: DataLoader(Rows(noise=0), BATCH, **options))
+    expected, numbers, total = train(tmp_path / "whole", "persistent")
+    for stop in (2, 9):
+        with pytest.raises(Killed):
+            train(tmp_path / str(stop), "persistent", stop)
+        states, again, count = train(tmp_path / str(stop), "persistent")
+        assert same(states, expected) and (again, count) == (numbers, total - stop), stop
+    train(tmp_path / "longer", "persistent", epochs=1)
+    assert same(train(tmp_path / "longer", "persistent")[0], expected)
+
+
+def test_a_generator_waits_for_its_loader_while_the_workers_of_another_start(tmp_path):
+    def loops(path, stop=None):
+        objects, seen = small(), []
+        a = DataLoader(batches(2), num_workers=1, persistent_workers=True)
+        b = DataLoader(batches(4), shuffle=True, generator=torch.Generator().manual_seed(1))
+        with resumable(path, every=ALWAYS, seen=seen, **objects) as run:
+            for _ in run.epochs(3):
+                for loader in (a, b):
+                    for x in objects["step"].over(loader):
+                        if len(seen) == stop:
+                            raise Killed
+                        objects["step"](x)
+                        seen.append(x.sum().item())
+        return seen
+
+    expected = loops(tmp_path / "whole")
+    for stop in (6, 12):
+        with pytest.raises(Killed):
+            loops(tmp_path / str(stop), stop)
+        assert loops(tmp_path / str(stop)) == expected, stop
+
+
 def small(dtype=torch.float32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.2), nn.Linear(32, 8)).to(dtype)

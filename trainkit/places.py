@@ -7,6 +7,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from trainkit.loaders import Delivery, length_of
 from trainkit.parallel import count_ranks
 from trainkit.randomness import INNER, RandomStates, within
@@ -97,6 +99,8 @@ class Place:
             return
         resumed, self._to_resume = self._to_resume, None
         name, size = self._name(loader), length_of(loader)
+        if name is None:
+            self._start_workers(loader)
         now = Pass(self._random.now(), name, size, count_ranks())
         found = replace(now, read=-1, windows=[]) if resumed is None else self._resume(now, resumed, length)
         windows, self.current = iter(found.windows), now
@@ -123,6 +127,14 @@ class Place:
             raise
         finally:
             self.current, self._passes = None, self._passes + 1
+
+    def _start_workers(self, loader: Iterable[Any]) -> None:
+        """Has workers that persist start here, and no pass draw the random number that this takes: later ones do not either."""
+        for part in within(loader, ("iterable",)):
+            if type(part) is DataLoader and part.persistent_workers and part._iterator is None:
+                states = self._random.now()
+                iter(part)
+                self._random.set(states)
 
     def _end(self, now: Pass) -> None:
         if now.loader is not None:

@@ -67,7 +67,7 @@ class RandomStates:
         for name, state in states.items():
             if name in sources:
                 _set(sources[name], state)
-        self._waiting = {name: state for name, state in states.items() if name.startswith("loader ") and name not in sources}
+        self._waiting |= {name: state for name, state in states.items() if name.startswith("loader ") and name not in sources}
 
     def _sources(self) -> dict[str, Any]:
         found = {"python": random, "torch": torch.default_generator, "numpy": sys.modules.get("numpy.random")}
