@@ -435,6 +435,36 @@ def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
         assert same(loops(tmp_path / str(stop)), expected), stop
 
 
+def test_a_loader_that_is_made_with_random_numbers_in_every_epoch(tmp_path):
+    """By hand, of a part of the rows, and of two loaders whose workers are seeded before the loop begins."""
+
+    def permuted():
+        return [batches()[i] for i in torch.randperm(8).tolist()[:3]]
+
+    def zipped():
+        a, b = (DataLoader(batches(3), shuffle=True, num_workers=1) for _ in range(2))
+        return zip(a, b, strict=True)
+
+    def loops(path, stop=None):
+        objects, seen = small(), []
+        with resumable(path, every=ALWAYS, seen=seen, **objects) as run:
+            for _ in run.epochs(2):
+                for make in (permuted, zipped):
+                    for xs in objects["step"].over(make()):
+                        if len(seen) == stop:
+                            raise Killed
+                        objects["step"](xs[0])
+                        seen.append(float(sum(x.sum() for x in xs)))
+                    torch.randn(3)  # an evaluation
+        return seen, objects["model"].state_dict(), torch.rand(())
+
+    expected = loops(tmp_path / "whole")
+    for stop in range(1, 12):
+        with pytest.raises(Killed):
+            loops(tmp_path / str(stop), stop)
+        assert same(loops(tmp_path / str(stop)), expected), stop
+
+
 def test_two_loops_side_by_side_are_refused(tmp_path):
     objects, other = small(), small()
     step, other_step = objects["step"], other["step"]

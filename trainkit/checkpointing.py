@@ -63,8 +63,9 @@ class resumable:
     that persist, datasets must not draw random numbers of their own. A loader with a state of its own, as torchdata's
     ``StatefulDataLoader``, is given with the objects, and finds its place itself.
 
-    What else stands in an epoch runs again where the epoch was not at its end: it should do no harm twice. Loops over loaders
-    without ``run.epochs`` are counted from the first; those that were at their end give nothing.
+    What else stands in an epoch runs again where the epoch was not at its end: it should do no harm twice. Before the loop it
+    draws the random numbers that it drew then, so a loader can be made there. Loops over loaders without ``run.epochs`` are
+    counted from the first; those that were at their end give nothing.
 
     The first signal waits for the next place between two micro-batches, and with several ranks between two windows; a second one,
     a second or more after it, does not. What was set to handle the signal follows, KeyboardInterrupt for SIGINT, else
@@ -171,6 +172,7 @@ class resumable:
         while self._place.epoch < n:
             if self._place.current is None and self._place.reached and not self._is_stopped:
                 self._heed(max(everyone(self._wish())))
+            self._place.begin_epoch()
             yield self._place.epoch
             if self._is_stopped:
                 return

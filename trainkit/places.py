@@ -52,11 +52,17 @@ class Place:
         self._to_skip = 0
         self._to_resume: Pass | None = None
         self._then: dict[str, Any] = {}
+        # Random states where the epoch began, or the last pass ended: what stands there may make a loader with them.
+        self._before = random.now()
 
     @property
     def reached(self) -> bool:
         """Whether the run is where it was when its checkpoint was written."""
         return self._to_resume is None
+
+    def begin_epoch(self) -> None:
+        if self.reached:
+            self._before = self._random.now()
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -75,6 +81,7 @@ class Place:
             "passes": self._passes,
             "pass": None if now is None else vars(now),
             "random": self._random.now(),
+            "before": self._before,
             "loaders": loaders,
         }
 
@@ -87,7 +94,8 @@ class Place:
             if resumed is None or resumed.loader != name:
                 next(iter(self._objects[name]), None)  # nothing is left in that pass, and now it is over here, too
         self._then = state["random"] if with_random else self._random.now()
-        self._random.set(self._then)
+        self._before = self._then if resumed is None or not with_random else state.get("before", self._then)
+        self._random.set(self._before)
 
     def run(
         self, loader: Iterable[Any], length: Callable[[], int], deliver: Callable[..., Iterator[Delivery]]
@@ -96,6 +104,8 @@ class Place:
         self._random.add_from(loader)
         if self._to_skip:
             self._to_skip -= 1
+            if not self._to_skip:
+                self._random.set(self._before)
             return
         resumed, self._to_resume = self._to_resume, None
         name, size = self._name(loader), length_of(loader)
@@ -126,7 +136,7 @@ class Place:
             self._end(now)
             raise
         finally:
-            self.current, self._passes = None, self._passes + 1
+            self.current, self._passes, self._before = None, self._passes + 1, self._random.now()
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Has workers that persist start here, and no pass draw the random number that this takes: later ones do not either."""
