@@ -39,12 +39,13 @@ def microbatch(size: int | Literal["auto"]) -> Part:
     Tensors are cut along their first dimension, in tuples, lists and mappings at any depth, as the BatchEncoding of a tokenizer;
     what is no tensor, or has no dimension, goes to every chunk as it is.
 
-    With "auto", a chunk for which memory runs out, in forward or backward, is run again as two, and so on: nothing is lost and
-    nothing counts twice. How many rows fit is remembered in ``step.chunk_sizes``, by the numbers in a row, since rows that are
-    longer need more; ``step.chunk_sizes.clear()`` has larger chunks tried again. Until a chunk that ran out of memory has been
-    made good, at most the gradients are there twice. On several ranks they tell each other what they found once per window,
-    and its gradients are reduced in a pass of their own over the last chunk, which counts nothing, and costs what that chunk
-    does: a rank that ran out of memory while others wait for its gradients could not start again.
+    With "auto", a chunk for which memory runs out, in forward or backward, is run again as two, and so on: nothing is lost,
+    and nothing counts twice but in the statistics of a BatchNorm that it got to. How many rows fit is remembered in
+    ``step.chunk_sizes``, by the numbers in a row, since rows that are longer need more; ``step.chunk_sizes.clear()`` has
+    larger chunks tried again. Until a chunk that ran out of memory has been made good, at most the gradients are there twice.
+    On several ranks they tell each other what they found once per window, and its gradients are reduced in a pass of their
+    own over the last chunk, which counts nothing, and costs what that chunk does: a rank that ran out of memory while others
+    wait for its gradients could not start again.
 
     Args:
         size: rows of a chunk, an int >= 1; or "auto".
