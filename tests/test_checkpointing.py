@@ -1,5 +1,6 @@
 """Stopping at any moment and running the script again gives the same bits as not stopping."""
 
+import errno
 import json
 import os
 import pickle
@@ -591,7 +592,6 @@ def test_another_loader_than_the_checkpoint_was_written_with(tmp_path):
 
 def test_what_does_not_fit_is_refused_with_the_corrected_call(tmp_path):
     objects = small()
-    (tmp_path / "file").write_text("")
     for arguments, options, error, words in [
         (("x",), {"every": 60.0}, TypeError, "got 60.0: `every=timedelta(minutes=10)` or `every=1000`"),
         (("x",), {"every": True}, TypeError, "every is a time or a number of updates, got True"),
@@ -599,7 +599,6 @@ def test_what_does_not_fit_is_refused_with_the_corrected_call(tmp_path):
         (("x",), {"every": timedelta(seconds=-1)}, ValueError, "a time >= 0 or a number of updates >= 1"),
         (("x",), {"keep": 0}, ValueError, "keep=0 would leave no checkpoint: `keep=2`"),
         (("x",), {"keep": 1.0}, TypeError, "got 1.0: `keep=2`"),
-        ((tmp_path / "file",), {}, ValueError, "file is a file, and checkpoints need a folder"),
         (("x",), {"history": (1, 2)}, TypeError, "history is (1, 2), and has no state_dict and load_state_dict"),
         (("x",), {"model": nn.Linear}, TypeError, "model is <class"),
         (("x",), {"step": []}, ValueError, "got model, optimizer, step, and no step, which knows the places"),
@@ -615,6 +614,20 @@ def test_what_does_not_fit_is_refused_with_the_corrected_call(tmp_path):
         resumable(tmp_path / "b", **objects).__enter__()
     with pytest.raises(RuntimeError, match="make a new `resumable`"), run:
         pass
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_loop(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/run \(Not a directory\): give a path that can be written"):
+        resumable(tmp_path / "file" / "run", **small()).__enter__()
+    run_small(tmp_path / "run")
+
+    def is_read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", is_read_only)
+    with pytest.raises(ValueError, match=r"run \(Read-only file system\).* `shutil\.copytree"):
+        run_small(tmp_path / "run")
 
 
 def test_what_the_step_uses_and_was_not_given_is_warned_of(tmp_path):

@@ -1150,8 +1150,9 @@ RESUMABLE = [
     (ValueError, "keep=0 would leave no checkpoint: `keep=2` has one to fall back on", lambda w: w.resumable(keep=0)),
     (
         ValueError,
-        "HERE is a file, and checkpoints need a folder: `resumable('checkpoints', ...)`",
-        lambda w: resumable(HERE, **w.objects()),
+        "no checkpoint can be written to HERE (Not a directory): give a path that can be written; to go on from what lies there,"
+        " a copy of it, `shutil.copytree(old, new)`",
+        lambda w: resumable(HERE, **w.objects()).__enter__(),
     ),
     (
         TypeError,

@@ -76,7 +76,8 @@ class resumable:
 
     Raises:
         TypeError: for an object that has no state that can be kept, before anything is written.
-        ValueError: for arguments that do not fit, or a checkpoint that does not fit the objects; before anything is changed.
+        ValueError: for arguments that do not fit, a path that cannot be written, or a checkpoint that does not fit the objects;
+            before anything is changed.
         RuntimeError: where all checkpoints are damaged.
 
     Warns:
@@ -117,8 +118,6 @@ class resumable:
             raise TypeError(f"keep is a number of checkpoints, got {keep!r}: `keep=2`")
         if keep < 1:
             raise ValueError(f"keep={keep} would leave no checkpoint: `keep=2` has one to fall back on")
-        if self._path.exists() and not self._path.is_dir():
-            raise ValueError(f"{self._path} is a file, and checkpoints need a folder: `resumable('checkpoints', ...)`")
         self._objects = Objects(objects)
         self._objects.warn_of_missing()
         self._place = Place(self._objects.others, RandomStates(self._objects.sources))

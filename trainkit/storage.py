@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Container, Mapping
@@ -90,9 +91,15 @@ class Checkpoints:
 
         Raises:
             RuntimeError: where all are.
+            ValueError: where none could be written.
         """
         if this_rank() == 0:
             self._clear()
+        if failure := next(filter(None, everyone(self._failure())), ""):
+            raise ValueError(
+                f"no checkpoint can be written to {self._path} ({failure}): give a path that can be written; to go on from "
+                "what lies there, a copy of it, `shutil.copytree(old, new)`"
+            )
         reasons: dict[str, str] = {}
         for name in reversed(everyone(self._names())[0]):
             reason, manifest = _check_files(self._path / name)  # each rank looks at a part
@@ -115,6 +122,16 @@ class Checkpoints:
     def _names(self) -> list[str]:
         there = self._path.iterdir() if self._path.is_dir() else ()
         return sorted((path.name for path in there if re.fullmatch(r"\d{8,}", path.name)), key=int)
+
+    def _failure(self) -> str:
+        """Why nothing can be written, or "": the first checkpoint may be written when hours are over."""
+        there = next(path for path in (self._path, *self._path.parents) if path.exists())
+        try:
+            with tempfile.TemporaryDirectory(dir=there):
+                pass
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _clear(self) -> None:
         """Removes what was left by a process that was killed."""
