@@ -282,7 +282,8 @@ def test_a_discriminator_takes_two_graphs(compiler):
 def test_masks_beyond_the_limit_run_uncompiled_and_right(compiler):
     """torch says so in its log only. Masks that came first keep their graphs. With fullgraph=True torch raises."""
     (model, optimizer), theirs, ran = make(), make(), []
-    with torch._dynamo.config.patch(recompile_limit=3):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    with torch._dynamo.config.patch({limit: 3}):
         step = train_step(optimizer, accumulate(2))(loss_with(compiler(model, fullgraph=False)))
         for names in (NAMES[:count] for count in [0, 1, 2, 3, 0, 1, 2, 3]):
             window, before = make_batches([4, 4], seed=len(ran)), compiler.runs

@@ -36,6 +36,8 @@ class UnboundStep(Step[[Any]]):
 class Part:
     """An inert recipe, a piece of plan. It decorates a step function, or is handed to ``train_step``; one serves many steps."""
 
+    _text = ""  # the compiler of torch 2.6 looks at a part before it is made
+
     def __init__(self, plan: Plan, text: str) -> None:
         self.plan = plan
         self._text = text
