@@ -164,10 +164,15 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
         assert count == total - stop, stop
 
 
-def test_workers_that_persist_find_their_place_also_after_the_first_epoch(tmp_path, monkeypatch):
+class GraphLoader(DataLoader):
+    """A loader of one's own, as that of torch_geometric."""
+
+
+@pytest.mark.parametrize("loader", [DataLoader, GraphLoader])
+def test_workers_that_persist_find_their_place_also_after_the_first_epoch(loader, tmp_path, monkeypatch):
     """They draw a random number when they start, which is in the first epoch of a process."""
     options = {"shuffle": True, "persistent_workers": True, **WORKERS}
-    monkeypatch.setitem(LOADERS, "persistent", lambda: DataLoader(Rows(noise=0), BATCH, **options))
+    monkeypatch.setitem(LOADERS, "persistent", lambda: loader(Rows(noise=0), BATCH, **options))
     expected, numbers, total = train(tmp_path / "whole", "persistent")
     for stop in (2, 9):
         with pytest.raises(Killed):

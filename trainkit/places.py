@@ -141,7 +141,7 @@ class Place:
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Has workers that persist start here, and no pass draw the random number that this takes: later ones do not either."""
         for part in within(loader, ("iterable",)):
-            if type(part) is DataLoader and part.persistent_workers and part._iterator is None:
+            if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
                 iter(part)
                 self._random.set(states)
