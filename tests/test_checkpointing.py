@@ -22,7 +22,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
@@ -878,18 +877,28 @@ def test_killed_in_the_middle_of_a_save(after, tmp_path, monkeypatch):
             patch.setattr(os, name, counted(getattr(os, name)))
         patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
         patch.setattr(Path, "mkdir", counted(Path.mkdir))
-        try:
+        with pytest.raises(Killed):
             run_small(tmp_path, 2, keep=1)
-        except (Killed, CheckpointException):
-            pass
-        else:
-            pytest.fail(f"a save has only {len(calls)} calls")
     objects = small()
     assert run_small(tmp_path, 2, objects=objects) in (0, 8)
     assert not any(name.startswith(".") for name in names(tmp_path))
     whole = small()
     run_small(tmp_path / "whole", 2, objects=whole)
     assert same(objects["model"].state_dict(), whole["model"].state_dict())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("function", ["FileSystemReader.read_data", "FileSystemWriter.write_data"])
+def test_ctrl_c_and_a_full_disk_come_out_of_pytorch_as_they_are(function, error, tmp_path, monkeypatch):
+    """Within its own exception they would be no KeyboardInterrupt, and not even an Exception."""
+    run_small(tmp_path)
+
+    def fail(*arguments):
+        raise error("it")
+
+    monkeypatch.setattr(f"torch.distributed.checkpoint.{function}", fail)
+    with pytest.raises(error, match="it"):
+        run_small(tmp_path, 2)
 
 
 class Malicious:

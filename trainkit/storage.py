@@ -18,7 +18,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
@@ -53,8 +54,6 @@ class Checkpoints:
         Tensors whose key or first name, of ``"model.0.weight"``, is ``shared`` are the same on all ranks. They are stored once,
         as DTensors are, and everything else for every rank.
         """
-        dcp: Any = import_module("torch.distributed.checkpoint")
-
         rank, aside = this_rank(), self._path / SAVING
         tensors: dict[str, Tensor] = {}
         encoded = {name: _encode(value, name, tensors, shared) for name, value in values.items()}
@@ -62,8 +61,7 @@ class Checkpoints:
             self._clear()
             aside.mkdir(parents=True)
         everyone(None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process is no news
+        with _distributed_checkpoint() as dcp:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=cpu_group())
         mine = [
             file for file in aside.iterdir() if file.name.startswith(f"__{rank}_") or (rank == 0 and file.name == ".metadata")
@@ -156,12 +154,9 @@ class Saved:
 
     def load(self, like: Mapping[str, Tensor]) -> dict[str, Any]:
         """What was saved. A tensor whose key, with or without its last name, is in ``like`` is sharded as that one is."""
-        dcp: Any = import_module("torch.distributed.checkpoint")
-
         tensors: dict[str, Tensor] = {}
         values = {name: _decode(value, tensors, like) for name, value in self._mine.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _distributed_checkpoint() as dcp:
             dcp.load(tensors, storage_reader=_reader(self.path), process_group=cpu_group())
         return values
 
@@ -275,6 +270,18 @@ def _text(data: bytes) -> str:
 
 
 # Files.
+
+
+@contextmanager
+def _distributed_checkpoint() -> Iterator[Any]:
+    """``torch.distributed.checkpoint``; what is raised in it comes out as it was, and not in an exception around it."""
+    dcp: Any = import_module("torch.distributed.checkpoint")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process is no news
+        try:
+            yield dcp
+        except dcp.CheckpointException as error:  # also around Ctrl-C, and no Exception itself
+            raise next(failure for failure, _ in error.failures.values()) from error
 
 
 def _hash(file: Path) -> list[Any]:
