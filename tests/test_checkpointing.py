@@ -231,6 +231,17 @@ def names(path):
     return sorted(file.name for file in path.iterdir())
 
 
+def test_a_relative_path_is_that_of_where_the_block_was_made(tmp_path, monkeypatch):
+    """And not of where a loop has gone by the time of a save, in which the next run would not look."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with resumable("checkpoints", **(objects := small())):
+        monkeypatch.chdir("elsewhere")
+        for x in objects["step"].over(batches()):
+            objects["step"](x)
+    assert names(tmp_path) == ["checkpoints", "elsewhere"] and not names(tmp_path / "elsewhere")
+
+
 # When it saves.
 
 

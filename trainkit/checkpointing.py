@@ -121,7 +121,7 @@ class resumable:
         self._objects = Objects(objects)
         self._objects.warn_of_missing()
         self._place = Place(self._objects.others, RandomStates(self._objects.sources))
-        self._checkpoints = Checkpoints(self._path, keep)
+        self._checkpoints = Checkpoints(self._path.absolute(), keep)  # wherever the loop goes
         self.resumed_from: Path | None = None
         self._is_entered = self._is_changed = self._is_nested = False
         self._is_stopped = False  # by a signal: whatever the block still does is not part of the run
