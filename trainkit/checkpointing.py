@@ -60,8 +60,9 @@ class resumable:
 
     The place in the loader is found by reading again, with the random states with which the pass began, the batches that counted.
     So the loader must give the same batches for the same random states, whether training goes on meanwhile or not; with workers
-    that persist, datasets must not draw random numbers of their own. A loader with a state of its own, as torchdata's
-    ``StatefulDataLoader``, is given with the objects, and finds its place itself.
+    that persist, datasets must not draw random numbers of their own, and ``over`` needs the loader itself: ``zip(a, b)`` and
+    ``enumerate(loader)`` start them unseen. A loader with a state of its own, as torchdata's ``StatefulDataLoader``, is given
+    with the objects, and finds its place itself.
 
     What else stands in an epoch runs again where the epoch was not at its end: it should do no harm twice. Before the loop it
     draws the random numbers that it drew then, so a loader can be made there. Loops over loaders without ``run.epochs`` are
