@@ -64,6 +64,22 @@ def test_what_the_wrapper_can_do_without_is_not_refused(one_rank, model, optimiz
     assert step(BATCHES[0]).updated
 
 
+def test_the_sparse_gradients_of_an_embedding(one_rank):
+    """Their bucket has nothing from which the parameters could be known: torch raises a RuntimeError."""
+    results = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4, sparse=sparse), torch.nn.Linear(4, 1)).double()
+        wrapped = DistributedDataParallel(model) if sparse else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = train_step(optimizer, accumulate(2), module=wrapped, max_norm=0.1)
+        for rows in step.over([[0, 1, 1], [1, 4], [2]]):
+            with step:
+                step.backward(wrapped(torch.tensor(rows)).square().mean(), len(rows))
+        results.append(list(model.parameters()))
+    assert distance(*results) <= 1e-12
+
+
 @pytest.mark.parametrize("static_graph", [False, True])
 def test_gradients_that_move_into_rebuilt_buckets_are_the_same(one_rank, model, optimizer, static_graph):
     """With gradient_as_bucket_view=True they become other tensors in the second forward, or the third."""

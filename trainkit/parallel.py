@@ -135,8 +135,11 @@ class Synchronised:
         self.module = module
         # With a static graph it learns the graph from a backward that it reduces, and that must be its first.
         self.may_wait = not module.static_graph
-        # Only the reducer knows, and only its buckets tell. Without them nothing is checked.
-        buckets: list[Any] = getattr(module.reducer, "_get_zeros_like_grad_buckets", list)()
+        # Only the reducer knows, and only its buckets tell. Without them nothing is checked; one of sparse gradients has none.
+        try:
+            buckets: list[Any] = getattr(module.reducer, "_get_zeros_like_grad_buckets", list)()
+        except RuntimeError:
+            buckets = []
         self._known = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
         # Whether a backward would reduce gradients: after a forward it does, once. None before any forward.
         self._reduces: bool | None = None
