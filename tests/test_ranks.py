@@ -325,6 +325,35 @@ def frozen_layers_stay_and_are_not_reduced(rank, ranks, how):
     assert distance(whole(base), list(expected.parameters())) <= 1e-12
 
 
+def an_open_window_is_left_alone_while_its_layers_are_frozen(rank, ranks, how):
+    """FSDP2 reduces its sums in any backward through it, and they were lost with what another step's left in frozen layers."""
+    base, model, optimizer = made(ranks, how)
+    gain = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    step = train_step(optimizer, accumulate(3), module=model)(functools.partial(loss_of, model))
+    through = train_step(torch.optim.SGD([gain], lr=0.1), frozen(base), module=model)(lambda x: model(x * gain).square().mean())
+    batches = make_batches([4] * 6, seed=rank)
+    for batch in batches[:3]:
+        step(batch)
+        through(batch[0])
+    before = whole(base)
+    for batch, layers in zip(batches[3:], [[], [], "[0]"] if how == "fsdp2" else [[]] * 3, strict=True):
+        with frozen(base, layers):
+            step(batch)
+    step.state_dict()
+
+    expected = make_model()
+    theirs = torch.optim.AdamW(expected.parameters(), lr=0.01)
+    everyone = [make_batches([4] * 6, seed=other) for other in range(ranks)]
+    for start in (0, 3):
+        (sum(loss_of(expected, b) for batches in everyone for b in batches[start : start + 3]) / ranks / 3).backward()
+        if how == "fsdp2" and start:
+            expected[0].zero_grad()
+            assert distance(before[:2], list(expected[0].parameters())) <= 1e-12
+        theirs.step()
+        theirs.zero_grad()
+    assert distance(whole(base), list(expected.parameters())) <= 1e-12
+
+
 def fsdp1_is_refused_where_a_norm_is_asked(rank, ranks, how):
     """It leaves each rank a part of the gradients that knows nothing of the others; without a norm it is right."""
     base = make_model()
@@ -612,6 +641,7 @@ CHECKS = [
     wrappers_are_left_as_they_were_found,
     gradients_are_reduced_once_in_a_window,
     frozen_layers_stay_and_are_not_reduced,
+    an_open_window_is_left_alone_while_its_layers_are_frozen,
     fsdp1_is_refused_where_a_norm_is_asked,
     without_a_wrapper_it_is_an_error,
 ]

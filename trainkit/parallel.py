@@ -35,6 +35,7 @@ class Wrappers:
         self._fsdp1 = [part for part in inner if _is(part, "FullyShardedDataParallel")]
         self._fsdp2 = [part for part in inner if _is(part, "FSDPModule")]
         self.found = bool(self._ddp or self._fsdp1 or self._fsdp2)
+        self._sums: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self._go_together = bool(self._fsdp1 or self._fsdp2) or any(isinstance(part, nn.SyncBatchNorm) for part in inner)
 
     @property
@@ -76,9 +77,28 @@ class Wrappers:
                 stack.callback(module.set_is_last_backward, True)  # type: ignore[arg-type]
                 module.set_requires_gradient_sync(closes, recurse=False)  # type: ignore[operator]
                 module.set_is_last_backward(closes)  # type: ignore[operator]
+            stack.enter_context(self._with_sums())
             yield
         for wrapped in self._ddp:
             wrapped.may_wait = wrapped.may_wait or closes
+
+    @contextmanager
+    def _with_sums(self) -> Iterator[None]:
+        """Lets FSDP2 have the sums of the open window, but not of what is frozen just now: it would reduce them all the same.
+
+        Between micro-batches it has none, or the backward of another step through this module would reduce them.
+        """
+        there = {parameter: sums for parameter, sums in self._sums.items() if parameter.sharded_param.requires_grad}
+        try:
+            for parameter, sums in there.items():
+                _set_sums(parameter, *sums)
+            yield
+        finally:
+            found = ((parameter, _sums(parameter)) for parameter in self._hidden())
+            taken = {parameter: sums for parameter, sums in found if any(s is not None for s in sums)}
+            self._sums = {parameter: sums for parameter, sums in self._sums.items() if parameter not in there} | taken
+            for parameter in taken:
+                _set_sums(parameter)
 
     def before_backward(self) -> None:
         """Raises RuntimeError where DistributedDataParallel would not reduce the gradients of a loss."""
@@ -90,23 +110,18 @@ class Wrappers:
         return sum(getattr(wrapped.module, "_has_rebuilt_buckets", False) for wrapped in self._ddp)
 
     def drop(self) -> None:
-        """Drops the sums of gradients that FSDP2 keeps to itself until a window closes, and what a failed backward has left."""
+        """Drops the sums of gradients that FSDP2 makes until a window closes, and what a failed backward has left."""
         for module in self._fsdp2:
             # Else it takes the next backward for one that is under way, and never reduces its gradients.
             context = module._get_fsdp_state()._state_ctx  # type: ignore[operator]
             context.post_backward_final_callback_queued = False
+        self._sums = {}
         for parameter in self._hidden():
-            parameter.unsharded_accumulated_grad = None
-            if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
-                unsharded.grad = None
+            _set_sums(parameter)
 
     def hold_gradients(self) -> bool:
         """Whether there are such sums."""
-        return any(
-            parameter.unsharded_accumulated_grad is not None
-            or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
-            for parameter in self._hidden()
-        )
+        return bool(self._sums)
 
     def _hidden(self) -> Iterator[Any]:
         for group in self._groups():
@@ -122,6 +137,17 @@ class Wrappers:
 def _is(module: nn.Module, name: str) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
     return isinstance(module, getattr(fsdp, name, ()))
+
+
+def _sums(parameter: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What FSDP2 has added up for a parameter: in the dtype that it reduces in, or in its own."""
+    return parameter.unsharded_accumulated_grad, getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
+
+
+def _set_sums(parameter: Any, wide: Tensor | None = None, own: Tensor | None = None) -> None:
+    parameter.unsharded_accumulated_grad = wide
+    if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
+        unsharded.grad = own
 
 
 def _reduce(group: Any, gradients: bool, over_replicas: bool) -> None:

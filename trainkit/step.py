@@ -304,7 +304,8 @@ class Step(Generic[P]):
         self._refuse_within("state_dict")
         if not self._device_type:
             self._prepare()
-        if self._wrappers.hold_gradients():
+        is_open = self._window is not None and self._window.losses
+        if is_open and self._wrappers.hold_gradients():
             raise RuntimeError(
                 "step.state_dict() in an open window under FSDP2, which keeps its gradients to itself until the window closes: "
                 "call it between two windows, where `result.complete`"
@@ -313,7 +314,7 @@ class Step(Generic[P]):
         if self._reference is not None:
             state["reference"] = self._reference
         state |= self._scaler.state_dict()
-        if self._window is not None and self._window.losses:
+        if self._window is not None and is_open:
             state["window"] = self._window.state_dict()
             state["gradients"] = self._gradients.state_dict()
         return state
