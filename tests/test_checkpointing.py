@@ -780,8 +780,12 @@ def test_tensors_arrays_and_containers_come_back_as_they_were(tmp_path):
     ],
 )
 def test_what_it_cannot_hold_is_named_and_nothing_is_written(value, words, tmp_path):
-    with pytest.raises(TypeError, match=words):
-        through(tmp_path / "run", value)
+    with pytest.raises(TypeError, match=words):  # before the loop, where it is there already
+        resumable(tmp_path / "run", **small(), kept=value).__enter__()
+    kept = {}
+    with pytest.raises(TypeError, match=words), resumable(tmp_path / "run", **small(), kept=kept) as run:
+        run._is_changed = True
+        kept.update(value)
     assert not (tmp_path / "run").exists()
 
 

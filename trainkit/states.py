@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 from typing import Any
 
@@ -68,7 +68,11 @@ class Objects:
                     return f"{name}.{key}"
         return ""
 
-    def states(self, placed: Mapping[str, Any]) -> dict[str, Any]:
+    def names_of(self, kind: type) -> set[str]:
+        """The names of those of a kind."""
+        return {name for name, thing in self.others.items() if isinstance(thing, kind)}
+
+    def states(self, placed: Container[str]) -> dict[str, Any]:
         """The states by name; None for those that ``placed`` has, for generators, and for loaders nobody has read yet."""
         found: dict[str, Any] = dict.fromkeys(self.names)
         for name, thing in self.others.items():
@@ -78,9 +82,8 @@ class Objects:
 
     def shared(self) -> set[str]:
         """The keys of states, ``"model.0.weight"``, and names, below which all ranks have the same. Buffers need not be."""
-        optimizers = {name for name, thing in self.others.items() if isinstance(thing, Optimizer)}
         modules = self._modules().items()
-        return optimizers | {
+        return self.names_of(Optimizer) | {
             f"{name}.{key}" for name, module in modules for key, _ in module.named_parameters(remove_duplicate=False)
         }
 

@@ -48,6 +48,11 @@ class Checkpoints:
         self._path, self._keep = path, keep
         self._damaged: list[str] = []
 
+    def check(self, values: Mapping[str, Any], shared: Container[str]) -> None:
+        """Raises TypeError for what ``save`` would."""
+        for name, value in values.items():
+            _encode(value, name, {}, shared)
+
     def save(self, values: Mapping[str, Any], shared: Container[str]) -> None:
         """Writes one, and deletes those older than the last ``keep``; TypeError for what it cannot hold, before it writes.
 
