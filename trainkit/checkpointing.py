@@ -139,7 +139,7 @@ class resumable:
         if any(step._resumable is not None for step in self._objects.steps):
             raise RuntimeError("a step is in the block of another `resumable`: give all objects to one of them")
         # Now, and not when the first hours are to be saved. Steps are not asked: they prepare themselves at their first call.
-        self._checkpoints.check(self._objects.states(self._objects.names_of(Step)), self._objects.shared())
+        self._checkpoints.check(self._objects.states(self._objects.of(Step)), self._objects.shared())
         if (saved := self._checkpoints.newest()) is not None:
             self._load(saved)
             self.resumed_from = saved.path
@@ -292,7 +292,7 @@ class resumable:
                 "another path to begin anew"
             )
         if len(saved.ranks) != count_ranks():  # an open window is the share of one of those ranks
-            for name in self._objects.names_of(Step):
+            for name in self._objects.of(Step):
                 states[name] = {key: value for key, value in states[name].items() if key not in ("window", "gradients")}
         self._objects.load(states, place["loaders"])
         self._place.load_state_dict(place, with_random=saved.is_own or saved.same_on_all_ranks(PLACE, "random"))

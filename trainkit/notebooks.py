@@ -17,10 +17,11 @@ def _trainkit(shell: Any, line: str) -> None:
     words, printed = line.split(), io.StringIO()
     # What is lifted makes the next cell; all else is shown as it comes, also where it ends in an exception.
     kept = contextlib.redirect_stdout(printed) if words[:1] == ["lift"] else contextlib.nullcontext()
-    with contextlib.suppress(SystemExit):  # leaving, it has said what is wrong, or how it is used, and a notebook goes on
+    try:
         with kept:
             import_module("trainkit.commands").main(words)
+    except SystemExit:  # it has said what is wrong, or how it is used, and a notebook goes on
+        print(printed.getvalue(), end="")
+    else:
         if printed.getvalue():
             shell.set_next_input(printed.getvalue())
-        return
-    print(printed.getvalue(), end="")

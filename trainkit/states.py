@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +15,8 @@ from trainkit.parallel import Wrappers
 from trainkit.randomness import is_source
 from trainkit.step import Step
 from trainkit.warning import warn
+
+T = TypeVar("T")
 
 
 class Objects:
@@ -49,7 +51,7 @@ class Objects:
         called = (getattr(call, "__self__", None) for plan in plans for call in plan.after)
         used = chain((o for plan in plans for o in plan.optimizers), (thing for thing in called if hasattr(thing, "state_dict")))
         missing = [type(thing).__name__ for thing in used if id(thing) not in known]
-        parameters = {id(p) for module in self._modules().values() for p in module.parameters()}
+        parameters = {id(p) for module in self.of(nn.Module).values() for p in module.parameters()}
         if unknown := sum(id(p) not in parameters for plan in plans for p in plan.parameters()):
             missing.append(f"{unknown} parameters")
         if missing:
@@ -60,7 +62,7 @@ class Objects:
 
     def not_finite(self) -> str:
         """The first parameter that is not finite, or buffer with a nan; else "". A mask may hold -inf."""
-        for name, module in self._modules().items():
+        for name, module in self.of(nn.Module).items():
             buffers = ((key, ~found.isnan()) for key, buffer in module.named_buffers() if (found := _floats(buffer)) is not None)
             parameters = ((key, found.isfinite()) for key, p in module.named_parameters() if (found := _floats(p)) is not None)
             for key, good in chain(parameters, buffers):
@@ -68,9 +70,9 @@ class Objects:
                     return f"{name}.{key}"
         return ""
 
-    def names_of(self, kind: type) -> set[str]:
-        """The names of those of a kind."""
-        return {name for name, thing in self.others.items() if isinstance(thing, kind)}
+    def of(self, kind: type[T]) -> dict[str, T]:
+        """Those of a kind."""
+        return {name: thing for name, thing in self.others.items() if isinstance(thing, kind)}
 
     def states(self, placed: Container[str]) -> dict[str, Any]:
         """The states by name; None for those that ``placed`` has, for generators, and for loaders nobody has read yet."""
@@ -82,8 +84,8 @@ class Objects:
 
     def shared(self) -> set[str]:
         """The keys of states, ``"model.0.weight"``, and names, below which all ranks have the same. Buffers need not be."""
-        modules = self._modules().items()
-        return self.names_of(Optimizer) | {
+        modules = self.of(nn.Module).items()
+        return set(self.of(Optimizer)) | {
             f"{name}.{key}" for name, module in modules for key, _ in module.named_parameters(remove_duplicate=False)
         }
 
@@ -124,9 +126,6 @@ class Objects:
                 if isinstance(thing, nn.Module) and hasattr(fresh := thing.state_dict(), "_metadata"):
                     state._metadata = fresh._metadata  # the versions of its modules, which this one has, too
                 thing.load_state_dict(state)
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {name: thing for name, thing in self.others.items() if isinstance(thing, nn.Module)}
 
 
 def _check_object(name: str, thing: Any) -> None:

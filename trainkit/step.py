@@ -304,8 +304,8 @@ class Step(Generic[P]):
         self._refuse_within("state_dict")
         if not self._device_type:
             self._prepare()
-        is_open = self._window is not None and self._window.losses
-        if is_open and self._wrappers.hold_gradients():
+        window = self._window if self._window is not None and self._window.losses else None
+        if window is not None and self._wrappers.hold_gradients():
             raise RuntimeError(
                 "step.state_dict() in an open window under FSDP2, which keeps its gradients to itself until the window closes: "
                 "call it between two windows, where `result.complete`"
@@ -314,8 +314,8 @@ class Step(Generic[P]):
         if self._reference is not None:
             state["reference"] = self._reference
         state |= self._scaler.state_dict()
-        if self._window is not None and is_open:
-            state["window"] = self._window.state_dict()
+        if window is not None:
+            state["window"] = window.state_dict()
             state["gradients"] = self._gradients.state_dict()
         return state
 

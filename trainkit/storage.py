@@ -49,9 +49,14 @@ class Checkpoints:
         self._damaged: list[str] = []
 
     def check(self, values: Mapping[str, Any], shared: Container[str]) -> None:
-        """Raises TypeError for what ``save`` would."""
+        """Raises TypeError for what ``save`` cannot hold, and ValueError where it could not write."""
         for name, value in values.items():
             _encode(value, name, {}, shared)
+        if failure := next(filter(None, everyone(self._failure())), ""):
+            raise ValueError(
+                f"no checkpoint can be written to {self._path} ({failure}): give a path that can be written; to go on from "
+                "what lies there, a copy of it, `shutil.copytree(old, new)`"
+            )
 
     def save(self, values: Mapping[str, Any], shared: Container[str]) -> None:
         """Writes one, and deletes those older than the last ``keep``; TypeError for what it cannot hold, before it writes.
@@ -94,15 +99,9 @@ class Checkpoints:
 
         Raises:
             RuntimeError: where all are.
-            ValueError: where none could be written.
         """
         if this_rank() == 0:
             self._clear()
-        if failure := next(filter(None, everyone(self._failure())), ""):
-            raise ValueError(
-                f"no checkpoint can be written to {self._path} ({failure}): give a path that can be written; to go on from "
-                "what lies there, a copy of it, `shutil.copytree(old, new)`"
-            )
         reasons: dict[str, str] = {}
         for name in reversed(everyone(self._names())[0]):
             reason, manifest = _check_files(self._path / name)  # each rank looks at a part
@@ -127,7 +126,7 @@ class Checkpoints:
         return sorted((path.name for path in there if re.fullmatch(r"\d{8,}", path.name)), key=int)
 
     def _failure(self) -> str:
-        """Why nothing can be written, or "": the first checkpoint may be written when hours are over."""
+        """Why nothing can be written, or ""."""
         there = next(path for path in (self._path, *self._path.parents) if path.exists())
         try:
             with tempfile.TemporaryDirectory(dir=there):
@@ -286,7 +285,7 @@ def _distributed_checkpoint() -> Iterator[Any]:
         try:
             yield dcp
         except dcp.CheckpointException as error:  # also around Ctrl-C, and no Exception itself
-            raise next(failure for failure, _ in error.failures.values()) from error
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def _hash(file: Path) -> list[Any]:
