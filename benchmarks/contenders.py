@@ -74,7 +74,9 @@ def usual(task, fused=False):
 def by_hand(task, fused=True):
     """A correct loop: divided by what is in the window."""
     model, optimizer = task.made(fused)
-    windows = [task.batches[start : start + task.n] for start in range(0, len(task.batches), task.n)]
+    windows = [
+        task.batches[start : start + task.n] for start in range(0, len(task.batches), task.n)
+    ]
     if task.precision == torch.float32:
 
         def epoch():
@@ -105,7 +107,9 @@ def by_hand(task, fused=True):
 
 
 def _parts(task):
-    return [accumulate(task.n)] + ([] if task.precision == torch.float32 else [amp(dtype=task.precision)])
+    return [accumulate(task.n)] + (
+        [] if task.precision == torch.float32 else [amp(dtype=task.precision)]
+    )
 
 
 def returning(task, fused=True):
@@ -143,11 +147,15 @@ def accelerate(task):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(True)  # or the precision of the first in a process would be that of all
+    AcceleratorState._reset_state(
+        True
+    )  # or the precision of the first in a process would be that of all
     names = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=task.n, mixed_precision=names[task.precision], cpu=task.device == "cpu"
+            gradient_accumulation_steps=task.n,
+            mixed_precision=names[task.precision],
+            cpu=task.device == "cpu",
         )
     except (ValueError, NotImplementedError) as error:
         raise Unsupported(str(error)) from error

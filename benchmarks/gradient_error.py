@@ -24,14 +24,18 @@ def gradient(model):
 
 def main(seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 50)).double()
+    model = nn.Sequential(
+        nn.Embedding(50, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 50)
+    ).double()
     lengths = [31, 208, 57, 22, 150, 40, 75, 190, 24, 120]
     batches = [(torch.randint(50, (length,)), torch.randint(50, (length,))) for length in lengths]
 
     exact = []
     for start in range(0, len(batches), N):
         model.zero_grad()
-        tokens, targets = (torch.cat(parts) for parts in zip(*batches[start : start + N], strict=True))
+        tokens, targets = (
+            torch.cat(parts) for parts in zip(*batches[start : start + N], strict=True)
+        )
         cross_entropy(model(tokens), targets).backward()
         exact.append(gradient(model))
 
@@ -57,7 +61,9 @@ def main(seed=0):
     print("|---|---|---|")
     errors = []
     for i, (reference, theirs, mine) in enumerate(zip(exact, usual, ours, strict=True), 1):
-        errors.append([((found - reference).norm() / reference.norm()).item() for found in (theirs, mine)])
+        errors.append(
+            [((found - reference).norm() / reference.norm()).item() for found in (theirs, mine)]
+        )
         print(f"| {i} | {errors[-1][0]:.2f} | {errors[-1][1]:.0e} |")
     return errors
 

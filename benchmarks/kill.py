@@ -48,16 +48,24 @@ def sentences(count):
     random.Random(0).shuffle(data)
     tokens = tokenizer([text for text, _ in data[:count]], truncation=True, max_length=LONGEST)
     tokens["label"] = [int(label) for _, label in data[:count]]
-    return tokenizer, [dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)]
+    return tokenizer, [
+        dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)
+    ]
 
 
 def fine_tune(tokenizer, rows, path, log):
     """Returns a hash of all that the run ends with; the number of every micro-batch that begins goes to ``log``."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2).float().train()
+    model = (
+        AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
+        .float()
+        .train()
+    )
     freeze(model, ["**.embeddings", "**.layer[:4]"])
     sampler = LengthGroupedSampler(8, lengths=[len(row["input_ids"]) for row in rows])
-    loader = DataLoader(rows, batch_size=8, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))
+    loader = DataLoader(
+        rows, batch_size=8, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     updates = -(-len(loader) // WINDOW) * 2
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
@@ -67,7 +75,13 @@ def fine_tune(tokenizer, rows, path, log):
     def step(batch):
         return model(**batch).loss, len(batch["labels"])
 
-    objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step, "losses": losses}
+    objects = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "step": step,
+        "losses": losses,
+    }
     with resumable(path, every=EVERY, **objects) as run:
         for _ in run.epochs(2):
             for batch in step.over(loader):
@@ -103,7 +117,10 @@ def kill(kills, count, seed):
     """Kills so many processes; returns what is to be reported."""
     tokenizer, rows = sentences(count)
     with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder) / "checkpoints", os.open(Path(folder) / "log", os.O_CREAT | os.O_RDWR | os.O_APPEND)
+        path, log = (
+            Path(folder) / "checkpoints",
+            os.open(Path(folder) / "log", os.O_CREAT | os.O_RDWR | os.O_APPEND),
+        )
 
         def began():
             return [int(number) for number in os.pread(log, 2**20, 0).split()]
@@ -116,23 +133,38 @@ def kill(kills, count, seed):
             answers.add(forked(fine_tune, tokenizer, rows, path, log))
             durations.append(time.perf_counter() - start)
         (expected,), seconds = answers, min(durations)
-        print(f"not killed, twice: {seconds:.1f} s, {len(began())} micro-batches, {expected}", flush=True)
+        print(
+            f"not killed, twice: {seconds:.1f} s, {len(began())} micro-batches, {expected}",
+            flush=True,
+        )
 
         draw = random.Random(seed)
-        report = {"kills": 0, "of them in a save": 0, "runs": 0, "micro-batches repeated at most": 0, "wrong": 0}
+        report = {
+            "kills": 0,
+            "of them in a save": 0,
+            "runs": 0,
+            "micro-batches repeated at most": 0,
+            "wrong": 0,
+        }
         while report["kills"] < kills:
             shutil.rmtree(path, ignore_errors=True)
             answer, last, longest = None, None, seconds
             while answer is None:
                 os.ftruncate(log, 0)
-                answer = forked(fine_tune, tokenizer, rows, path, log, moment=draw.uniform(0, longest))
+                answer = forked(
+                    fine_tune, tokenizer, rows, path, log, moment=draw.uniform(0, longest)
+                )
                 longest = 3 * seconds  # so that a third of them are killed again
                 if answer is None:
                     report["kills"] += 1
-                    report["of them in a save"] += any((path / name).exists() for name in (".saving", ".deleting"))
+                    report["of them in a save"] += any(
+                        (path / name).exists() for name in (".saving", ".deleting")
+                    )
                 if found := began():
                     repeated = 0 if last is None else last - found[0] + 1
-                    report["micro-batches repeated at most"] = max(report["micro-batches repeated at most"], repeated)
+                    report["micro-batches repeated at most"] = max(
+                        report["micro-batches repeated at most"], repeated
+                    )
                     last = found[-1]
             report["runs"] += 1
             report["wrong"] += answer != expected
@@ -143,14 +175,18 @@ def kill(kills, count, seed):
 
 def small_run(path, updates=6):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Dropout(0.2), torch.nn.Linear(64, 8))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 64), torch.nn.Dropout(0.2), torch.nn.Linear(64, 8)
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     step = train_step(optimizer)(lambda x: model(x).square().mean())
     kept = []
     with resumable(path, every=2, model=model, optimizer=optimizer, step=step) as run:
         kept.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
         for _ in run.epochs(1):
-            for x in step.over(torch.randn(updates, 4, 8, generator=torch.Generator().manual_seed(0))):
+            for x in step.over(
+                torch.randn(updates, 4, 8, generator=torch.Generator().manual_seed(0))
+            ):
                 step(x)
                 kept.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
     return step.updates, kept
@@ -184,7 +220,11 @@ def flip(flips, seed):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 _, found = small_run(path)
-            told = [str(w.message) for w in caught if newest.name in str(w.message) and before.name in str(w.message)]
+            told = [
+                str(w.message)
+                for w in caught
+                if newest.name in str(w.message) and before.name in str(w.message)
+            ]
             right = torch.equal(found[0], from_before[0]) and torch.equal(found[-1], kept[-1])
             report["fell back"] += bool(told) and right
             report["wrong"] += not right
@@ -199,7 +239,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # and a process with other threads could not be forked
-    for report in (flip(options.flips, options.seed), kill(options.kills, options.sentences, options.seed)):
+    for report in (
+        flip(options.flips, options.seed),
+        kill(options.kills, options.sentences, options.seed),
+    ):
         print(", ".join(f"{name} {value}" for name, value in report.items()))
         if report["wrong"]:
             raise SystemExit("wrong")

@@ -29,13 +29,20 @@ def in_turn(runs, device, rounds, repeat=1):
         run()  # the first time is another: optimizers make their state
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run if repeat == 1 else lambda run=run: [run() for _ in range(repeat)], device) / repeat)
+            times[name].append(
+                seconds(
+                    run if repeat == 1 else lambda run=run: [run() for _ in range(repeat)], device
+                )
+                / repeat
+            )
     return times
 
 
 def ratio(times, others):
     """The median of the ratios in a round, and the quartiles between which half of them lie: "0.91 (0.90 to 0.92)"."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(times, others, strict=True)], method="inclusive")
+    low, middle, high = statistics.quantiles(
+        [a / b for a, b in zip(times, others, strict=True)], method="inclusive"
+    )
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -45,5 +52,13 @@ def microseconds(times):
 
 def table(corner, columns, rows):
     """A table in Markdown: what stands in its corner, its columns, and rows of a name and cells."""
-    lines = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    lines = [
+        [corner, *columns],
+        ["---"] * (len(columns) + 1),
+        *([name, *cells] for name, cells in rows.items()),
+    ]
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        .replace("| --- ", "|---")
+        .replace("--- |", "---|")
+    )

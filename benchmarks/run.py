@@ -51,14 +51,34 @@ def draw_growth(device, rounds, path):
     counts = [4, 16, 64, 256, 1024]
     taken = [update.compete(count, 10, device, rounds) for count in counts]
     for name in (update.USUAL, update.BY_HAND, update.TRAINKIT, update.BARE):
-        left.plot(counts, [1e3 * statistics.median(times[name]) for times in taken], marker="o", label=name.strip("*"))
-    left.set(xscale="log", yscale="log", xlabel="parameter tensors of 10 elements", ylabel="ms per update")
+        left.plot(
+            counts,
+            [1e3 * statistics.median(times[name]) for times in taken],
+            marker="o",
+            label=name.strip("*"),
+        )
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="parameter tensors of 10 elements",
+        ylabel="ms per update",
+    )
     lengths = [1, 2, 4, 8, 16, 32]
     taken = [steps.compete(steps.tiny(device, n), rounds) for n in lengths]
     for name in steps.CONTENDERS:
         if all(name in times for times in taken):
-            right.plot(lengths, [1e6 * statistics.median(times[name]) for times in taken], marker="o", label=name.strip("*"))
-    right.set(xscale="log", xlabel="n, micro-batches in a window", ylabel="us per micro-batch, tiny model", xticks=lengths)
+            right.plot(
+                lengths,
+                [1e6 * statistics.median(times[name]) for times in taken],
+                marker="o",
+                label=name.strip("*"),
+            )
+    right.set(
+        xscale="log",
+        xlabel="n, micro-batches in a window",
+        ylabel="us per micro-batch, tiny model",
+        xticks=lengths,
+    )
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     right.set_ylim(0, 1.5 * right.get_ylim()[1])  # room for the legend
@@ -87,7 +107,9 @@ def measured(device, quick, picture):
     precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if device == "cpu":
         del precisions["float16"]  # ten times as slow as float32 there: nobody trains so
-    encoder = {name: steps.encoder(device, precision=precision) for name, precision in precisions.items()}
+    encoder = {
+        name: steps.encoder(device, precision=precision) for name, precision in precisions.items()
+    }
     sizes = {
         "1 M in 10 tensors": (10, 100_000),
         "10 M in 10 tensors": (10, 1_000_000),
@@ -131,17 +153,28 @@ float16 scaler, clipping and AdamW; microseconds per update, the time of backwar
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="two rounds of a part of it: that everything runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "BENCHMARKS.md", help="where the section is written (%(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of a part of it: that everything runs"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "BENCHMARKS.md",
+        help="where the section is written (%(default)s)",
+    )
     options = parser.parse_args()
     begin, end = f"<!-- measured: {options.device} -->\n", f"<!-- end: {options.device} -->"
     before, _, rest = options.output.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{options.output} has no place for this: a line {begin.strip()} and a line {end}")
+        raise SystemExit(
+            f"{options.output} has no place for this: a line {begin.strip()} and a line {end}"
+        )
     picture = options.output.parent / "docs" / f"benchmarks_{options.device}.png"
     picture.parent.mkdir(exist_ok=True)
-    options.output.write_text(f"{before}{begin}{measured(options.device, options.quick, picture)}\n{end}{after}")
+    options.output.write_text(
+        f"{before}{begin}{measured(options.device, options.quick, picture)}\n{end}{after}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ from torch.nn.functional import cross_entropy, mse_loss
 def tiny(device, n=4, precision=torch.float32):
     """Four layers of 8 x 8."""
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(2, 16, 8, generator=generator).to(device).unbind() for _ in range(max(2 * n, 40 // n * n))]
+    batches = [
+        torch.randn(2, 16, 8, generator=generator).to(device).unbind()
+        for _ in range(max(2 * n, 40 // n * n))
+    ]
     return Task(
         device,
-        lambda: nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())][:-1]),
+        lambda: nn.Sequential(
+            *[layer for _ in range(4) for layer in (nn.Linear(8, 8), nn.ReLU())][:-1]
+        ),
         lambda model, batch: mse_loss(model(batch[0]), batch[1]),
         batches,
         n,
@@ -27,8 +32,15 @@ def encoder(device, n=4, precision=torch.float32):
     """Six layers as wide as those of MiniLM-L6, and a small vocabulary; 8 sentences of 32 tokens in a micro-batch."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    config = BertConfig(**size, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    size = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
+    config = BertConfig(
+        **size, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (n, 8, 32), generator=generator).to(device)
     labels = torch.randint(2, (n, 8), generator=generator).to(device)
@@ -60,7 +72,9 @@ def compete(task, rounds):
     expected = flat(models[BY_HAND])
     for name, model in models.items():
         off = ((flat(model) - expected).norm() / (expected - start).norm()).item()
-        assert off <= 1e-2, f"{name} takes other updates: {off:.0e}"  # after many, all differ as much as rounding grows
+        assert off <= 1e-2, (
+            f"{name} takes other updates: {off:.0e}"
+        )  # after many, all differ as much as rounding grows
     times = in_turn(epochs, task.device, rounds)
     return {name: [t / len(task.batches) for t in taken] for name, taken in times.items()}
 
@@ -71,8 +85,12 @@ def steps_table(tasks, rounds):
     rows = {}
     for name in CONTENDERS:
         rows[name] = [
-            f"{microseconds(taken[name])}, {ratio(taken[name], taken[BY_HAND])}" if name in taken else "-"
+            f"{microseconds(taken[name])}, {ratio(taken[name], taken[BY_HAND])}"
+            if name in taken
+            else "-"
             for taken in times.values()
         ]
-    rows["train_step, returning, / the usual loop"] = [ratio(taken[TRAINKIT], taken[USUAL]) for taken in times.values()]
+    rows["train_step, returning, / the usual loop"] = [
+        ratio(taken[TRAINKIT], taken[USUAL]) for taken in times.values()
+    ]
     return table("", list(tasks), rows)

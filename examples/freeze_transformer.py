@@ -8,7 +8,15 @@ Language Model Fine-tuning for Text Classification", https://arxiv.org/abs/1801.
 import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from trainkit import accumulate, amp, freeze, frozen_parameters, train_step, trainable_parameters, unfreeze
+from trainkit import (
+    accumulate,
+    amp,
+    freeze,
+    frozen_parameters,
+    train_step,
+    trainable_parameters,
+    unfreeze,
+)
 
 torch.manual_seed(0)
 # The switches that make v3 of DeBERTa-v2: microsoft/deberta-v3-small has the same, and wider layers.
@@ -36,11 +44,21 @@ model.train()  # a pretrained one comes in evaluation mode
 labels = torch.randint(2, (512,))
 from_upper_half = torch.rand(512, 24) < 0.2 + 0.6 * labels[:, None]
 tokens = torch.randint(500, (512, 24)) + 500 * from_upper_half
-micro_batches = [{"input_ids": x, "labels": y} for x, y in zip(tokens.split(8), labels.split(8), strict=True)]
+micro_batches = [
+    {"input_ids": x, "labels": y} for x, y in zip(tokens.split(8), labels.split(8), strict=True)
+]
 
 # The embeddings of relative positions, and their LayerNorm, enter every layer. Were they trained, backward would have to run
 # through the frozen layers too; this way it stops above them.
-freeze(model, ["**.embeddings", "**.rel_embeddings", "deberta.encoder.LayerNorm", "deberta.encoder.layer[:2]"])
+freeze(
+    model,
+    [
+        "**.embeddings",
+        "**.rel_embeddings",
+        "deberta.encoder.LayerNorm",
+        "deberta.encoder.layer[:2]",
+    ],
+)
 print("frozen:", *frozen_parameters(model), sep="\n  ")
 embeddings = model.deberta.embeddings.word_embeddings.weight.detach().clone()
 
@@ -60,7 +78,9 @@ for epoch, layer in enumerate([None, "deberta.encoder.layer[1]", "deberta.encode
         optimizer.add_param_group({"params": parameters, "lr": RATE / 2.6**epoch})
     losses = [step(batch).loss for batch in step.over(micro_batches)]
     trainable = sum(p.numel() for p in trainable_parameters(model))
-    print(f"epoch {epoch}: {trainable:,} parameters trained, mean loss {torch.stack(losses).mean():.4f}")
+    print(
+        f"epoch {epoch}: {trainable:,} parameters trained, mean loss {torch.stack(losses).mean():.4f}"
+    )
 
 assert torch.equal(model.deberta.embeddings.word_embeddings.weight, embeddings)
 print("The embeddings have not moved by a bit.")

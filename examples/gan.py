@@ -37,9 +37,22 @@ NOISE = 16  # numbers that G makes an image of, beside the digit
 
 def make_generator():
     return nn.Sequential(
-        *(nn.Linear(NOISE + 10, 256, bias=False), nn.Unflatten(1, (64, 2, 2)), nn.BatchNorm2d(64), nn.ReLU()),
-        *(nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),  # 4 x 4
-        *(nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),  # 8 x 8
+        *(
+            nn.Linear(NOISE + 10, 256, bias=False),
+            nn.Unflatten(1, (64, 2, 2)),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+        ),
+        *(
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+        ),  # 4 x 4
+        *(
+            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        ),  # 8 x 8
         *(nn.Conv2d(16, 1, 3, padding=1), nn.Tanh()),
     )
 
@@ -61,23 +74,37 @@ def write(generator, digits):
 
 def train(images, digits, epochs):
     """Trains both on these images, and returns the averaged generator."""
-    generator, discriminator = make_generator().to(images.device), make_discriminator().to(images.device)
+    generator, discriminator = (
+        make_generator().to(images.device),
+        make_discriminator().to(images.device),
+    )
     average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer_g, optimizer_d = (
-        torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.0, 0.99), fused=True) for model in (generator, discriminator)
+        torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.0, 0.99), fused=True)
+        for model in (generator, discriminator)
     )
     precision = amp()
 
     def score(images, digits):
-        return discriminator(images).gather(1, digits[:, None]).float()  # or the loss would be a bfloat16 too
+        return (
+            discriminator(images).gather(1, digits[:, None]).float()
+        )  # or the loss would be a bfloat16 too
 
     @train_step(optimizer_d, accumulate(2), precision)
     def step_d(images, digits):
         fakes = write(generator, digits).detach()
         # With the number of images, so that a smaller last batch counts for what it is.
-        return relu(1 - score(images, digits)).mean() + relu(1 + score(fakes, digits)).mean(), len(digits)
+        return relu(1 - score(images, digits)).mean() + relu(1 + score(fakes, digits)).mean(), len(
+            digits
+        )
 
-    @train_step(optimizer_g, accumulate(2), precision, frozen(discriminator), after=lambda: average.update_parameters(generator))
+    @train_step(
+        optimizer_g,
+        accumulate(2),
+        precision,
+        frozen(discriminator),
+        after=lambda: average.update_parameters(generator),
+    )
     def step_g(digits):
         return -score(write(generator, digits), digits).mean(), len(digits)
 
@@ -109,7 +136,13 @@ def save(path, real, written):
     rows = [torch.cat(rows[start : start + 10], dim=1) for start in range(0, len(rows), 10)]
     picture = torch.cat([rows[0], torch.ones(2, 100), *rows[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, picture.repeat_interleave(6, 0).repeat_interleave(6, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
+    imsave(
+        path,
+        picture.repeat_interleave(6, 0).repeat_interleave(6, 1).numpy(),
+        cmap="gray",
+        vmin=-1,
+        vmax=1,
+    )
 
 
 def main():
@@ -117,7 +150,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="three epochs: too few to learn much")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the picture (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), help="folder for the picture (%(default)s)"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # layers as small as these gain nothing from more
@@ -125,7 +160,9 @@ def main():
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pixels, digits = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    images, unseen, digits, unseen_digits = train_test_split(images, torch.tensor(digits), test_size=0.2, random_state=0)
+    images, unseen, digits, unseen_digits = train_test_split(
+        images, torch.tensor(digits), test_size=0.2, random_state=0
+    )
     generator = train(images.to(device), digits.to(device), 3 if options.quick else options.epochs)
 
     asked = torch.arange(500) % 10
@@ -136,7 +173,9 @@ def main():
     report("real, unseen", unseen, unseen_digits, judge)
     report("written", written, asked, judge)
     path = options.output / "gan.png"
-    save(path, torch.stack([unseen[unseen_digits == digit][0] for digit in range(10)]), written[:100])
+    save(
+        path, torch.stack([unseen[unseen_digits == digit][0] for digit in range(10)]), written[:100]
+    )
     print(f"\ndigits: {path}")
 
 

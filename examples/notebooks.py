@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from trainkit.lifting import lift
+from trainkit.tools.lift import lift
 
 HERE = Path(__file__).parent
 HEAD = "%%writefile trainkit.py\n"
@@ -29,7 +29,9 @@ def lifted(source):
     if not source.startswith(HEAD):
         return source
     words = re.search(r"`python -m trainkit lift ([^`]*)`", source)[1].split()
-    return HEAD + lift([word for word in words if word != "--bare"], bare="--bare" in words).rstrip("\n")
+    return HEAD + lift([word for word in words if word != "--bare"], bare="--bare" in words).rstrip(
+        "\n"
+    )
 
 
 def smaller(picture):
@@ -44,8 +46,12 @@ def run(path, folder):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.source = lifted(cell.source)
-    shell = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}  # without pictures, where a Makefile says so
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(env=shell)
+    shell = {
+        key: value for key, value in os.environ.items() if key != "MPLBACKEND"
+    }  # without pictures, where a Makefile says so
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute(
+        env=shell
+    )
     for cell in notebook.cells:
         cell.metadata = {}
         for output in cell.get("outputs", []):

@@ -46,7 +46,9 @@ def train_by_hand():
             scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
-            if scaler.get_scale() >= scale:  # GradScaler tells of a skipped step only by a scale that fell
+            if (
+                scaler.get_scale() >= scale
+            ):  # GradScaler tells of a skipped step only by a scale that fell
                 scheduler.step()
             optimizer.zero_grad()
             losses.append(window_loss)

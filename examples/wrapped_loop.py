@@ -11,7 +11,9 @@ def train_with_trainkit():
     """Trains with trainkit; returns the loss of every window."""
     model, optimizer, scheduler, micro_batches = ingredients()
 
-    @train_step(optimizer, accumulate(N), amp(dtype=torch.float16), max_norm=1.0, after=scheduler.step)
+    @train_step(
+        optimizer, accumulate(N), amp(dtype=torch.float16), max_norm=1.0, after=scheduler.step
+    )
     def step(x, y):
         return mse_loss(model(x), y), len(x)  # the loss, and how many rows it is the mean of
 

@@ -11,7 +11,10 @@ from oracles import make_model
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-usual = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+usual = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("ci", max_examples=150, derandomize=True, **usual)
 settings.register_profile("deep", max_examples=2000, **usual)
 settings.register_profile("brief", max_examples=15, derandomize=True, **usual)

@@ -9,10 +9,18 @@ from torch.nn.utils import clip_grad_norm_
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "SGD dampening": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.5),
-    "SGD dampening fused": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.5, fused=True),
-    "SGD momentum fused": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
+    "SGD momentum": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, weight_decay=0.01
+    ),
+    "SGD dampening": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, dampening=0.5
+    ),
+    "SGD dampening fused": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, dampening=0.5, fused=True
+    ),
+    "SGD momentum fused": lambda parameters: torch.optim.SGD(
+        parameters, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True
+    ),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
@@ -28,7 +36,10 @@ def make_model(dtype=torch.float64):
 def make_batches(sizes, dtype=torch.float64, seed=2):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, 4, generator=generator, dtype=dtype), torch.randn(size, 3, generator=generator, dtype=dtype))
+        (
+            torch.randn(size, 4, generator=generator, dtype=dtype),
+            torch.randn(size, 3, generator=generator, dtype=dtype),
+        )
         for size in sizes
     ]
 
@@ -57,10 +68,23 @@ def plain_loop(model, optimizer, batches, n=1, weights=None, max_norm=None, norm
 
 
 def scaler_loop(
-    model, optimizer, batches, n=1, dtype=torch.float16, max_norm=None, init_scale=65536.0, growth_interval=3, after=None
+    model,
+    optimizer,
+    batches,
+    n=1,
+    dtype=torch.float16,
+    max_norm=None,
+    init_scale=65536.0,
+    growth_interval=3,
+    after=None,
 ):
     """The loop of PyTorch's amp examples; returns the loss scale after every window."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(
+        "cpu",
+        init_scale=init_scale,
+        growth_interval=growth_interval,
+        enabled=dtype == torch.float16,
+    )
     scales = []
     for window in windows_of(batches, n):
         optimizer.zero_grad()
@@ -69,7 +93,9 @@ def scaler_loop(
                 loss = loss_of(model, batch)
             scaler.scale(loss / len(window)).backward()
         scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+        norm = clip_grad_norm_(
+            model.parameters(), max_norm if max_norm is not None else float("inf")
+        )
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -89,14 +115,20 @@ def full_batch_gradient(model, batches):
 
 
 def gradients_of(model):
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
 
 
 def state_of(model, optimizer):
     """Every tensor of a model and its optimizer."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        tensors += [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, torch.Tensor)]
+        tensors += [
+            value
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor)
+        ]
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -104,21 +136,28 @@ def distance(ours, theirs):
     """The largest relative L2 distance between tensors of two lists."""
     assert len(ours) == len(theirs) > 0
     return max(
-        ((a - b).norm() / b.norm().clamp(min=1e-30)).item() if b.numel() else 0.0 for a, b in zip(ours, theirs, strict=True)
+        ((a - b).norm() / b.norm().clamp(min=1e-30)).item() if b.numel() else 0.0
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
 def same_bits(ours, theirs):
-    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def snapshot(model, optimizer):
-    return state_of(model, optimizer), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return state_of(model, optimizer), [
+        None if p.grad is None else p.grad.clone() for p in model.parameters()
+    ]
 
 
 def unchanged(before, model, optimizer):
     after = snapshot(model, optimizer)
-    grads = all(a is b is None or torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    grads = all(
+        a is b is None or torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True)
+    )
     return same_bits(before[0], after[0]) and grads
 
 

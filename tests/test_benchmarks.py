@@ -23,7 +23,9 @@ def module(monkeypatch):
 @pytest.mark.parametrize("n", [1, 4])
 def test_contenders_take_the_same_updates(module, precision, n):
     steps = module("steps")
-    times = steps.compete(steps.tiny("cpu", n, precision), rounds=2)  # which compares the parameters
+    times = steps.compete(
+        steps.tiny("cpu", n, precision), rounds=2
+    )  # which compares the parameters
     assert {steps.USUAL, steps.BY_HAND, steps.TRAINKIT} <= set(times)
     assert all(len(taken) == 2 for taken in times.values())
 
@@ -31,7 +33,9 @@ def test_contenders_take_the_same_updates(module, precision, n):
 def test_a_contender_that_takes_other_updates_is_found_out(module, monkeypatch):
     steps = module("steps")
     task = steps.tiny("cpu")
-    monkeypatch.setitem(steps.CONTENDERS, "other", lambda task: steps.CONTENDERS[steps.USUAL](task._replace(n=2)))
+    monkeypatch.setitem(
+        steps.CONTENDERS, "other", lambda task: steps.CONTENDERS[steps.USUAL](task._replace(n=2))
+    )
     with pytest.raises(AssertionError, match="other takes other updates"):
         steps.compete(task, rounds=1)
 
@@ -47,9 +51,23 @@ def test_updates_alone(module):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_killed_run_and_damaged_checkpoints():
     """As benchmarks/kill.py does it a hundred times, in a process of its own: one that has threads cannot be forked."""
-    command = [sys.executable, BENCHMARKS / "kill.py", "--kills", "1", "--flips", "3", "--sentences", "16"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
+    command = [
+        sys.executable,
+        BENCHMARKS / "kill.py",
+        "--kills",
+        "1",
+        "--flips",
+        "3",
+        "--sentences",
+        "16",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    printed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+    ).stdout
     assert "fell back 3, wrong 0" in printed and printed.endswith("wrong 0\n")
 
 
@@ -57,10 +75,15 @@ def test_the_section_of_a_device_is_written_and_the_others_are_left(module, monk
     run = module("run")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- measured: cpu -->\nold\n<!-- end: cpu -->\nb\n")
-    monkeypatch.setattr(run, "measured", lambda device, quick, picture: f"new, {device}, {picture.name}")
+    monkeypatch.setattr(
+        run, "measured", lambda device, quick, picture: f"new, {device}, {picture.name}"
+    )
     monkeypatch.setattr("sys.argv", ["run.py", "--output", str(page)])
     run.main()
-    assert page.read_text() == "a\n<!-- measured: cpu -->\nnew, cpu, benchmarks_cpu.png\n<!-- end: cpu -->\nb\n"
+    assert (
+        page.read_text()
+        == "a\n<!-- measured: cpu -->\nnew, cpu, benchmarks_cpu.png\n<!-- end: cpu -->\nb\n"
+    )
     monkeypatch.setattr("sys.argv", ["run.py", "--device", "cuda", "--output", str(page)])
     with pytest.raises(SystemExit, match="has no place for this"):
         run.main()

@@ -12,7 +12,9 @@ from trainkit import History, accumulate, amp, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 BATCHES = (
-    [tuple(part.cuda() for part in batch) for batch in make_batches([4] * 8, torch.float32)] if torch.cuda.is_available() else []
+    [tuple(part.cuda() for part in batch) for batch in make_batches([4] * 8, torch.float32)]
+    if torch.cuda.is_available()
+    else []
 )
 
 
@@ -74,7 +76,9 @@ def test_it_takes_the_updates_and_skips_of_a_loop_by_hand(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_whole_window_can_be_captured_in_a_cuda_graph(dtype):
     model, optimizer = made(capturable=True)
-    step = train_step(optimizer, accumulate(2), amp(dtype=dtype), max_norm=0.1)(lambda batch: loss_of(model, batch))
+    step = train_step(optimizer, accumulate(2), amp(dtype=dtype), max_norm=0.1)(
+        lambda batch: loss_of(model, batch)
+    )
     window = copy.deepcopy(BATCHES[:2])
 
     stream = torch.cuda.Stream()
@@ -87,7 +91,9 @@ def test_a_whole_window_can_be_captured_in_a_cuda_graph(dtype):
     expected = copy.deepcopy(model)
     theirs = torch.optim.AdamW(expected.parameters(), lr=0.01, fused=True, capturable=True)
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    eager = train_step(theirs, accumulate(2), amp(dtype=dtype), max_norm=0.1)(lambda batch: loss_of(expected, batch))
+    eager = train_step(theirs, accumulate(2), amp(dtype=dtype), max_norm=0.1)(
+        lambda batch: loss_of(expected, batch)
+    )
     eager.load_state_dict(step.state_dict())
 
     graph = torch.cuda.CUDAGraph()
@@ -114,7 +120,9 @@ def test_recording_logging_and_showing_wait_for_nothing(weight, error_where_the_
         return loss_of(model, batch) if weight is None else (loss_of(model, batch), weight)
 
     silent, logging = History(step), History(step, log=lambda numbers, update: rows.append(update))
-    for seen, batch in enumerate(step.over(BATCHES, progress={"file": io.StringIO(), "mininterval": 0})):
+    for seen, batch in enumerate(
+        step.over(BATCHES, progress={"file": io.StringIO(), "mininterval": 0})
+    ):
         if seen == 4:
             error_where_the_host_waits()
         step(batch)

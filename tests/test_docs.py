@@ -32,7 +32,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # A block of code, or a comment to this test.
 PIECE = re.compile(
-    r"^```python\n(?P<block>.*?)^```$|^<!-- test: (?:setup\n(?P<setup>.*?)|needs (?P<needs>\S+) )-->$", re.MULTILINE | re.DOTALL
+    r"^```python\n(?P<block>.*?)^```$|^<!-- test: (?:setup\n(?P<setup>.*?)|needs (?P<needs>\S+) )-->$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -95,7 +96,9 @@ def as_torchrun_starts_it(monkeypatch):
 
 def is_there(name):
     package, _, attribute = name.partition(".")
-    return find_spec(package) is not None and (not attribute or hasattr(sys.modules[package], attribute))
+    return find_spec(package) is not None and (
+        not attribute or hasattr(sys.modules[package], attribute)
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
@@ -140,19 +143,38 @@ def without_comments(code):
 
 def test_the_chinese_pages_are_those_of_the_quick_start_and_the_primitives():
     translated = {DOCS / "index.md", *(DOCS / "primitives").glob("*.md")}
-    assert {page.relative_to(DOCS / "zh") for page in (DOCS / "zh").rglob("*.md")} == {p.relative_to(DOCS) for p in translated}
+    assert {page.relative_to(DOCS / "zh") for page in (DOCS / "zh").rglob("*.md")} == {
+        p.relative_to(DOCS) for p in translated
+    }
     for page in translated:
         ours, theirs = blocks_of(page), blocks_of(DOCS / "zh" / page.relative_to(DOCS))
         assert list(map(without_comments, ours)) == list(map(without_comments, theirs)), page
 
 
 def test_the_time_of_an_update_is_the_one_that_was_measured_last():
-    table = (ROOT / "BENCHMARKS.md").read_text().partition("### An update alone")[2].partition("###")[0].splitlines()
-    (head,), (row,) = ([line.split("|") for line in table if word in line] for word in ("40 M", "**train_step, returning"))
+    table = (
+        (ROOT / "BENCHMARKS.md")
+        .read_text()
+        .partition("### An update alone")[2]
+        .partition("###")[0]
+        .splitlines()
+    )
+    (head,), (row,) = (
+        [line.split("|") for line in table if word in line]
+        for word in ("40 M", "**train_step, returning")
+    )
     (cell,) = (cell for name, cell in zip(head, row, strict=True) if "40 M" in name)
     ratio = re.search(r"us, (\S+) ", cell)[1]
-    for page, unit in {"README.md": "x", "docs/primitives/amp.md": " of the time", "docs/zh/primitives/amp.md": " 倍"}.items():
-        (line,) = (line for line in (ROOT / page).read_text().splitlines() if re.search("40 M param|4000 万个参数", line))
+    for page, unit in {
+        "README.md": "x",
+        "docs/primitives/amp.md": " of the time",
+        "docs/zh/primitives/amp.md": " 倍",
+    }.items():
+        (line,) = (
+            line
+            for line in (ROOT / page).read_text().splitlines()
+            if re.search("40 M param|4000 万个参数", line)
+        )
         assert ratio + unit in line, page
 
 
@@ -162,9 +184,15 @@ MIGRATION = (DOCS / "migration.md").read_text()
 def trained(make_step):
     """The state of a model with a BatchNorm after some updates by the step that is made for it."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"stem": nn.Linear(3, 4), "bn": nn.BatchNorm1d(4), "head": nn.Linear(4, 1)}).double()
+    model = nn.ModuleDict(
+        {"stem": nn.Linear(3, 4), "bn": nn.BatchNorm1d(4), "head": nn.Linear(4, 1)}
+    ).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = make_step(model, optimizer, lambda x: model["head"](model["bn"](model["stem"](x)).relu()).pow(2).mean())
+    step = make_step(
+        model,
+        optimizer,
+        lambda x: model["head"](model["bn"](model["stem"](x)).relu()).pow(2).mean(),
+    )
     for x in torch.randn(5, 6, 3, dtype=torch.float64):
         model.train()
         step(x)
@@ -204,10 +232,15 @@ def test_what_replaces_clipping_by_value_is_that_loop():
         return trainkit.train_step(optimizer)(step)
 
     assert all(map(torch.equal, trained(by_hand).values(), trained(written).values()))
-    assert '| `gradient_clip_algorithm="value"` | `clip_grad_value_(parameters, 1.0)` below a `yield loss` |' in MIGRATION
+    assert (
+        '| `gradient_clip_algorithm="value"` | `clip_grad_value_(parameters, 1.0)` below a `yield loss` |'
+        in MIGRATION
+    )
 
 
-@pytest.mark.parametrize("replaced", ["`scaler.get_scale() < before`", "`accelerator.optimizer_step_was_skipped`"])
+@pytest.mark.parametrize(
+    "replaced", ["`scaler.get_scale() < before`", "`accelerator.optimizer_step_was_skipped`"]
+)
 def test_an_update_is_said_to_be_skipped_where_one_was_and_not_within_a_window(replaced):
     (said,) = re.findall(rf"^\| {re.escape(replaced)}.* \| `(.*?)`", MIGRATION, re.MULTILINE)
     found = []
@@ -223,7 +256,9 @@ def test_an_update_is_said_to_be_skipped_where_one_was_and_not_within_a_window(r
 
 
 def test_the_reference_has_all_that_is_public():
-    assert set(re.findall(r"^::: trainkit\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)) == set(trainkit.__all__)
+    assert set(
+        re.findall(r"^::: trainkit\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    ) == set(trainkit.__all__)
 
 
 def test_links_between_pages_lead_somewhere():
@@ -236,10 +271,24 @@ def test_links_between_pages_lead_somewhere():
 
 def test_nobody_is_told_to_install_what_belongs_to_somebody_else():
     for page in PAGES:
-        assert not re.search(r"(pip|uv|conda|poetry)\b.*\b(install|add) .*\btrainkit\b(?!/)", page.read_text()), page
+        assert not re.search(
+            r"(pip|uv|conda|poetry)\b.*\b(install|add) .*\btrainkit\b(?!/)", page.read_text()
+        ), page
 
 
-@pytest.mark.skipif(not (find_spec("material") and find_spec("mkdocstrings")), reason="needs the docs extra: `make docs`")
+@pytest.mark.skipif(
+    not (find_spec("material") and find_spec("mkdocstrings")),
+    reason="needs the docs extra: `make docs`",
+)
 def test_the_site_is_built_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        tmp_path,
+    ]
     subprocess.run(command, cwd=ROOT, check=True)

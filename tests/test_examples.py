@@ -26,7 +26,12 @@ def run(name, *options):
 
 def run_python(*arguments):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -42,7 +47,9 @@ def load(name):
     """An example as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")  # which it would set, and which goes again
-        specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+        specification = importlib.util.spec_from_file_location(
+            name, ROOT / "examples" / f"{name}.py"
+        )
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
     return module
@@ -67,16 +74,30 @@ def run_here(name, *options):
             patch.setattr(example, "resumable", functools.partial(resumable, every=1, keep=9))
             patch.delitem(example.CONTENDERS, "plain")
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-                patch.setattr(example, "DataCollatorWithPadding", die_once(example.DataCollatorWithPadding, []))
+                patch.setattr(
+                    example,
+                    "DataCollatorWithPadding",
+                    die_once(example.DataCollatorWithPadding, []),
+                )
             threads = concurrent.futures.ThreadPoolExecutor
-            patch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(workers))
+            patch.setattr(
+                concurrent.futures, "ProcessPoolExecutor", lambda workers, context: threads(workers)
+            )
         example.main()
     return losses
 
 
 def run_ranks(name, path, *options, restarts=0):
     """The same under torchrun, on two ranks. Returns what they print, and the losses."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", restarts]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--max-restarts",
+        restarts,
+    ]
     printed = run_python(*torchrun, __file__, path, name, *options)
     return printed, json.loads(path.read_text())
 
@@ -86,7 +107,10 @@ def die_once(collator, batches):
 
     def collate(self, *args):
         batches.append(None)
-        if len(batches) == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        if len(batches) == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (
+            "1",
+            "0",
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         return collator.__call__(self, *args)
 
@@ -122,9 +146,15 @@ def test_freeze_transformer():
 
 def test_finetune_sentiment(tmp_path):
     # Two batches of 16, and one of 4.
-    lines = run("finetune_sentiment.py", "--train", 36, "--evaluate", 32, "--output", tmp_path).splitlines()
+    lines = run(
+        "finetune_sentiment.py", "--train", 36, "--evaluate", 32, "--output", tmp_path
+    ).splitlines()
     assert lines[0] == "training on 36 sentences, evaluation on 32 others, 2 labels"
-    table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("plain", "trainkit"))}
+    table = {
+        line.split()[0]: line.split()[1:]
+        for line in lines
+        if line.startswith(("plain", "trainkit"))
+    }
     assert table["plain"][1] == "1.0x"
     for seconds, _, memory, unit, accuracy in table.values():
         assert float(seconds) > 0
@@ -147,7 +177,12 @@ def losses_of_one_process(tmp_path_factory):
 def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
     options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
     printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, *how)
-    assert printed.count("training on") == printed.count("accuracy") == printed.count("\ntrainkit") == 1
+    assert (
+        printed.count("training on")
+        == printed.count("accuracy")
+        == printed.count("\ntrainkit")
+        == 1
+    )
     assert "plain" not in printed
     assert len(losses) == 4
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
@@ -162,12 +197,18 @@ def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
         assert losses[2:] == pytest.approx(losses_of_one_process[2:], abs=1e-5)
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_finetune_goes_on(losses_of_one_process, tmp_path, monkeypatch):
+def test_torchrun_restarts_a_killed_rank_and_the_finetune_goes_on(
+    losses_of_one_process, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # pytorch#135712
     options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
-    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, restarts=1)
+    printed, losses = run_ranks(
+        "finetune_sentiment", tmp_path / "losses.json", *options, restarts=1
+    )
     assert printed.count("training on") == 2 and printed.count("\ntrainkit") == 1
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 5  # after each batch, and at the end: none was done again
+    assert (
+        len(list((tmp_path / "checkpoints").iterdir())) == 5
+    )  # after each batch, and at the end: none was done again
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
@@ -184,7 +225,9 @@ def test_movie_reviews_are_what_the_docstring_says(finetune):
 
 
 def test_data_of_ones_own(finetune, tmp_path):
-    (tmp_path / "good.csv").write_text('label,text\nhappy,"fine, really"\nsad,no\n', encoding="utf-8")
+    (tmp_path / "good.csv").write_text(
+        'label,text\nhappy,"fine, really"\nsad,no\n', encoding="utf-8"
+    )
     assert finetune.own_data(tmp_path / "good.csv") == [("fine, really", "happy"), ("no", "sad")]
     (tmp_path / "bad.csv").write_text("text,score\nfine,1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"lacks \['label'\]"):
@@ -199,7 +242,9 @@ def test_gan(tmp_path):
     for line in epochs:
         loss_d, loss_g = (float(part.split()[-1]) for part in line.split(","))
         assert 0 < loss_d < 4 and -4 < loss_g < 4  # and no nan
-    accuracy, nearest, apart = map(float, next(line for line in lines if line.startswith("written")).split()[1:])
+    accuracy, nearest, apart = map(
+        float, next(line for line in lines if line.startswith("written")).split()[1:]
+    )
     assert 0 <= accuracy <= 1 and nearest > 0 and apart > 0
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -216,7 +261,8 @@ def test_causal_lm(tmp_path):
     assert "training on 39 documents, 16 others are held out" in lines
     (trained,) = (line for line in lines if line.startswith("3 windows: held-out loss"))
     before, after = (
-        float(part.split()[0]) for part in trained.removeprefix("3 windows: held-out loss ").split(" per byte before, ")
+        float(part.split()[0])
+        for part in trained.removeprefix("3 windows: held-out loss ").split(" per byte before, ")
     )
     assert 0 < after < before < 9
     assert lines.count("ROMEO.") == 3
@@ -225,7 +271,18 @@ def test_causal_lm(tmp_path):
 
 def test_causal_lm_on_two_ranks(tmp_path):
     # 17 documents: windows of sixteen and one, which leaves the second rank nothing.
-    options = ("--train", 17, "--evaluate", 8, "--check-windows", 1, "--epochs", 2, "--output", tmp_path)
+    options = (
+        "--train",
+        17,
+        "--evaluate",
+        8,
+        "--check-windows",
+        1,
+        "--epochs",
+        2,
+        "--output",
+        tmp_path,
+    )
     printed, losses = run_ranks("causal_lm", tmp_path / "losses.json", *options)
     assert printed.count("training on") == printed.count("4 windows: held-out loss") == 1
     assert printed.splitlines().count("ROMEO.") == 3
@@ -261,12 +318,18 @@ if __name__ == "__main__":  # one of the ranks of run_ranks
         (
             "kaggle_notebook",
             1,
-            [r"all of it: 0\.9[5-9]\d of the validation", r"History\(\d+ updates", r"encoder\[0\] +Conv2d"],
+            [
+                r"all of it: 0\.9[5-9]\d of the validation",
+                r"History\(\d+ updates",
+                r"encoder\[0\] +Conv2d",
+            ],
         ),
         ("tour", 5, [r"the power is gone", r"History\(\d+ updates, 1\d skipped", r"^True$"]),
     ],
 )
-def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, pictures, shown, tmp_path, monkeypatch):
+def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(
+    name, pictures, shown, tmp_path, monkeypatch
+):
     nbformat = pytest.importorskip("nbformat")
     path, away = ROOT / "examples" / f"{name}.ipynb", str(tmp_path / "away")
     if name == "kaggle_notebook":  # which has its own trainkit, and must not find another
@@ -284,7 +347,11 @@ def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(name, pictures
         for pattern in shown:
             assert any(re.search(pattern, text) for text in texts), texts
         assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
-        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+        assert all(
+            output.output_type != "error" and output.get("name") != "stderr" for output in outputs
+        )
     assert path.stat().st_size < 300 * 2**10
     if name == "kaggle_notebook":
-        assert (tmp_path / "trainkit.py").exists() and len((tmp_path / "submission.csv").read_text().splitlines()) == 401
+        assert (tmp_path / "trainkit.py").exists() and len(
+            (tmp_path / "submission.csv").read_text().splitlines()
+        ) == 401

@@ -40,14 +40,18 @@ def test_fused_sgd_with_momentum_and_a_parameter_that_joins_later(dtype, yields)
     results = []
     for fused in (True, False):
         model = make_model(dtype)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=fused)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=fused
+        )
 
         def step(batch, model=model, optimizer=optimizer):
             yield loss_of(model, batch)
             optimizer.step()
             optimizer.zero_grad()
 
-        step = train_step(optimizer)(step if yields else lambda batch, model=model: loss_of(model, batch))
+        step = train_step(optimizer)(
+            step if yields else lambda batch, model=model: loss_of(model, batch)
+        )
         batches = make_batches([4, 4, 4], dtype)
         with frozen(model, "[0]"):
             step(batches[0])
@@ -64,7 +68,10 @@ def test_fused_sgd_with_dampening_and_a_parameter_that_joins_later_is_refused():
     with frozen(model, "[0]"):
         step(BATCHES[0])
     before = state_of(model, optimizer)
-    with pytest.raises(ValueError, match=r"2 of 4 parameters came to fused SGD with momentum and dampening=0.5.*`fused=False`"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 4 parameters came to fused SGD with momentum and dampening=0.5.*`fused=False`",
+    ):
         step(BATCHES[1])
     assert same_bits(before, state_of(model, optimizer)) and model[0].weight.grad is None
 
@@ -73,7 +80,9 @@ def test_found_inf_is_one_where_two_reasons_to_skip_meet():
     """The kernels test ``found_inf == 1``: with 2, a sum, they step and spoil their counter."""
     model = make_model(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    step = train_step(optimizer, accumulate(2), max_norm=1.0)(lambda batch, weight, by=1.0: (by * loss_of(model, batch), weight))
+    step = train_step(optimizer, accumulate(2), max_norm=1.0)(
+        lambda batch, weight, by=1.0: (by * loss_of(model, batch), weight)
+    )
     for _ in range(2):
         step(FLOAT32[0], torch.tensor(3))
     before = state_of(model, optimizer)
@@ -86,9 +95,9 @@ def test_the_scale_is_one_and_the_same_all_through_a_window():
     """``scaler.update()`` in the middle of a window mixes scales: here it would double with every micro-batch."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = train_step(optimizer, accumulate(3), amp(dtype=torch.float16, init_scale=1024.0, growth_interval=1))(
-        lambda batch: loss_of(model, batch)
-    )
+    step = train_step(
+        optimizer, accumulate(3), amp(dtype=torch.float16, init_scale=1024.0, growth_interval=1)
+    )(lambda batch: loss_of(model, batch))
     scales = []
     for batch in FLOAT32 * 2:
         step(batch)
@@ -107,7 +116,9 @@ def test_an_optimizer_whose_step_needs_a_closure_is_refused():
 
     model = make_model()
     for optimizer in (torch.optim.LBFGS(model.parameters()), LineSearch(model.parameters())):
-        with pytest.raises(TypeError, match=f"{type(optimizer).__name__}.step needs a closure .*: call"):
+        with pytest.raises(
+            TypeError, match=f"{type(optimizer).__name__}.step needs a closure .*: call"
+        ):
             amp(optimizer)
 
 
@@ -118,7 +129,9 @@ def test_sparse_gradients_are_clipped_and_unscaled(optimizer_of, norm_type):
     ours, theirs = nn.Embedding(4, 3, sparse=True), nn.Embedding(4, 3)
     theirs.load_state_dict(ours.state_dict())
     parts = accumulate(2), amp(dtype=torch.float16)
-    step = train_step(optimizer_of(ours.parameters(), lr=0.1), *parts, max_norm=0.5, norm_type=norm_type)
+    step = train_step(
+        optimizer_of(ours.parameters(), lr=0.1), *parts, max_norm=0.5, norm_type=norm_type
+    )
     step = step(lambda *tokens: ours(torch.tensor(tokens)).pow(2).sum())
     step(1, 2, 1, 1)
     result = step(1, 0)
@@ -134,7 +147,9 @@ def test_sparse_gradients_are_clipped_and_unscaled(optimizer_of, norm_type):
 def test_complex_gradients_are_clipped_and_unscaled(norm_type):
     """``GradScaler.unscale_`` does not know them: pytorch#58228."""
     ours, theirs = (nn.Parameter(torch.tensor([3.0 + 4.0j, 1.0j])) for _ in range(2))
-    step = train_step(torch.optim.SGD([ours], lr=0.1), amp(dtype=torch.float16), max_norm=0.5, norm_type=norm_type)
+    step = train_step(
+        torch.optim.SGD([ours], lr=0.1), amp(dtype=torch.float16), max_norm=0.5, norm_type=norm_type
+    )
     result = step(lambda: ours.abs().pow(2).sum())()
     theirs.abs().pow(2).sum().backward()
     norm = nn.utils.clip_grad_norm_([theirs], 0.5, norm_type)
@@ -147,13 +162,17 @@ def test_complex_gradients_are_clipped_and_unscaled(norm_type):
 @pytest.mark.parametrize("fused", [False, True])
 def test_several_dtypes_in_one_optimizer(fused):
     """One norm over all of them, in float32: bfloat16 alone would give three digits of it."""
-    ours, theirs = (nn.ModuleList([nn.Linear(4, 64).bfloat16(), nn.Linear(64, 1)]) for _ in range(2))
+    ours, theirs = (
+        nn.ModuleList([nn.Linear(4, 64).bfloat16(), nn.Linear(64, 1)]) for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
 
     def loss(model, batch):
         return model[1](model[0](batch[0].bfloat16()).float()).pow(2).mean()
 
-    step = train_step(torch.optim.SGD(ours.parameters(), lr=0.1, fused=fused), accumulate(2), max_norm=0.1)
+    step = train_step(
+        torch.optim.SGD(ours.parameters(), lr=0.1, fused=fused), accumulate(2), max_norm=0.1
+    )
     step = step(lambda batch: loss(ours, batch))
     for batch in FLOAT32[:2]:
         result = step(batch)
@@ -164,7 +183,9 @@ def test_several_dtypes_in_one_optimizer(fused):
         parameter.grad.mul_(0.1 / norm)
     torch.optim.SGD(theirs.parameters(), lr=0.1).step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3 if a.dtype == torch.bfloat16 else 1e-6)
+        torch.testing.assert_close(
+            a, b, rtol=1e-5, atol=1e-3 if a.dtype == torch.bfloat16 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -210,7 +231,9 @@ def test_a_wrapper_that_passes_for_a_fused_optimizer_and_ignores_grad_scale():
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     wrapper = Wrapper(torch.optim.AdamW(model.parameters(), lr=0.01, fused=True))
     assert wrapper._step_supports_amp_scaling
-    step = train_step(wrapper, amp(dtype=torch.float32), max_norm=1e-3)(lambda batch: loss_of(model, batch))
+    step = train_step(wrapper, amp(dtype=torch.float32), max_norm=1e-3)(
+        lambda batch: loss_of(model, batch)
+    )
     step(FLOAT32[0])
     other = torch.optim.AdamW(theirs.parameters(), lr=0.01)
     plain_loop(theirs, other, FLOAT32[:1], max_norm=1e-3)
@@ -261,14 +284,20 @@ def test_a_micro_batch_whose_tokens_are_all_masked():
 def test_continue_before_the_step():
     """A batch that the loop leaves out counts nothing; where it is the last one, the window stays open, and that is said."""
     model = make_model()
-    step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))(lambda batch: loss_of(model, batch))
+    step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))(
+        lambda batch: loss_of(model, batch)
+    )
     for i, batch in enumerate(step.over(BATCHES * 2)):
         if i == 1:
             continue
         step(batch)
     assert step.updates == 3
-    with pytest.warns(UserWarning, match=r"2 micro-batch\(es\) wait in its open window: `step.discard\(\)`"):
-        step = train_step(torch.optim.SGD(model.parameters()), accumulate(3))(lambda batch: loss_of(model, batch))
+    with pytest.warns(
+        UserWarning, match=r"2 micro-batch\(es\) wait in its open window: `step.discard\(\)`"
+    ):
+        step = train_step(torch.optim.SGD(model.parameters()), accumulate(3))(
+            lambda batch: loss_of(model, batch)
+        )
         for i, batch in enumerate(step.over(BATCHES)):
             if i < 2:
                 step(batch)
@@ -285,7 +314,9 @@ def test_a_loader_whose_length_lies():
         loader = Loader(BATCHES)
         loader.says = says
         model = make_model()
-        step = train_step(torch.optim.SGD(model.parameters()), accumulate(4))(lambda batch, m=model: loss_of(m, batch))
+        step = train_step(torch.optim.SGD(model.parameters()), accumulate(4))(
+            lambda batch, m=model: loss_of(m, batch)
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for batch in step.over(loader):
@@ -295,7 +326,9 @@ def test_a_loader_whose_length_lies():
 
 def test_an_empty_loader_and_one_shorter_than_a_window():
     model, theirs = make_model(), make_model()
-    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(8))(lambda batch: loss_of(model, batch))
+    step = train_step(torch.optim.SGD(model.parameters(), lr=0.1), accumulate(8))(
+        lambda batch: loss_of(model, batch)
+    )
     for loader in ([], iter([]), BATCHES[:2], iter(BATCHES[:2])):
         for batch in step.over(loader):
             step(batch)
@@ -306,8 +339,12 @@ def test_an_empty_loader_and_one_shorter_than_a_window():
 def test_over_nests():
     """The inner loop closes the windows of its step; afterwards both loops go on where they were."""
     model, other = make_model(), make_model()
-    step = train_step(torch.optim.SGD(model.parameters()), accumulate(9))(lambda batch: loss_of(model, batch))
-    inner = train_step(torch.optim.SGD(other.parameters()), accumulate(9))(lambda batch: loss_of(other, batch))
+    step = train_step(torch.optim.SGD(model.parameters()), accumulate(9))(
+        lambda batch: loss_of(model, batch)
+    )
+    inner = train_step(torch.optim.SGD(other.parameters()), accumulate(9))(
+        lambda batch: loss_of(other, batch)
+    )
     for batch in step.over(BATCHES):
         result = step(batch)
         for again in inner.over(BATCHES[:2]):
@@ -328,26 +365,43 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
     gradients = []
     for reentrant in (True, False, None):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 1))
+        model = nn.Sequential(
+            nn.Linear(4, 4),
+            nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
+            nn.Linear(4, 1),
+        )
         freeze(model, "[0]")
-        step = train_step(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+        step = train_step(
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        )
 
         @step
         def step(x, model=model, reentrant=reentrant):
             hidden = model[0](x)
-            hidden = model[1](hidden) if reentrant is None else checkpoint(model[1], hidden, use_reentrant=reentrant)
+            hidden = (
+                model[1](hidden)
+                if reentrant is None
+                else checkpoint(model[1], hidden, use_reentrant=reentrant)
+            )
             yield model[2](hidden).mean()
             gradients.append(gradients_of(model))
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step(torch.ones(2, 4))
-        said = [str(w.message) for w in caught if "reentrant activation checkpointing" in str(w.message)]
+        said = [
+            str(w.message) for w in caught if "reentrant activation checkpointing" in str(w.message)
+        ]
         assert len(said) == bool(reentrant)
         if reentrant:
-            assert said[0].startswith("only 2 of 6 trainable parameters got a gradient in the first window")
+            assert said[0].startswith(
+                "only 2 of 6 trainable parameters got a gradient in the first window"
+            )
             model[2].requires_grad_(False)
-            with pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"), warnings.catch_warnings():
+            with (
+                pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 step(torch.ones(2, 4))
     assert same_bits(gradients[1], gradients[2])

@@ -47,8 +47,8 @@ from trainkit import (
     trainable_parameters,
     unfreeze,
 )
-from trainkit.lifting import lift
-from trainkit.storage import _hash, _write_manifest
+from trainkit.saving.storage import _hash, _write_manifest
+from trainkit.tools.lift import lift
 
 HERE, PACKAGE = Path(__file__), Path(trainkit.__file__).parent
 
@@ -128,7 +128,9 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_rank():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         yield
     finally:
@@ -216,7 +218,11 @@ TRAIN_STEP = [
         "`train_step(optimizer, ...)`",
         lambda w: train_step(w.optimizer, module=w.optimizer),
     ),
-    (TypeError, "max_norm must be a number, got '1.0': `max_norm=1.0`", lambda w: train_step(w.optimizer, max_norm="1.0")),
+    (
+        TypeError,
+        "max_norm must be a number, got '1.0': `max_norm=1.0`",
+        lambda w: train_step(w.optimizer, max_norm="1.0"),
+    ),
     (
         ValueError,
         "max_norm must be above 0 and in the range of float32, got 0: `max_norm=1.0` clips, `math.inf` only checks for "
@@ -253,7 +259,11 @@ TRAIN_STEP = [
         "ReduceLROnPlateau.step needs a metric: call `scheduler.step(metric)` after each evaluation yourself",
         lambda w: train_step(w.optimizer, after=ReduceLROnPlateau(w.optimizer).step),
     ),
-    (TypeError, "4 is not a part; for windows of 4 micro-batches: `accumulate(4)`", lambda w: train_step(w.optimizer, 4)),
+    (
+        TypeError,
+        "4 is not a part; for windows of 4 micro-batches: `accumulate(4)`",
+        lambda w: train_step(w.optimizer, 4),
+    ),
     (
         TypeError,
         "Net is not a part; a module goes by name: `train_step(optimizer, module=model)`",
@@ -281,7 +291,11 @@ TRAIN_STEP = [
         "or `train_step(optimizer, *parts)`",
         lambda w: train_step(w.optimizer, [accumulate(2), amp()]),
     ),
-    (TypeError, "<function amp at ADDRESS> is not a part; it makes one: `amp(...)`", lambda w: train_step(w.optimizer, amp)),
+    (
+        TypeError,
+        "<function amp at ADDRESS> is not a part; it makes one: `amp(...)`",
+        lambda w: train_step(w.optimizer, amp),
+    ),
     (
         TypeError,
         "<built-in function print> is not a part; what is called after each update goes by name: "
@@ -309,7 +323,11 @@ TRAIN_STEP = [
         "`step = train_step(optimizer, ...)(function)`, or give it the loss by hand, `with step: step.backward(loss)`",
         lambda w: train_step(w.optimizer)(w.x, w.x),
     ),
-    (TypeError, "steps are made by `train_step(optimizer)(function)`, and not of 3 and None", lambda w: Step(3)),
+    (
+        TypeError,
+        "steps are made by `train_step(optimizer)(function)`, and not of 3 and None",
+        lambda w: Step(3),
+    ),
     (
         TypeError,
         "the method 'loss' of the class Experiment was decorated, and all instances would share one state: leave the "
@@ -343,7 +361,11 @@ ACCUMULATE = [
         "function is decorated by `@accumulate(4)`",
         lambda w: without_a_number(),
     ),
-    (TypeError, "accumulate got 0.5; n counts the micro-batches of a window, an int: `accumulate(4)`", lambda w: accumulate(0.5)),
+    (
+        TypeError,
+        "accumulate got 0.5; n counts the micro-batches of a window, an int: `accumulate(4)`",
+        lambda w: accumulate(0.5),
+    ),
     (
         ValueError,
         "accumulate got 0; a window has at least one micro-batch: `accumulate(1)` changes nothing",
@@ -397,7 +419,9 @@ ACCUMULATE = [
 
 def sums_with_ddp(w):
     with one_rank():
-        train_step(w.optimizer, accumulate(4, dtype=torch.float32), module=DistributedDataParallel(w.model))(w.loss)()
+        train_step(
+            w.optimizer, accumulate(4, dtype=torch.float32), module=DistributedDataParallel(w.model)
+        )(w.loss)()
 
 
 # amp
@@ -418,7 +442,11 @@ AMP = [
         "device must be a type of device that has autocast, got 'meta': `amp(device='cuda')`",
         lambda w: amp(device="meta"),
     ),
-    (ValueError, "init_scale must be a finite float32 above 0, got 0: `amp(init_scale=65536.0)`", lambda w: amp(init_scale=0)),
+    (
+        ValueError,
+        "init_scale must be a finite float32 above 0, got 0: `amp(init_scale=65536.0)`",
+        lambda w: amp(init_scale=0),
+    ),
     (
         ValueError,
         "growth_interval counts updates, an int32 >= 1, got 0.5: `amp(growth_interval=2000)`",
@@ -495,7 +523,11 @@ FREEZING = [
         "the predicate given for layers is true for no parameter; `[]` means nothing",
         lambda w: freeze(w.model, lambda name, parameter: False),
     ),
-    (ValueError, "the Linear is not in the Net: give a part of it, `model.head`", lambda w: freeze(w.model, nn.Linear(2, 2))),
+    (
+        ValueError,
+        "the Linear is not in the Net: give a part of it, `model.head`",
+        lambda w: freeze(w.model, nn.Linear(2, 2)),
+    ),
     (
         ValueError,
         "the pattern 'encoder.layer[0:x]' cannot be read at 'layer[0:x]'; it is made of names, `*`, `**` and indices, "
@@ -524,7 +556,11 @@ FREEZING = [
         "the pattern 'decoder' matches nothing in the Net; the nearest names are 'encoder', 'encoder.layer', 'encoder.layer.1'",
         lambda w: freeze(w.model, "decoder"),
     ),
-    (TypeError, "frozen decorates functions, got 3: `with frozen(model, layers):`", lambda w: frozen(w.model)(3)),
+    (
+        TypeError,
+        "frozen decorates functions, got 3: `with frozen(model, layers):`",
+        lambda w: frozen(w.model)(3),
+    ),
     (
         TypeError,
         "frozen decorates functions, got amp(dtype=None): `with frozen(model, layers):`",
@@ -547,7 +583,11 @@ FREEZING = [
 # microbatch
 
 MICROBATCH = [
-    (TypeError, "size counts the rows of a chunk, an int, or is 'auto'; got 0.5: `microbatch(8)`", lambda w: microbatch(0.5)),
+    (
+        TypeError,
+        "size counts the rows of a chunk, an int, or is 'auto'; got 0.5: `microbatch(8)`",
+        lambda w: microbatch(0.5),
+    ),
     (ValueError, "a chunk has at least one row, got 0: `microbatch(8)`", lambda w: microbatch(0)),
     (
         ValueError,
@@ -881,7 +921,9 @@ CALLS = [
 
 
 def weight_now_and_then(w):
-    step = train_step(w.optimizer, accumulate(2))(lambda *weight: (w.loss(), *weight) if weight else w.loss())
+    step = train_step(w.optimizer, accumulate(2))(
+        lambda *weight: (w.loss(), *weight) if weight else w.loss()
+    )
     step()
     step(3)
 
@@ -1026,7 +1068,11 @@ def loss_backward_in_the_block(w):
 # step.over
 
 OVER = [
-    (TypeError, "step.over takes what a loop can go over, got 3: `step.over(loader)`", lambda w: w.step.over(3)),
+    (
+        TypeError,
+        "step.over takes what a loop can go over, got 3: `step.over(loader)`",
+        lambda w: w.step.over(3),
+    ),
     (
         TypeError,
         "step.over takes a loader and then steps, got <bound method World.loss of <test_messages.World object at "
@@ -1087,7 +1133,9 @@ STATES = [
     (
         ValueError,
         "this is not the state of a step (ValueError('a loss scale of inf')): give what `step.state_dict()` returned",
-        lambda w: w.step.load_state_dict(w.step.state_dict() | {"loss_scale": math.inf, "growth_tracker": 0}),
+        lambda w: w.step.load_state_dict(
+            w.step.state_dict() | {"loss_scale": math.inf, "growth_tracker": 0}
+        ),
     ),
     (
         ValueError,
@@ -1145,9 +1193,21 @@ RESUMABLE = [
         "every is a time or a number of updates, got 60.0: `every=timedelta(minutes=10)` or `every=1000`",
         lambda w: w.resumable(every=60.0),
     ),
-    (ValueError, "every must be a time >= 0 or a number of updates >= 1, got 0: `every=1000`", lambda w: w.resumable(every=0)),
-    (TypeError, "keep is a number of checkpoints, got 2.0: `keep=2`", lambda w: w.resumable(keep=2.0)),
-    (ValueError, "keep=0 would leave no checkpoint: `keep=2` has one to fall back on", lambda w: w.resumable(keep=0)),
+    (
+        ValueError,
+        "every must be a time >= 0 or a number of updates >= 1, got 0: `every=1000`",
+        lambda w: w.resumable(every=0),
+    ),
+    (
+        TypeError,
+        "keep is a number of checkpoints, got 2.0: `keep=2`",
+        lambda w: w.resumable(keep=2.0),
+    ),
+    (
+        ValueError,
+        "keep=0 would leave no checkpoint: `keep=2` has one to fall back on",
+        lambda w: w.resumable(keep=0),
+    ),
     (
         ValueError,
         "no checkpoint can be written to HERE (Not a directory): give a path that can be written; to go on from what lies there,"
@@ -1183,7 +1243,11 @@ RESUMABLE = [
         "this block was entered before, and its objects are where it left them: make a new `resumable`",
         lambda w: entered_twice(w),
     ),
-    (RuntimeError, "a step is in the block of another `resumable`: give all objects to one of them", lambda w: in_two_blocks(w)),
+    (
+        RuntimeError,
+        "a step is in the block of another `resumable`: give all objects to one of them",
+        lambda w: in_two_blocks(w),
+    ),
     (
         TypeError,
         "run.epochs takes the number of epochs in all, got [1, 2]: `for epoch in run.epochs(3):`",
@@ -1260,7 +1324,9 @@ RESUMABLE = [
         TypeError,
         "history.0 is of type Tagged and layout torch.strided, and a checkpoint holds only numbers, strings, None, "
         "lists, tuples, sets, dicts, bytes, strided or COO tensors and NumPy arrays",
-        lambda w: w.train([w.x], history=[torch.eye(2).as_subclass(type("Tagged", (torch.Tensor,), {}))]),
+        lambda w: w.train(
+            [w.x], history=[torch.eye(2).as_subclass(type("Tagged", (torch.Tensor,), {}))]
+        ),
         11,
     ),
     (
@@ -1414,7 +1480,11 @@ def hear(name):
         while frame is not None:
             frames.append((frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
-        frames = [(file, line) for file, line in frames if Path(file).name not in ("warnings.py", "_py_warnings.py")]
+        frames = [
+            (file, line)
+            for file, line in frames
+            if Path(file).name not in ("warnings.py", "_py_warnings.py")
+        ]
         if Path(frames[0][0]).parent == PACKAGE:  # and not of torch
             heard.append(Heard(category, str(message), frozenset(frames), filename))
 
@@ -1436,7 +1506,11 @@ def hear(name):
                 )
             )
     (said,) = heard
-    return said._replace(text=re.sub("0x[0-9a-f]+", "ADDRESS", said.text.replace(folder, "PATH").replace(str(HERE), "HERE")))
+    return said._replace(
+        text=re.sub(
+            "0x[0-9a-f]+", "ADDRESS", said.text.replace(folder, "PATH").replace(str(HERE), "HERE")
+        )
+    )
 
 
 def links(error):
@@ -1486,9 +1560,15 @@ WAYS = {
     "call": lambda w, *parts: train_step(w.optimizer, *parts)(head_only(w))(w.x),
     "last": lambda w, *parts: train_step(w.optimizer, *parts)(head_only(w)).last(w.x),
     "by hand": lambda w, *parts: by_hand(train_step(w.optimizer, *parts), head_only(w), w.x),
-    "generator function": lambda w, *parts: train_step(w.optimizer, *parts)(yields(head_only(w)))(w.x),
-    "microbatch": lambda w, *parts: train_step(w.optimizer, microbatch(2), *parts)(head_only(w))(w.x),
-    "microbatch, last": lambda w, *parts: train_step(w.optimizer, microbatch(2), *parts)(head_only(w)).last(w.x),
+    "generator function": lambda w, *parts: train_step(w.optimizer, *parts)(yields(head_only(w)))(
+        w.x
+    ),
+    "microbatch": lambda w, *parts: train_step(w.optimizer, microbatch(2), *parts)(head_only(w))(
+        w.x
+    ),
+    "microbatch, last": lambda w, *parts: train_step(w.optimizer, microbatch(2), *parts)(
+        head_only(w)
+    ).last(w.x),
 }
 
 
@@ -1498,7 +1578,11 @@ def head_only(w):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_warning_points_at_the_line_from_every_way_into_a_step(way, tmp_path):
-    for surrounding in (amp(dtype=torch.float32), frozen(World(tmp_path).model), recompute(World(tmp_path).model, "head")):
+    for surrounding in (
+        amp(dtype=torch.float32),
+        frozen(World(tmp_path).model),
+        recompute(World(tmp_path).model, "head"),
+    ):
         with pytest.warns(UserWarning, match="only 2 of 8 trainable parameters") as said:
             WAYS[way](World(tmp_path), surrounding)
         assert [warning.filename for warning in said] == [str(HERE)]
@@ -1519,7 +1603,13 @@ loop()  # or here
 def test_a_warning_points_at_the_line_also_where_the_code_was_lifted(form, tmp_path, monkeypatch):
     """A file that is imported, from the folder of the script; and the code at the top of the script, in whose own file it is."""
     names = ["accumulate", "microbatch", "train_step"]
-    code = "from trainkit import *\n" if form == "package" else "from lifted import *\n" if form == "file" else lift(names)
+    code = (
+        "from trainkit import *\n"
+        if form == "package"
+        else "from lifted import *\n"
+        if form == "file"
+        else lift(names)
+    )
     (tmp_path / "lifted.py").write_text(lift(names))
     monkeypatch.syspath_prepend(tmp_path)
     script = tmp_path / "script.py"
@@ -1527,8 +1617,14 @@ def test_a_warning_points_at_the_line_also_where_the_code_was_lifted(form, tmp_p
     with pytest.warns(UserWarning, match="only 2 of 6 trainable parameters") as said:
         runpy.run_path(str(script), run_name="script")
     sys.modules.pop("lifted", None)
-    lines = [script.read_text().splitlines()[warning.lineno - 1] for warning in said if warning.filename == str(script)]
-    assert len(lines) == len(said) and all(line.endswith("# or here" if form == "pasted" else "# here") for line in lines)
+    lines = [
+        script.read_text().splitlines()[warning.lineno - 1]
+        for warning in said
+        if warning.filename == str(script)
+    ]
+    assert len(lines) == len(said) and all(
+        line.endswith("# or here" if form == "pasted" else "# here") for line in lines
+    )
 
 
 # Nothing is left out.
@@ -1571,4 +1667,6 @@ def test_every_message_of_the_package_is_among_these():
                 elsewhere.add(place)
                 missing += [] if place else [f"{file.name}:{first}: {code}"]
     assert not missing, "\n".join(missing)
-    assert found > 100 and elsewhere >= {key for key in ELSEWHERE if not key.endswith(".py")}, "what is elsewhere is here too"
+    assert found > 100 and elsewhere >= {key for key in ELSEWHERE if not key.endswith(".py")}, (
+        "what is elsewhere is here too"
+    )

@@ -18,10 +18,20 @@ from oracles import gradients_of, windows_of
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from trainkit import accumulate, amp, freeze, frozen, frozen_parameters, train_step, trainable_parameters
+from trainkit import (
+    accumulate,
+    amp,
+    freeze,
+    frozen,
+    frozen_parameters,
+    train_step,
+    trainable_parameters,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning"
+)
 
 
 def ragged(rows, seed):
@@ -41,7 +51,11 @@ def masked(rows, seed):
     ids, mask = ragged(rows, seed)
     hidden = (ids % 3 == 0) & (mask == 1)
     hidden[:, 0] = True
-    return {"input_ids": ids.masked_fill(hidden, 1), "attention_mask": mask, "labels": ids.masked_fill(~hidden, -100)}
+    return {
+        "input_ids": ids.masked_fill(hidden, 1),
+        "attention_mask": mask,
+        "labels": ids.masked_fill(~hidden, -100),
+    }
 
 
 def texts(rows, seed):
@@ -67,7 +81,11 @@ def speech(rows, seed):
 
 def captions(rows, seed):
     ids, mask = ragged(rows, seed)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": images(rows, seed)["pixel_values"]}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": images(rows, seed)["pixel_values"],
+    }
 
 
 def mean_of_rows(model, batch):
@@ -91,7 +109,9 @@ class Family(NamedTuple):
     name: str
     config: Any
     batch: Callable[..., dict[str, torch.Tensor]]  # of rows and seed
-    loss: Callable[..., tuple[torch.Tensor, Any]]  # of model and batch: the loss, and what it is the mean of
+    loss: Callable[
+        ..., tuple[torch.Tensor, Any]
+    ]  # of model and batch: the loss, and what it is the mean of
     # Patterns, and beside them what a plain loop looks for in the name of a parameter, with a dot before it.
     layers: dict[str, tuple[list[str], list[str]]]
     tied: tuple[str, ...] = ()  # all names of the embedding that is the head, too
@@ -101,14 +121,55 @@ class Family(NamedTuple):
 
 LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = {"hidden_size": 16, "image_size": 8, "patch_size": 4, **LAYERS}
-TEXT = {"vocab_size": 61, "hidden_size": 16, "max_position_embeddings": 40, "pad_token_id": 0, **LAYERS}
+TEXT = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    **LAYERS,
+}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
-T5 = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "decoder_start_token_id": 0}
-DEBERTA = {**TEXT, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 4, "position_biased_input": False}
-DEBERTA |= {"pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm"}  # as in v3
-WHISPER = {"vocab_size": 61, "d_model": 16, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20}
-WHISPER |= {"encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "pad_token_id": 0, **ENDS}
-WHISPER |= {"decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "decoder_start_token_id": 1}
+T5 = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 3,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+DEBERTA = {
+    **TEXT,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "position_biased_input": False,
+}
+DEBERTA |= {
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}  # as in v3
+WHISPER = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+    "max_target_positions": 20,
+}
+WHISPER |= {
+    "encoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "pad_token_id": 0,
+    **ENDS,
+}
+WHISPER |= {
+    "decoder_layers": 3,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_start_token_id": 1,
+}
 
 # fmt: off
 BERT = Family("BertForSequenceClassification", transformers.BertConfig(**TEXT), sentences, mean_of_rows, {
@@ -192,7 +253,11 @@ def build(family):
 def by_hand(model, strings):
     """All names of the parameters that have a name with one of these strings in it."""
     named = list(model.named_parameters(remove_duplicate=False))
-    chosen = {id(parameter) for name, parameter in named if any(string in "." + name for string in strings)}
+    chosen = {
+        id(parameter)
+        for name, parameter in named
+        if any(string in "." + name for string in strings)
+    }
     return [name for name, parameter in named if id(parameter) in chosen]
 
 
@@ -201,7 +266,9 @@ def stem(family):
 
 
 def cast(batch, dtype):
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    return {
+        key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()
+    }
 
 
 def together(batches):
@@ -209,7 +276,11 @@ def together(batches):
     whole = {}
     for key, first in batches[0].items():
         rows = [row for batch in batches for row in batch[key]]
-        whole[key] = pad_sequence(rows, True, -100 if key == "labels" else 0) if first.dim() == 2 else torch.stack(rows)
+        whole[key] = (
+            pad_sequence(rows, True, -100 if key == "labels" else 0)
+            if first.dim() == 2
+            else torch.stack(rows)
+        )
     return whole
 
 
@@ -231,7 +302,9 @@ def float64_throughout():
 
 
 @over(FAMILIES)
-@pytest.mark.parametrize("kind", ["embeddings", "two layers", "all but the head", "norms", "biases"])
+@pytest.mark.parametrize(
+    "kind", ["embeddings", "two layers", "all but the head", "norms", "biases"]
+)
 def test_the_layers_meant_stay_and_all_others_move(family, kind):
     model = build(family)
     layers, strings = (["**.bias"], [".bias"]) if kind == "biases" else family.layers[kind]
@@ -255,7 +328,9 @@ def test_the_layers_meant_stay_and_all_others_move(family, kind):
     with frozen(model, layers) as names:
         assert names == expected
         model.train()
-        assert all(m.training or list(m.buffers(recurse=False)) for m in model.modules())  # dropout stays
+        assert all(
+            m.training or list(m.buffers(recurse=False)) for m in model.modules()
+        )  # dropout stays
         if trained:
             family.loss(model, batch)[0].backward()
             optimizer.step()  # by hand, and what was left over still lies there
@@ -266,7 +341,9 @@ def test_the_layers_meant_stay_and_all_others_move(family, kind):
             assert {name for name, p in named if not torch.equal(p, halfway[name])} == trained
         else:  # the head is tied, and was all that would have been left
             assert family.tied
-            with pytest.raises(ValueError, match=r"no graph.* not every parameter it depends on is frozen"):
+            with pytest.raises(
+                ValueError, match=r"no graph.* not every parameter it depends on is frozen"
+            ):
                 step(batch)
 
     assert {name for name, p in named if not torch.equal(p, found[name][2])} == trained
@@ -296,26 +373,40 @@ def test_a_head_that_is_untied_can_be_trained_alone(family):
     layers, strings = family.layers["all but the head"]
     names = freeze(model, layers)
     assert names == by_hand(model, strings)
-    before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
-    step = train_step(torch.optim.AdamW(trainable_parameters(model), fused=True))(lambda batch: family.loss(model, batch))
+    before = {
+        name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    step = train_step(torch.optim.AdamW(trainable_parameters(model), fused=True))(
+        lambda batch: family.loss(model, batch)
+    )
     step(family.batch(2, 0))
-    assert {name for name in before if not torch.equal(model.get_parameter(name), before[name])} == set(before) - set(names)
+    assert {
+        name for name in before if not torch.equal(model.get_parameter(name), before[name])
+    } == set(before) - set(names)
 
 
-CHECKPOINTED = [(family, False) for family in FAMILIES] + [(f, True) for f in FAMILIES if f.reentrant == "the same"]
+CHECKPOINTED = [(family, False) for family in FAMILIES] + [
+    (f, True) for f in FAMILIES if f.reentrant == "the same"
+]
 
 
-@pytest.mark.parametrize(("family", "use_reentrant"), CHECKPOINTED, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(
+    ("family", "use_reentrant"), CHECKPOINTED, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_checkpointing_changes_no_gradient_above_frozen_layers(family, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # the same weights, and the same dropout
         model = build(family).double()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            )
         with float64_throughout(), frozen(model, stem(family)) as names:
             family.loss(model, cast(family.batch(3, 0), torch.float64))[0].backward()
-            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            gradients.append(
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            )
     plain, checkpointed = gradients
     assert list(plain) == list(checkpointed)
     assert not set(plain) & set(names)
@@ -329,9 +420,16 @@ def test_where_reentrant_checkpointing_loses_gradients_there_is_a_warning(family
     model = build(family)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = train_step(optimizer, frozen(model, stem(family)))(lambda batch: family.loss(model, batch))
-    by_trainkit, by_torch = "trainable parameters got a gradient.* reentrant", "None of the inputs have requires_grad=True"
-    with pytest.warns(UserWarning, match=by_trainkit if family.reentrant == "trainkit warns" else by_torch):
+    step = train_step(optimizer, frozen(model, stem(family)))(
+        lambda batch: family.loss(model, batch)
+    )
+    by_trainkit, by_torch = (
+        "trainable parameters got a gradient.* reentrant",
+        "None of the inputs have requires_grad=True",
+    )
+    with pytest.warns(
+        UserWarning, match=by_trainkit if family.reentrant == "trainkit warns" else by_torch
+    ):
         step(family.batch(3, 0))
 
 
@@ -397,7 +495,9 @@ def test_mixed_precision_is_the_loop_with_autocast_and_a_scaler(family, dtype):
     def loss_of(model, number):
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype
         loss, weight = family.loss(model, batches[number])
-        return loss * (math.inf if number == 4 else 1.0), weight  # the second of three updates is skipped
+        return loss * (
+            math.inf if number == 4 else 1.0
+        ), weight  # the second of three updates is skipped
 
     torch.manual_seed(1)  # the same dropout
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
@@ -420,7 +520,11 @@ def test_mixed_precision_is_the_loop_with_autocast_and_a_scaler(family, dtype):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     parts = accumulate(3), amp(dtype=dtype, growth_interval=1)
     step = train_step(optimizer, *parts, max_norm=0.05)(lambda number: loss_of(model, number))
-    results = [(result, step.state_dict().get("loss_scale", 1.0)) for number in range(9) if (result := step(number)).complete]
+    results = [
+        (result, step.state_dict().get("loss_scale", 1.0))
+        for number in range(9)
+        if (result := step(number)).complete
+    ]
 
     assert [scale for _, scale in results] == scales
     assert [result.updated for result, _ in results] == [bool(norm.isfinite()) for norm in norms]
@@ -433,20 +537,35 @@ def test_mixed_precision_is_the_loop_with_autocast_and_a_scaler(family, dtype):
 
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in DOCUMENT.splitlines() if line.startswith("| `")]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in DOCUMENT.splitlines()
+    if line.startswith("| `")
+]
 
 
 def test_the_document_has_every_family():
     assert [name.strip("`") for name, *_ in ROWS] == [family.name for family in FAMILIES]
 
 
-@pytest.mark.parametrize(("family", "row"), list(zip(FAMILIES, ROWS, strict=False)), ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("family", "row"),
+    list(zip(FAMILIES, ROWS, strict=False)),
+    ids=lambda value: getattr(value, "name", ""),
+)
 def test_the_document_says_what_is_here(family, row):
     model = build(family)
     _, first, body, norms, weight, notes = row
-    said = {first: stem(family), body: family.layers["all but the head"][0], norms: family.layers["norms"][0]}
+    said = {
+        first: stem(family),
+        body: family.layers["all but the head"][0],
+        norms: family.layers["norms"][0],
+    }
     for cell, layers in said.items():
-        with frozen(model, ast.literal_eval(cell.strip("`"))) as theirs, frozen(model, layers) as ours:
+        with (
+            frozen(model, ast.literal_eval(cell.strip("`"))) as theirs,
+            frozen(model, layers) as ours,
+        ):
             assert theirs == ours
     batch = family.batch(3, 0)
     assert eval(weight.strip("`"), dict(batch)) == family.loss(model, batch)[1]
@@ -459,4 +578,6 @@ def test_the_example_of_the_document_runs():
         exec(compile(block, "models.md", "exec"), space)
     assert space["step"].updates == 2
     assert "lm_head.weight" in space["names"]
-    assert [name for name, p in space["model"].named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert [name for name, p in space["model"].named_parameters() if p.requires_grad] == [
+        "lm_head.weight"
+    ]

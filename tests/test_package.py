@@ -12,12 +12,16 @@ import trainkit
 
 def loaded_by(statement):
     code = f"import sys, torch; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_only_torch_and_the_standard_library_are_imported():
     foreign = (
-        {name.partition(".")[0] for name in loaded_by("import trainkit")} - set(sys.stdlib_module_names) - {"trainkit", "torch"}
+        {name.partition(".")[0] for name in loaded_by("import trainkit")}
+        - set(sys.stdlib_module_names)
+        - {"trainkit", "torch"}
     )
     assert not foreign
 
@@ -61,7 +65,17 @@ def test_imports_run_one_way(monkeypatch):
         "gradients": {"gradients", "plan"},
         "backward": {"backward"},
         "generators": {"generators"},
-        "scaler": {"scaler", "answer", "gradients", "parallel", "plan", "precautions", "update", "warning", "window"},
+        "scaler": {
+            "scaler",
+            "answer",
+            "gradients",
+            "parallel",
+            "plan",
+            "precautions",
+            "update",
+            "warning",
+            "window",
+        },
         "result": {"result", "window"},
         "answer": {"answer"},
         "readings": {"readings", "answer", "window"},
@@ -73,14 +87,26 @@ def test_imports_run_one_way(monkeypatch):
         "warning": {"warning"},
         "places": {"places", "loaders", "parallel", "plan", "randomness"},
     }
-    above["step"] = {"step", "backward", "batches", "generators", "loaders", "losses", "progress", "readings", "result"}
+    above["step"] = {
+        "step",
+        "backward",
+        "batches",
+        "generators",
+        "loaders",
+        "losses",
+        "progress",
+        "readings",
+        "result",
+    }
     above["step"] |= above["scaler"]
     above["history"] = {"history", "plots"} | above["step"]
     above["compose"] = {"compose", *above["step"]}
     above["parts"] = {"parts", *above["compose"]}
     above["microbatching"] = {"microbatching", *above["compose"]}
     above["states"] = {"states", "layers", "randomness"} | above["step"]
-    above["checkpointing"] = {"checkpointing"} | above["states"] | above["places"] | above["storage"]
+    above["checkpointing"] = (
+        {"checkpointing"} | above["states"] | above["places"] | above["storage"]
+    )
     for name, allowed in above.items():
         assert loaded_with(name) == allowed, name
 
@@ -108,6 +134,8 @@ def test_nothing_else_is_public():
 
 def test_every_file_stands_in_the_readme():
     package = Path(trainkit.__file__).parent
-    listed = re.findall(r"(\w+)\.py\b", (package.parent / "README.md").read_text().partition("## The files")[2])
+    listed = re.findall(
+        r"(\w+)\.py\b", (package.parent / "README.md").read_text().partition("## The files")[2]
+    )
     files = [path.stem for path in package.glob("*.py") if not path.stem.startswith("__")]
     assert sorted(set(listed) - {"test_package"}) == sorted(files)

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parent.parent.joinpath("README.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```",
+    Path(__file__).parent.parent.joinpath("README.md").read_text(),
+    re.DOTALL,
+)
 
 
 class Encoder(nn.Module):
@@ -18,7 +22,8 @@ class Encoder(nn.Module):
         self.embeddings = nn.Linear(3, 4)
         self.encoder = nn.Module()
         self.encoder.layer = nn.ModuleList(
-            nn.ModuleDict({"dense": nn.Linear(4, 4), "LayerNorm": nn.LayerNorm(4)}) for _ in range(3)
+            nn.ModuleDict({"dense": nn.Linear(4, 4), "LayerNorm": nn.LayerNorm(4)})
+            for _ in range(3)
         )
         self.head = nn.Linear(4, 2)
 
@@ -34,7 +39,12 @@ def as_torchrun_starts_it(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
         monkeypatch.setenv(name, str(value))
     yield
     torch.distributed.destroy_process_group()
@@ -61,5 +71,7 @@ def test_every_block_runs(as_torchrun_starts_it, monkeypatch, tmp_path):
         exec(compile(block, "README.md", "exec"), space)
         if "in step.over(loader)" in block:
             assert space["step"].updates == 2 * (3 if "run.epochs(3)" in block else 1)
-            assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert any(
+                not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+            )
     assert len(space["names"]) == 2 + 2 * 4 + 2 and not model.embeddings.weight.requires_grad

@@ -9,7 +9,16 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from oracles import OPTIMIZERS, distance, loss_of, make_batches, make_model, same_bits, state_of, windows_of
+from oracles import (
+    OPTIMIZERS,
+    distance,
+    loss_of,
+    make_batches,
+    make_model,
+    same_bits,
+    state_of,
+    windows_of,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -33,7 +42,9 @@ def autocast(dtype):
 
 
 def scaler_for(dtype, init_scale=2.0**10):
-    return torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=2, enabled=dtype == HALF)
+    return torch.amp.GradScaler(
+        "cpu", init_scale=init_scale, growth_interval=2, enabled=dtype == HALF
+    )
 
 
 def scale_of(step):
@@ -74,7 +85,9 @@ def train_by_hand(model, optimizers, batches, dtype, micro_batch, max_norm=math.
 def networks(dtype, batch_norm=False):
     g = make_model(STORED[dtype])
     normalised = nn.BatchNorm1d(6) if batch_norm else nn.Identity()
-    d = nn.Sequential(nn.Linear(3, 6, bias=not batch_norm), normalised, nn.Tanh(), nn.Linear(6, 1)).to(STORED[dtype])
+    d = nn.Sequential(
+        nn.Linear(3, 6, bias=not batch_norm), normalised, nn.Tanh(), nn.Linear(6, 1)
+    ).to(STORED[dtype])
     return g, d, OPTIMIZERS["SGD momentum"](g.parameters()), OPTIMIZERS["AdamW"](d.parameters())
 
 
@@ -113,7 +126,9 @@ def train_gan_by_hand(g, d, optimizer_g, optimizer_d, batches, dtype, init_scale
 @pytest.mark.parametrize("g_is", ["detached", "frozen"])
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("dtype, init_scale", [(FULL, 1.0), (HALF, 2.0**10), (HALF, 2.0**24)])
-def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(dtype, init_scale, batch_norm, g_is):
+def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(
+    dtype, init_scale, batch_norm, g_is
+):
     batches = make_batches([4] * 12 + [2], STORED[dtype])
     eg, ed, their_g, their_d = networks(dtype, batch_norm)
     scales = train_gan_by_hand(eg, ed, their_g, their_d, batches, dtype, init_scale)
@@ -121,9 +136,13 @@ def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(dtype, init_
     g, d, optimizer_g, optimizer_d = networks(dtype, batch_norm)
     parts = mixed(dtype, init_scale)
     if g_is == "frozen":
-        step_d = train_step(optimizer_d, accumulate(2), frozen(g), *parts)(lambda z, real: d_loss(d, real, g(z)))
+        step_d = train_step(optimizer_d, accumulate(2), frozen(g), *parts)(
+            lambda z, real: d_loss(d, real, g(z))
+        )
     else:
-        step_d = train_step(optimizer_d, accumulate(2), *parts)(lambda z, real: d_loss(d, real, g(z).detach()))
+        step_d = train_step(optimizer_d, accumulate(2), *parts)(
+            lambda z, real: d_loss(d, real, g(z).detach())
+        )
     step_g = train_step(optimizer_g, accumulate(3), frozen(d), *parts)(lambda z: g_loss(g, d, z))
     for z, real in step_d.over(batches, step_g):
         step_d(z, real)
@@ -131,7 +150,10 @@ def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(dtype, init_
 
     # What float16 rounds depends on where the short window of G is divided: each loss by 1, or all by 3 and the sum by 1 / 3.
     tolerance = 1e-3 if dtype == HALF else 1e-12
-    assert distance(state((g, optimizer_g), (d, optimizer_d)), state((eg, their_g), (ed, their_d))) <= tolerance
+    assert (
+        distance(state((g, optimizer_g), (d, optimizer_d)), state((eg, their_g), (ed, their_d)))
+        <= tolerance
+    )
     assert (scale_of(step_d), scale_of(step_g)) == scales
     assert (step_d.updates + step_d.skipped, step_g.updates + step_g.skipped) == (7, 5)
     assert (step_d.skipped > 0) == (step_g.skipped > 0) == (init_scale == 2.0**24)
@@ -161,17 +183,25 @@ def test_backward_of_g_through_a_trainable_d_is_found_out():
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
-@pytest.mark.parametrize("kinds", [("AdamW", "SGD"), ("AdamW fused", "SGD momentum fused"), ("AdamW fused", "SGD momentum")])
+@pytest.mark.parametrize(
+    "kinds",
+    [("AdamW", "SGD"), ("AdamW fused", "SGD momentum fused"), ("AdamW fused", "SGD momentum")],
+)
 @pytest.mark.parametrize("max_norm", [0.05, math.inf])
 @precisions
 def test_two_optimizers_in_one_step_have_one_norm_and_one_verdict(dtype, max_norm, kinds, shared):
     def build(a, b):
         model = make_model(STORED[dtype])
         parameters = list(model.parameters())
-        return model, [OPTIMIZERS[a](parameters[:3]), OPTIMIZERS[b](parameters[2 if shared else 3 :])]
+        return model, [
+            OPTIMIZERS[a](parameters[:3]),
+            OPTIMIZERS[b](parameters[2 if shared else 3 :]),
+        ]
 
     def loss(model, batch, spike):
-        return loss_of(model, batch) + (model[2].bias * spike).sum()  # a gradient for the second optimizer alone
+        return (
+            loss_of(model, batch) + (model[2].bias * spike).sum()
+        )  # a gradient for the second optimizer alone
 
     spikes = [0, 0, 0, math.inf, 0, 0, 0]
     batches = list(zip(make_batches([4] * 7, STORED[dtype]), spikes, strict=True))
@@ -185,10 +215,15 @@ def test_two_optimizers_in_one_step_have_one_norm_and_one_verdict(dtype, max_nor
     scale = train_by_hand(expected, theirs, batches, dtype, micro_batch, max_norm)
 
     model, optimizers = build(*kinds)
-    step = train_step(optimizers, accumulate(2), *mixed(dtype), max_norm=max_norm)(lambda b, spike: loss(model, b, spike))
+    step = train_step(optimizers, accumulate(2), *mixed(dtype), max_norm=max_norm)(
+        lambda b, spike: loss(model, b, spike)
+    )
     results = [step(*batch) for batch in step.over(batches)]
     assert [result.updated for result in results if result.complete] == [True, False, True, True]
-    assert distance(state(*((model, o) for o in optimizers)), state(*((expected, o) for o in theirs))) <= TOLERANCE[dtype]
+    assert (
+        distance(state(*((model, o) for o in optimizers)), state(*((expected, o) for o in theirs)))
+        <= TOLERANCE[dtype]
+    )
     assert scale_of(step) == scale
 
 
@@ -198,11 +233,19 @@ def test_a_sparse_embedding_beside_dense_layers(dtype, max_norm):
     def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)).to(STORED[dtype])
-        return model, [torch.optim.SparseAdam(model[0].parameters(), lr=0.05), OPTIMIZERS["AdamW fused"](model[1].parameters())]
+        return model, [
+            torch.optim.SparseAdam(model[0].parameters(), lr=0.05),
+            OPTIMIZERS["AdamW fused"](model[1].parameters()),
+        ]
 
-    batches = [torch.tensor(row) for row in ([1, 2, 2, 3], [2, 5, 5, 5], [0, 0, 1, 8], [8, 8, 2, 2], [4, 4, 1, 4])]
+    batches = [
+        torch.tensor(row)
+        for row in ([1, 2, 2, 3], [2, 5, 5, 5], [0, 0, 1, 8], [8, 8, 2, 2], [4, 4, 1, 4])
+    ]
     model, optimizers = build()
-    step = train_step(optimizers, accumulate(2), *mixed(dtype), max_norm=max_norm)(lambda rows: model(rows).square().mean())
+    step = train_step(optimizers, accumulate(2), *mixed(dtype), max_norm=max_norm)(
+        lambda rows: model(rows).square().mean()
+    )
     norms = [step(rows).grad_norm for rows in step.over(batches)]
 
     expected, theirs = build()
@@ -210,7 +253,9 @@ def test_a_sparse_embedding_beside_dense_layers(dtype, max_norm):
         for rows in window:
             with autocast(dtype):
                 loss = expected(rows).square().mean()
-            (1024 * loss / len(window)).backward()  # a power of two, so that in bfloat16 and float64 it is as good as none
+            (
+                1024 * loss / len(window)
+            ).backward()  # a power of two, so that in bfloat16 and float64 it is as good as none
         gradients = [parameter.grad for parameter in expected.parameters()]
         norm = torch.stack([gradient.to_dense().norm() for gradient in gradients]).norm() / 1024
         clip = 1 if max_norm is None else min(1, max_norm / (norm + 1e-6))
@@ -220,7 +265,9 @@ def test_a_sparse_embedding_beside_dense_layers(dtype, max_norm):
             optimizer.step()
             optimizer.zero_grad()
     ours = state(*((model, optimizer) for optimizer in optimizers))
-    assert distance(ours, state(*((expected, optimizer) for optimizer in theirs))) <= TOLERANCE[dtype]
+    assert (
+        distance(ours, state(*((expected, optimizer) for optimizer in theirs))) <= TOLERANCE[dtype]
+    )
     assert max_norm is None or abs(norms[-1] - norm) <= TOLERANCE[dtype] * norm
 
 
@@ -228,7 +275,9 @@ def test_a_sparse_embedding_beside_dense_layers(dtype, max_norm):
 
 
 def critic_losses(d, real, fake):
-    between = torch.lerp(real, fake, torch.linspace(0, 1, len(real)).to(real)[:, None]).requires_grad_()
+    between = torch.lerp(
+        real, fake, torch.linspace(0, 1, len(real)).to(real)[:, None]
+    ).requires_grad_()
     (slope,) = torch.autograd.grad(d(between).sum(), between, create_graph=True)
     return d(fake).mean() - d(real).mean(), 10 * (slope.norm(dim=1) - 1).square().mean()
 
@@ -286,7 +335,13 @@ def awp(parameters, forward, backward):
     loss = forward()
     slopes = torch.autograd.grad(loss, parameters, retain_graph=True)
     backward(loss)
-    with moved(parameters, [0.3 * p.detach().norm() / slope.norm() * slope for p, slope in zip(parameters, slopes, strict=True)]):
+    with moved(
+        parameters,
+        [
+            0.3 * p.detach().norm() / slope.norm() * slope
+            for p, slope in zip(parameters, slopes, strict=True)
+        ],
+    ):
         backward(forward())
 
 
@@ -305,7 +360,9 @@ def sam(parameters, forward, backward):
         backward(forward())
 
 
-@pytest.mark.parametrize("recipe, face", [(awp, "block"), (awp_first, "block"), (sam, "block"), (awp_first, "function")])
+@pytest.mark.parametrize(
+    "recipe, face", [(awp, "block"), (awp_first, "block"), (sam, "block"), (awp_first, "function")]
+)
 @precisions
 def test_weights_that_move_between_two_forwards(dtype, recipe, face):
     """The second forward sees the weights as they are then, and no copy that autocast made of them before."""
@@ -353,7 +410,11 @@ def test_weights_that_move_between_two_forwards(dtype, recipe, face):
 def test_two_optimizers_stepped_below_the_yield_in_a_way_of_ones_own(dtype):
     def build():
         model = make_model(STORED[dtype])
-        return model, OPTIMIZERS["AdamW"](model[0].parameters()), OPTIMIZERS["SGD momentum"](model[2].parameters())
+        return (
+            model,
+            OPTIMIZERS["AdamW"](model[0].parameters()),
+            OPTIMIZERS["SGD momentum"](model[2].parameters()),
+        )
 
     batches = make_batches([4] * 9, STORED[dtype])
     expected, their_body, their_head = build()
@@ -385,6 +446,9 @@ def test_two_optimizers_stepped_below_the_yield_in_a_way_of_ones_own(dtype):
 
     for batch in step.over(batches):
         step(batch)
-    ours, theirs = state((model, head), (model, body)), state((expected, their_head), (expected, their_body))
+    ours, theirs = (
+        state((model, head), (model, body)),
+        state((expected, their_head), (expected, their_body)),
+    )
     assert distance(ours, theirs) <= TOLERANCE[dtype]
     assert scale_of(step) == scaler.get_scale()

@@ -1,16 +1,22 @@
 """trainkit: gradient accumulation, layer freezing and mixed precision for your own PyTorch training loop."""
 
-from trainkit.checkpointing import resumable
-from trainkit.compose import train_step
-from trainkit.freezing import freeze, frozen, frozen_parameters, trainable_parameters, unfreeze
-from trainkit.history import History
-from trainkit.microbatching import microbatch
-from trainkit.notebooks import load_ipython_extension as load_ipython_extension
-from trainkit.parts import accumulate, amp
-from trainkit.recomputation import recompute
-from trainkit.result import StepResult
-from trainkit.step import Step
-from trainkit.summary import model_summary
+from trainkit.chunks.microbatching import microbatch
+from trainkit.core.compose import train_step
+from trainkit.core.parts import accumulate, amp
+from trainkit.core.result import StepResult
+from trainkit.core.step import Step
+from trainkit.layers.freezing import (
+    freeze,
+    frozen,
+    frozen_parameters,
+    trainable_parameters,
+    unfreeze,
+)
+from trainkit.layers.recomputation import recompute
+from trainkit.layers.summary import model_summary
+from trainkit.saving.checkpointing import resumable
+from trainkit.tools.notebooks import load_ipython_extension as load_ipython_extension
+from trainkit.watch.history import History
 
 __all__ = [
     "History",

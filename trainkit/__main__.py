@@ -2,7 +2,7 @@
 
 import sys
 
-from trainkit.commands import main
+from trainkit.tools.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,9 @@ def to_markdown(text: str) -> str:
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     # The first word before a colon is read as a type, and two of them as a tuple.
     text = re.sub(r"^( +\w+Error), (\w+Error):", r"\1 | \2:", text, flags=re.MULTILINE)
-    text = _LITERAL.sub(lambda found: f":\n\n```python\n{_dedented(found[1])}\n```\n\n", f"{text}\n")
+    text = _LITERAL.sub(
+        lambda found: f":\n\n```python\n{_dedented(found[1])}\n```\n\n", f"{text}\n"
+    )
     return re.sub(r"(?<!`)``(?!`)", "`", text).rstrip()
 
 

@@ -1,0 +1,1 @@
+"""Batches cut into chunks."""

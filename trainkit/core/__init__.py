@@ -1,0 +1,1 @@
+"""The kernel: a step, its windows, and the update."""

@@ -1,0 +1,1 @@
+"""Layers of a module: naming, freezing, recomputing and listing them."""
