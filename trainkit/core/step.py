@@ -1,132 +1,136 @@
-"""The step: a function that computes the loss of one micro-batch, and the plan that turns such losses into updates.
+"""The step: runs a plan, micro-batch by micro-batch, and owns all state. Read it from ``__call__`` on.
 
-The step owns all state, and runs its plan in one order whatever order the parts were given in:
+Whatever order the parts were given in, a micro-batch runs in this one::
 
-    surroundings entered > autocast on > the function > autocast off > backward > [window complete: the update] > left again
+    surroundings entered > autocast on > the function > autocast off > backward > [update] > left
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
-from trainkit.core.answer import Answer
-from trainkit.core.backward import explain, run_backward
+from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
-from trainkit.core.gradients import Gradients
-from trainkit.core.loaders import Delivery, in_step, mark_last
+from trainkit.core.loop import LAST, NONE, Delivery, mark_last, over
 from trainkit.core.losses import read_loss
-from trainkit.core.plan import Plan, Surrounding
-from trainkit.core.precautions import keep_casts_fresh, refuse_float16, refuse_plan
-from trainkit.core.result import StepResult
-from trainkit.core.scaler import Scaler, check_count
-from trainkit.core.update import forget_scale
-from trainkit.core.warning import warn
-from trainkit.core.window import Chunk, Weight, Window, widened
-from trainkit.ranks.parallel import Wrappers, count_ranks, over_ranks, tell_all
-from trainkit.watch.progress import with_progress
-from trainkit.watch.readings import Readings
+from trainkit.core.plan import Plan, Surrounding, check, check_length
+from trainkit.core.precision import keep_casts_fresh
+from trainkit.core.update import Answer, Updater
+from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed
 
+_run_on_cpu = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Step(Generic[P]):
-    """A step function with its plan and its state: call it with a micro-batch, or use it as a context around one.
+class StepResult:
+    """The result of one call of a step.
 
-    Made by ``train_step`` and by applying parts to functions. Once per window it turns what has added up into an update; see
-    ``train_step`` for the loop that this is equivalent to.
+    Attributes:
+        loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
+        complete: whether this call closed a window.
+        grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
+            on the device. None where no norm was computed.
     """
 
+    # On the class: a result is made for every micro-batch, and most of them keep most of these.
+    loss: Tensor | None = None
+    complete = False
+    grad_norm: Tensor | None = None
+    _skipped: bool | Tensor = False
+    _settle: Callable[[], None] | None = None
+    _window: Window | None = None
+    _count = 0
+
+    @property
+    def window_loss(self) -> Tensor | None:
+        """The weighted mean of the window's losses up to this call: 0-d, computed when read."""
+        return None if self._window is None else self._window.mean_loss(self._count)
+
+    @property
+    def updated(self) -> bool:
+        """Whether this call applied an update. Reading it may wait for the device, and runs
+        ``after`` first; no other attribute waits."""
+        if self._settle is not None:
+            self._settle()
+        return self.complete and not self._skipped
+
+    def __repr__(self) -> str:
+        shown = f"loss={self.loss}, complete={self.complete}, updated={self.updated}"
+        return f"StepResult({shown}, grad_norm={self.grad_norm})"
+
+
+class Step(Generic[P]):
+    """A training step: call it with a micro-batch, or use it as a context around one.
+
+    Made by ``train_step``, and by applying parts to functions; ``train_step`` shows the loop that it
+    is equivalent to.
+    """
+
+    _updater: Updater = None  # type: ignore[assignment]  # made at the first call
+
     def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
-        if not isinstance(plan, Plan) or not (function is None or callable(function)):
-            raise TypeError(
-                f"steps are made by `train_step(optimizer)(function)`, and not of {plan!r} and {function!r}"
-            )
-        if function is not None:
-            # Without its __dict__: attributes of the function could overwrite those of the step.
+        if function is not None:  # without its __dict__, which could overwrite attributes here
             functools.update_wrapper(self, function, updated=())
-        self._plan = plan
-        self._function = function
-        # Known from the first call on, when the parameters are where they will be trained.
-        self._device_type = ""
-        self._ranks = 1
-        self._wrappers = Wrappers(())
+        self._plan, self._function = plan, function
         self._autocast: torch.autocast | None = None
-        self._watched_casts: list[nn.Parameter] = []
-        self._scaler: Scaler
+        self._cast_weights: list[Tensor] = []
+        self._watchers: list[Any] = []
+        self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
+        self._delivery = NONE
+        self._ended_early = False
         # From window to window.
+        self._window: Window | None = None
+        self._reference: Weight | None = None
         self._closed = 0
         self._skips: int | Tensor = 0
-        self._reference: Weight | None = None
-        self._owed: Answer | None = None
-        self._at_last_batch = False
-        self._ended_early = False
-        self._delivery: Delivery | None = None
-        self._resumable: Any = None
-        self._watchers: list[Readings] = []
-        self._gradients = Gradients(plan)
-        self._window: Window | None = None
+        self._owed: Answer | None = None  # the verdict that ``after`` waits for
         # The micro-batch under way.
-        self._chunk = Chunk()
         self._result: StepResult | None = None
-        self._surroundings: list[AbstractContextManager[Any]] = []
-        self._autocast_is_on = False
-        self._generator: types.GeneratorType[Any, None, Any] | None = None
-        self._began_backward = False
-        self._is_closing = False
+        self._size: Size = 1
         self._weight: Weight | None = None
-        self._share: float | Tensor = 1.0
-        self._over_ranks: Callable[[], list[Tensor]] | None = None
+        self._lent: Window | None = None  # the window whose sums are in ``.grad``
+        self._share: Weight = 1.0
+        self._left: Versions = []  # the gradients as a block found them, or a backward left them
+        self._generator: types.GeneratorType[Any, None, Any] | None = None
+        self._entered: list[AbstractContextManager[Any]] = []
+        self._autocast_is_on = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        assert self._function is not None
-        result = None
+        result = self._begin()
         try:
-            with self as result:
-                output = self._function(*args, **kwargs)
-                if isinstance(output, types.GeneratorType):
-                    self._generator = output
-                    output = run_to_yield(output, self._plan.after)
-                elif not self._plan.optimizers:
-                    raise ValueError(
-                        "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
-                        "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
-                    )
-                loss, weight = read_loss(output)
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                self._run_backward(loss, weight)
-                result.loss = loss.detach()
-        except BaseException as error:
-            if (
-                result is not None and result is self._result
-            ):  # a signal on the way into __exit__, which has not run then
-                self.__exit__(type(error), error, error.__traceback__)
+            if self._autocast is None:
+                output = self._run(*args, **kwargs)
+            else:
+                with self._autocast:
+                    output = self._run(*args, **kwargs)
+            loss, weight = read_loss(output)
+            self._backward(loss, weight)
+            result.loss = loss.detach()
+            self._finish(result)
+            self._end()
+        except BaseException:
+            self._abort()
             raise
         return result
 
-    def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        """Like a call, and closes the window with this micro-batch; for loops that do not go through ``over``."""
-        found, self._at_last_batch, self._ended_early = self._at_last_batch, True, False
-        try:
-            return self(*args, **kwargs)
-        finally:
-            self._at_last_batch = found
-
-    def __enter__(self) -> StepResult:
+    def _begin(self) -> StepResult:
+        """Enter what surrounds a micro-batch."""
         if self._result is not None:
             raise RuntimeError(
-                "this step is under way already and cannot be entered from within; for a further loss of the same "
-                "micro-batch call `step.backward(loss)`"
+                "this step is under way already: give a further loss of the same micro-batch to "
+                "`step.backward(loss)`"
             )
-        if not self._device_type:
+        if self._updater is None:
             self._prepare()
         if self._owed is not None and self._owed.known():
             self.settle()
@@ -135,180 +139,299 @@ class Step(Generic[P]):
         result = StepResult()
         try:
             for part in self._plan.surroundings:
-                self._enter(part.around_step())
-            if self._wrappers.found:
-                self._enter(self._wrappers.micro_batch(self._will_close(self._window)))
+                context = part.around_step()
+                context.__enter__()
+                self._entered += [context]  # no call, which a signal could follow
             if self._autocast is not None:
-                if not (
-                    self._watched_casts
-                    and all(weight.requires_grad for weight in self._watched_casts)
-                ):
-                    self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
-                self._autocast.__enter__()  # type: ignore[no-untyped-call]
-                self._autocast_is_on = True
-            if self._function is None:
-                self._gradients.note()
+                self._watch_casts()
             self._result = result
-        except BaseException as error:  # __exit__ is not called then
-            self.__exit__(type(error), error, error.__traceback__)
+        except BaseException:
+            self._end()
+            raise
+        return result
+
+    def _run(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Run the step function down to its loss."""
+        output = self._function(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, types.GeneratorType):
+            self._generator = output
+            check(
+                not self._plan.after,
+                ValueError,
+                "`after` was given to a step function that yields its loss and has its own update "
+                "code: put the call below the yield",
+            )
+            return run_to_yield(output)
+        if not self._plan.optimizers:
+            raise ValueError(f"no optimizer was given: {_NO_OPTIMIZER}")
+        return output
+
+    def _backward(self, loss: Tensor, weight: Any) -> None:
+        """Add the gradient of a loss, times its share, to the sums of the window."""
+        if self._left:
+            self._check_untouched()
+        window = self._window
+        if window is None:  # a block discarded it
+            window = self._window = self._new_window()
+        if weight is not None:
+            weight = as_weight(weight, loss.device)
+        parameters = self._plan.parameters()
+        if self._lent is None:
+            if self._updater.scale is not None and not window.losses:
+                _refuse_float16(parameters)
+            self._weight, self._share = weight, window.share(weight, self._size)
+            self._lent = window
+        elif weight is not None and not _same(weight, self._weight):
+            raise TypeError(
+                f"the losses of a micro-batch share one weight, the first came with {self._weight} "
+                f"and this one with {weight}: `step.backward(first, weight)`"
+            )
+        try:
+            window.lend(parameters)
+            seed = self._updater.seed(loss, self._share)
+            kind = loss.device.type
+            if torch.is_autocast_enabled(kind):  # in a block, or around the whole loop
+                with torch.autocast(kind, enabled=False):
+                    loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+                torch.clear_autocast_cache()  # or every later forward would use the old weights
+            elif type(loss) is Tensor:
+                # Tensor.backward, without 15 us of checks that the seed is known to pass.
+                run = _run_on_cpu if loss.is_cpu else _engine_run_backward
+                run(
+                    (loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+            else:
+                loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            self.discard()  # at once: a block may catch this and continue
+            if isinstance(error, RuntimeError):
+                from trainkit.core.advice import explain
+
+                explain(error)
+            raise
+
+    def _closes(self) -> bool:
+        """Return whether the micro-batch under way is the last of its window."""
+        window = self._window
+        assert window is not None
+        return self._delivery.is_last or window.size + self._size >= window.length
+
+    def _finish(self, result: StepResult) -> None:
+        """Count the micro-batch, and make the update if it closes the window."""
+        window, closes = self._window, self._closes()
+        assert window is not None and result.loss is not None
+        if self._left:
+            self._check_untouched()
+        window.add(result.loss, self._weight, self._size)
+        result._window, result._count = window, len(window.losses)
+        if closes:
+            self._close(window, result)
+        else:
+            window.take()
+        self._lent = None
+
+    def _close(self, window: Window, result: StepResult) -> None:
+        """Turn the gradients of a complete window into an update."""
+        if window.size < window.length:
+            if self._ended_early:
+                from trainkit.core.advice import warn_of_short_windows
+
+                warn_of_short_windows()
+            self._ended_early = True
+        self.settle()
+        for watcher in self._watchers:
+            watcher.before_update(self)
+        result.complete = True
+        gradients = window.close(self._plan.parameters())
+        if not self._closed or not gradients:
+            from trainkit.core.advice import warn_of_missing
+
+            warn_of_missing(gradients, self._plan.parameters())
+        generator = self._generator
+        own = None if generator is None else functools.partial(run_to_end, generator)
+        verdict, apply = self._updater.decide(window, gradients, own)
+        owed = Answer(verdict.skipped) if self._plan.after else None
+        reference, skips = window.next_reference(), self._skips + verdict.skipped
+        try:
+            if apply is not None:
+                apply()
+            # One statement, so that Ctrl-C cannot separate the update from its count.
+            self._window, self._reference, self._closed, self._skips, self._owed = (
+                None, reference, self._closed + 1, skips, owed,
+            )  # fmt: skip
+        finally:
+            forget(self._plan.optimizers)
+        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
+        result._settle = self.settle
+        try:
+            if verdict.found_inf is not None and (count := self._updater.learn(verdict.found_inf)):
+                from trainkit.core.advice import too_many_skips
+
+                raise too_many_skips(self, count)
+        finally:
+            for watcher in self._watchers:
+                watcher.after_update(self, window, verdict)
+        if generator is None or verdict.skipped is True:
+            window.drop()
+        if owed is not None and owed.known():
+            self.settle()
+
+    def _end(self) -> None:
+        """Leave what surrounds the micro-batch. May be called again if it was interrupted."""
+        try:
+            if self._autocast_is_on:
+                self._leave_autocast()
+            if self._generator is not None:
+                self._generator.close()
+        finally:
+            self._result = self._generator = self._lent = None
+            self._left = []
+            while self._entered:
+                self._entered[-1].__exit__(None, None, None)
+                del self._entered[-1]
+
+    def _abort(self) -> None:
+        """Leave the micro-batch after an exception.
+
+        From its backward on, some of its gradients may be in and others not: the window is dropped.
+        """
+        try:
+            if self._lent is not None:
+                self.discard()
+        finally:
+            self._end()
+
+    def __enter__(self) -> StepResult:
+        result = self._begin()
+        try:
+            self._left = self._window.versions(self._plan.parameters())
+            if self._autocast is not None:
+                self._autocast_is_on = True
+                self._autocast.__enter__()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._abort()
             raise
         return result
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        generator = self._generator
+        if kind is not None:
+            self._abort()
+            return
         try:
-            try:
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                result = self._result
-                if (
-                    kind is None
-                    and self._began_backward
-                    and result is not None
-                    and result.loss is not None
-                ):
-                    self._finish()
-                    if generator is not None:
-                        generator.close()
-                    self._began_backward = False
-                elif kind is None and self._gradients.touched():
-                    warn(
-                        "a micro-batch ended without a loss but left gradients, which the step does not count: call "
-                        "`step.backward(loss)` in place of `loss.backward()`"
-                    )
-            finally:
-                failed = (
-                    self._began_backward
-                )  # and did not finish: some gradients are in, others are not
-                if failed:
-                    self._window = None
-                self._result = self._generator = None
-                self._began_backward, self._is_closing, self._over_ranks = False, False, None
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                if failed:
-                    self._drop()
-                if generator is not None:
-                    generator.close()
-        finally:
-            try:
-                while self._surroundings:
-                    self._surroundings[-1].__exit__(None, None, None)
-                    del self._surroundings[-1]
-            except BaseException:
-                _leave(self._surroundings)
-                raise
+            result = self._result
+            assert result is not None
+            if self._autocast_is_on:
+                self._leave_autocast()
+            if self._lent is not None and result.loss is not None:
+                self._finish(result)
+            elif self._lent is None and is_changed(self._left, are_lent=False):
+                from trainkit.core.advice import warn_of_no_loss
+
+                warn_of_no_loss()
+            self._end()
+        except BaseException:
+            self._abort()
+            raise
 
     def backward(self, loss: Any, weight: Weight | None = None) -> None:
-        """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
+        """Run backward of a loss: of *the* loss in a block, of a further loss anywhere.
 
-        Further losses (an adversarial one, a penalty) enter with the same scale and weight, and the micro-batch counts
-        once. Autocast is off meanwhile. What ``.grad`` then holds is scaled, and of the whole window.
+        Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from the
+        weights of the window and the loss scale. A further loss has the share of the first one, and
+        the micro-batch counts once. Until it ends, ``.grad`` holds the scaled sums of the window.
 
         Args:
-            loss: 0-d, floating, with a graph; the mean over the micro-batch. Or whatever else a step function may return.
-            weight: how many things that mean is over, an int or an integer 0-d tensor; with the first loss only.
+            loss: the mean over the micro-batch: 0-d, floating, with a graph. Or whatever else a step
+                function may return.
+            weight: the number of things that mean is over, an int or a 0-d integer tensor.
 
         Raises:
-            TypeError, ValueError: for anything else, before anything is changed.
-            RuntimeError: outside a micro-batch, or where the gradients of the open window are gone.
+            TypeError, ValueError: for another loss or weight, before anything is changed.
+            RuntimeError: outside a micro-batch, and where something other than ``step.backward``
+                changed gradients since the last one: a ``zero_grad()``, or a ``loss.backward()``.
         """
-        if self._result is None:
+        if self._result is None or self._result.complete:
             raise RuntimeError(
-                "step.backward(loss) must be called inside a micro-batch: within `with step:` or the step function"
-            )
-        if self._is_closing:
-            raise RuntimeError(
-                "step.backward(loss) below the yield, where gradients are complete, true and clipped already: give a further "
-                "loss above the yield, or add to the gradients yourself, `loss.backward()`"
+                "step.backward(loss) must be called inside a micro-batch, in `with step:` or in the "
+                "step function; below the yield gradients are complete: `loss.backward()` adds to them"
             )
         loss, weight = read_loss(loss if weight is None else (loss, weight))
-        detached = (
-            loss.detach()
-        )  # before: after a backward nothing may fail, or the block could go on without its loss
-        self._run_backward(loss, weight)
+        detached = loss.detach()
+        self._backward(loss, weight)
+        if self._lent is not None:
+            self._left = self._lent.versions(self._lent.parameters)
         if self._result.loss is None:
             self._result.loss = detached
 
+    def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        """Call the step, and close the window with this micro-batch: for loops without ``over``."""
+        found, self._delivery, self._ended_early = self._delivery, LAST, False
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._delivery = found
+
     def over(
-        self,
-        loader: Iterable[T],
-        *other_steps: Step[Any],
-        progress: bool | Mapping[str, Any] = False,
+        self, loader: Iterable[T], *others: Step[Any], progress: bool | Mapping[str, Any] = False
     ) -> Iterator[T]:
-        """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
+        """Iterate over a loader, and let its last batch close the open windows of the steps.
 
-        Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader without a length is read
-        one batch ahead, one with a length is not.
-
-        On several ranks, all of them get as many batches as the one that has most: who has run out gets its last one again,
-        which counts nothing in any window. They agree before every window; a loader without a length is then read ahead by a
-        window and one batch.
+        Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
+        without a length is read one batch ahead. On several ranks all get as many batches as the
+        rank with most: one that has run out gets its last batch again, and it counts nothing.
 
         Args:
-            loader: what a loop can go over.
-            other_steps: further steps whose windows end with the loader.
-            progress: True shows a bar of tqdm, in a terminal and in a notebook, with the smoothed loss, the gradient norm, the
-                learning rate, the loss scale, updates that were skipped, and rows per second, or tokens where the step gives
-                weights. A mapping has arguments for tqdm, ``progress={"desc": "epoch 3"}``. Numbers are shown as they arrive
-                from the device, and nothing waits for them. On several ranks the first shows one, with its own numbers.
+            loader: what a loop can iterate over.
+            others: further steps whose windows end with the loader.
+            progress: True shows a bar of tqdm; a mapping has arguments for tqdm.
 
         Raises:
-            TypeError: where something is given that is no loader, or no step; or for another ``progress``.
-            ImportError: with ``progress``, where tqdm is not installed.
-            ValueError: on several ranks, where one of them has no batch at all.
-
-        Warns:
-            UserWarning: where a window stays open, because the last batch did not reach its step.
+            TypeError: for another loader, step or ``progress``.
+            ValueError: on several ranks, if one of them has no batch.
 
         Example:
             >>> import torch
             >>> from trainkit import accumulate, train_step
             >>> weight = torch.nn.Parameter(torch.zeros(()))
-            >>> step = train_step(torch.optim.SGD([weight], lr=1.0), accumulate(2))(lambda x: (weight - x) ** 2)
+            >>> parts = torch.optim.SGD([weight], lr=1.0), accumulate(2)
+            >>> step = train_step(*parts)(lambda x: (weight - x) ** 2)
             >>> [step(x).complete for x in step.over([1.0, 2.0, 3.0])]
             [False, True, True]
         """
-        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-            raise TypeError(
-                f"step.over takes what a loop can go over, got {loader!r}: `step.over(loader)`"
+        is_iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+        came = f"got {type(loader).__name__}: `step.over(loader)`"
+        check(is_iterable, TypeError, f"step.over takes a loader or another iterable, {came}")
+        for step in others:
+            came = f"got {type(step).__name__}: `step_d.over(loader, step_g)`"
+            check(
+                isinstance(step, Step), TypeError, f"step.over takes steps after a loader, {came}"
             )
-        for step in other_steps:
-            if not isinstance(step, Step):
-                raise TypeError(
-                    f"step.over takes a loader and then steps, got {step!r}: `step_d.over(loader, step_g)`"
-                )
-        steps = (self, *other_steps)
-        batches = _over(loader, steps)
-        return batches if progress is False else with_progress(batches, loader, steps, progress)
+        batches = over(loader, (self, *others))
+        if progress is False:
+            return batches
+        from trainkit.watch.progress import with_progress
+
+        return with_progress(batches, loader, (self, *others), progress)
 
     def discard(self) -> None:
-        """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
-        is_open = self._began_backward or (self._window is not None and self._window.losses)
-        # Before: no window goes on with a part of its gradients.
-        self._window, self._over_ranks, self._began_backward = None, None, False
-        if is_open:
-            self._drop()
-
-    def _drop(self) -> None:
-        self._gradients.drop()
-        self._wrappers.drop()
-        forget_scale(self._plan.optimizers)
+        """Drop the open window, if there is one: nothing applied, nothing counted."""
+        window, lent, self._window, self._lent = self._window, self._lent, None, None
+        for dropped in (window, lent):
+            if dropped is not None:
+                dropped.drop()
+        forget(self._plan.optimizers)
 
     def settle(self) -> None:
-        """Runs ``after`` for the last update, if that is still owed; waits for the device's verdict.
+        """Run ``after`` for the last update if that is still owed, waiting for the verdict.
 
-        Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
+        Called before the next update, at the end of ``over``, and where ``updates`` is read.
         """
         if self._owed is None:
             return
-        skipped = bool(
-            self._owed.read()
-        )  # the wait, in which an interrupt may come: it is owed until that is over
+        skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
         self._owed = None
-        if not skipped:
-            for call in self._plan.after:
-                call()
+        for call in () if skipped else self._plan.after:
+            call()
 
     @property
     def updates(self) -> int:
@@ -318,75 +441,87 @@ class Step(Generic[P]):
 
     @property
     def skipped(self) -> int:
-        """Updates skipped so far: gradients not finite, or weights that sum to 0. Reading it may wait for the device."""
+        """Updates skipped so far: gradients not finite, or no weight above 0. May wait."""
         self.settle()
         return int(self._skips)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied.
+        """Return copies of the counters, the loss scale, and the open window with its gradients.
 
         Raises:
-            RuntimeError: within a micro-batch, from its backward on, when it is counted neither way; call it after the step.
+            RuntimeError: inside a micro-batch, from its backward on.
         """
-        self._refuse_within("state_dict")
-        if not self._device_type:
-            self._prepare()
-        window = self._window if self._window is not None and self._window.losses else None
-        if window is not None and self._wrappers.hold_gradients():
-            raise RuntimeError(
-                "step.state_dict() in an open window under FSDP2, which keeps its gradients to itself until the window closes: "
-                "call it between two windows, where `result.complete`"
-            )
-        state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
-        if self._reference is not None:
-            state["reference"] = self._reference
-        state |= self._scaler.state_dict()
-        if window is not None:
-            state["window"] = window.state_dict()
-            state["gradients"] = self._gradients.state_dict()
-        return state
+        from trainkit.saving.state import state_of
+
+        self._check_between("state_dict")
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where ``state_dict`` was taken, between the same two micro-batches. An open window is dropped first.
+        """Resume from where ``state_dict`` was called. An open window is dropped first.
 
         Raises:
-            ValueError: for another state, or where its gradients do not fit the parameters; before anything is changed.
-            RuntimeError: within a micro-batch, from its backward on.
+            ValueError: for another state, or one that does not fit, before anything is changed.
+            RuntimeError: inside a micro-batch, from its backward on.
         """
-        self._refuse_within("load_state_dict")
-        if not self._device_type:
-            self._prepare()
-        try:
-            skipped, applied, reference = (
-                check_count(state["skipped"]),
-                check_count(state["updates"]),
-                state.get("reference"),
-            )
-            window = (
-                Window.from_state_dict(state["window"], reference) if "window" in state else None
-            )
-            gradients = {} if window is None else dict(state["gradients"])
-            self._scaler.check_state_dict(state)
-        except Exception as error:  # whatever is in place of a state may raise whatever it likes
-            raise ValueError(
-                f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned"
-            ) from None
-        self._gradients.check_state_dict(gradients)
-        self.discard()
-        self._owed = None
-        self._skips, self._closed, self._reference = skipped, applied + skipped, reference
-        factor = self._scaler.load_state_dict(state)
-        if window is not None:
-            self._gradients.load_state_dict(
-                {i: g if factor == 1 else g * factor for i, g in gradients.items()}
-            )
-            self._window = window  # after: no window is open without its gradients
+        from trainkit.saving.state import load_into
 
-    def _refuse_within(self, name: str) -> None:
-        if self._began_backward or self._chunk.stop:  # of a batch, a part of the chunks may be in
+        self._check_between("load_state_dict")
+        load_into(self, state)
+
+    def _check_between(self, name: str) -> None:
+        if self._lent is not None:
             raise RuntimeError(
-                f"step.{name}() within a micro-batch, which is half done: call it between two micro-batches"
+                f"step.{name}() was called inside a micro-batch, which is half done: call it between "
+                "two micro-batches"
             )
+        if self._updater is None:
+            self._prepare()
+
+    def _check_untouched(self) -> None:
+        """Raise RuntimeError if gradients changed since a block or a backward left them."""
+        left, are_lent, self._left = self._left, self._lent is not None, []
+        if is_changed(left, are_lent):
+            from trainkit.core.advice import disturbance
+
+            error = disturbance(left, are_lent)
+            if are_lent:
+                self.discard()
+            raise error
+
+    def _leave_autocast(self) -> None:
+        assert self._autocast is not None
+        self._autocast_is_on = False
+        self._autocast.__exit__(None, None, None)
+
+    def _watch_casts(self) -> None:
+        for weight in self._cast_weights:
+            if not weight.requires_grad:
+                break
+        else:
+            if self._cast_weights:
+                return
+        self._cast_weights = keep_casts_fresh(self._plan.optimized())
+
+    def _prepare(self) -> None:
+        """Pick the precision, and refuse a plan that cannot work. Runs at the first call."""
+        plan, deliver, dtype = self._plan, self._deliver, torch.float32
+        device = plan.check_trainable().device
+        if plan.precision is not None:
+            kind, dtype = plan.precision.resolve(device)
+            self._autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else None
+        with torch.inference_mode(False):  # an evaluation may come first
+            updater = Updater(plan, is_scaled=dtype == torch.float16)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from trainkit.ranks.join import join
+
+            plan, deliver = join(self, updater)
+        self._plan, self._deliver, self._updater = plan, deliver, updater
+
+    def _new_window(self) -> Window:
+        lengths = self._plan.lengths
+        counts = [n if isinstance(n, int) else check_length(n(self.updates)) for n in lengths]
+        window: Window = (self._plan.window or Window)(math.prod(counts), self._reference)
+        return window
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
@@ -396,229 +531,24 @@ class Step(Generic[P]):
             return self
         name = getattr(self._function, "__name__", "step")
         raise TypeError(
-            f"the method {name!r} of the class {type(instance).__name__} was decorated, and all instances would share one state: "
-            f"leave the method as it is and write `self.step = train_step(...)(self.{name})` in __init__"
+            f"the method {name!r} of {type(instance).__name__} was decorated, and all instances "
+            f"would share one state: `self.step = train_step(...)(self.{name})` in __init__"
         )
 
-    # A micro-batch, from its beginning to the update.
 
-    def _prepare(self) -> None:
-        """Picks the precision, and refuses a plan that cannot work."""
-        self._ranks, self._wrappers = count_ranks(), Wrappers(self._plan.modules)
-        refuse_plan(self._plan, self._ranks, self._wrappers, by_hand=self._function is None)
-        self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
-        device, precision = self._plan.parameters()[0].device, self._plan.precision
-        device_type, dtype = (
-            (device.type, torch.float32) if precision is None else precision.resolve(device)
+_NO_OPTIMIZER = "`train_step(optimizer, ...)`, or `yield loss` and update below the yield"
+
+
+def _same(a: Weight, b: Weight | None) -> bool:
+    """Return whether two weights may be equal; tensors are not read, which could wait."""
+    return b is not None and (isinstance(a, Tensor) or isinstance(b, Tensor) or a == b)
+
+
+def _refuse_float16(parameters: list[torch.nn.Parameter]) -> None:
+    shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
+    if shapes:
+        raise ValueError(
+            f"{len(shapes)} of {len(parameters)} parameters are float16 (the first has shape "
+            f"{shapes[0]}), and a loss scale needs float32 parameters: load the model with "
+            "`dtype=torch.float32`, or call `model.float()` before making the optimizer"
         )
-        with torch.inference_mode(
-            False
-        ):  # what is made for the first of all evaluations is made for training, too
-            self._scaler = Scaler(self._plan, dtype, self._ranks)
-            if dtype != torch.float32:
-                self._autocast = torch.autocast(device_type, dtype)
-        self._device_type = device.type
-
-    def _new_window(self) -> Window:
-        return Window(self._length(), self._reference, None if self._plan.sum_dtype is None else 1)
-
-    def _length(self) -> int:
-        return self._plan.length(lambda: self.updates)
-
-    def _deliveries(
-        self,
-        loader: Iterable[Any],
-        window: Callable[[], int] | None = None,
-        tell: Callable[..., Tensor] = tell_all,
-    ) -> Iterator[Delivery]:
-        """The batches of a loader, and on several ranks as many on each."""
-        if count_ranks() == 1:
-            return mark_last(loader)
-        if not self._device_type:
-            self._prepare()
-        return in_step(
-            loader, window or self._length, functools.partial(tell, self._wrappers.group)
-        )
-
-    def _enter(self, context: AbstractContextManager[Any]) -> None:
-        context.__enter__()
-        self._surroundings.append(context)
-
-    def _leave_autocast(self) -> None:
-        assert self._autocast is not None
-        self._autocast_is_on = False
-        self._autocast.__exit__(None, None, None)
-
-    def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        if not self._began_backward:
-            self._begin_backward(loss, weight)
-        elif weight is not None and (self._weight is None or _differ(weight, self._weight)):
-            raise TypeError(
-                f"the losses of a micro-batch share one weight, but the first came with {self._weight}, this one with {weight}: "
-                "give it with the first, `step.backward(first, weight)`"
-            )
-        else:  # a frozen block within the micro-batch may have begun and ended since the first
-            self._gradients.drop_returned()
-        if self._wrappers.found:
-            self._wrappers.before_backward()
-        seed = self._scaler.seed(loss, self._share)
-        try:
-            run_backward(loss, seed, self._device_type)
-        except BaseException as error:
-            if not self._take_back(error):
-                self.discard()  # at once: the block may catch this and go on
-            explain(error)
-            raise
-
-    def _take_back(self, error: BaseException) -> bool:
-        """Whether what a failed backward has left could be taken out of the gradients again."""
-        return False
-
-    def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
-        window = self._window = (
-            self._window or self._new_window()
-        )  # none where the block discarded it
-        delivery = self._delivery
-        self._weight = None if weight is None else widened(weight, loss.device)
-        if (
-            self._ranks > 1
-            and self._weight is not None
-            and window.first_of_all
-            and not window.losses
-        ):
-            (largest,) = over_ranks("max", [self._weight], loss.device, self._wrappers.group)()
-            window.agree_on_reference(largest)
-        self._share = window.share(self._weight, self._chunk.fraction)
-        if not window.losses:
-            if self._scaler.loss_scale is not None:
-                refuse_float16(self._plan.parameters())
-            self._gradients.begin()
-            self._wrappers.drop()
-        elif disturbance := self._gradients.disturbance():
-            self.discard()
-            raise RuntimeError(disturbance.format(len(window.losses)))
-        self._began_backward = True
-        is_filler = self._chunk.fraction == 0 or (delivery is not None and delivery.is_filler)
-        window.add(
-            self._weight, self._chunk, 1 if delivery is None else delivery.present, is_filler
-        )
-        if is_filler:
-            self._share = 0.0
-        must_sum = window.weighted or (self._at_last_batch and delivery is None)
-        if self._ranks > 1 and must_sum and self._will_close(window):
-            # Here, and not after backward, which it is hidden behind.
-            self._over_ranks = over_ranks(
-                "avg", [window.total, window.count], loss.device, self._wrappers.group
-            )
-
-    def _will_close(self, window: Window) -> bool:
-        """Whether the next micro-batch is the window's last."""
-        return self._chunk.is_last and (self._at_last_batch or window.batches + 1 >= window.length)
-
-    def _finish(self) -> None:
-        """Counts the micro-batch, and closes the window where this was its last."""
-        result, window = self._result, self._window
-        assert result is not None and result.loss is not None and window is not None
-        window.losses.append(result.loss)
-        result._window, result._count = window, len(window.losses)
-        window.batches += self._chunk.is_last
-        if not self._chunk.is_last or (window.batches < window.length and not self._at_last_batch):
-            self._gradients.remember()
-            return
-        if window.batches < window.length:
-            if self._ended_early:
-                warn(
-                    "several micro-batches came at the last batch of `step.over`, and each of them ends a window: let the loop "
-                    "over micro-batches be the one that goes through `step.over`"
-                )
-            self._ended_early = True
-        self.settle()
-        self._is_closing = True
-        for watcher in self._watchers:
-            watcher.before_update()
-        if self._over_ranks is not None:
-            window.total, window.count = self._over_ranks()
-            self._over_ranks = None
-        own_update = (
-            None if self._generator is None else functools.partial(run_to_end, self._generator)
-        )
-        outcome, apply = self._scaler.decide(
-            window, self._gradients, own_update, is_first=not self._closed
-        )
-        reference, skips = window.next_reference(), self._skips + outcome.skipped
-        owed = Answer(outcome.skipped) if self._plan.after else None
-        try:
-            if apply is not None:
-                apply()
-            # At once and in one assignment, which no signal comes between: what was applied is counted, and `after` is owed.
-            self._window, self._reference, self._closed, self._skips, self._owed = (
-                None,
-                reference,
-                self._closed + 1,
-                skips,
-                owed,
-            )
-        finally:
-            forget_scale(self._plan.optimizers)
-        try:
-            if outcome.found_inf is not None:
-                self._scaler.update(outcome.found_inf, lambda: self.updates)
-        finally:
-            for watcher in self._watchers:
-                watcher.after_update(window, outcome.skipped, outcome.norm)
-        if self._generator is None or outcome.skipped is True:
-            self._gradients.drop()
-        else:  # the update code of the function decides what becomes of them
-            self._gradients.forget()
-        result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
-        result._settle = self.settle
-        if owed is not None and owed.known():
-            self.settle()
-        for watcher in self._watchers:  # last: what is done with their numbers may fail
-            watcher.ask(watcher.least)
-
-
-def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
-    """Leaves contexts after an exception in it: once more the last, whose first line may not have been reached, and the rest."""
-    if contexts:
-        try:
-            contexts.pop().__exit__(None, None, None)
-        finally:
-            _leave(contexts)
-
-
-def _differ(a: Weight, b: Weight) -> bool:
-    """Whether two weights are known to differ; tensors are not looked into."""
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a != b
-
-
-def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
-    found = [(step._at_last_batch, step._delivery) for step in steps]
-    first = steps[0]
-    deliveries = (
-        first._deliveries(loader)
-        if first._resumable is None
-        else first._resumable._deliver(loader, first)
-    )
-    try:
-        for delivery in deliveries:
-            for step in steps:
-                step._at_last_batch, step._delivery, step._ended_early = (
-                    delivery.is_last,
-                    delivery,
-                    False,
-                )
-            yield delivery.batch
-    finally:
-        for step, (at_last_batch, before) in zip(steps, found, strict=True):
-            step._at_last_batch, step._delivery = at_last_batch, before
-        for watcher in [watcher for step in steps for watcher in step._watchers]:
-            watcher.flush()
-    for step in steps:
-        step.settle()
-        if step._window is not None and step._window.losses:
-            warn(
-                f"the last batch did not reach a step (or the loader ended before its length), and {len(step._window.losses)} "
-                "micro-batch(es) wait in its open window: `step.discard()` drops them"
-            )
