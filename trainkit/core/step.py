@@ -228,6 +228,8 @@ class Step(Generic[P]):
             self._close(window, result)
         else:
             window.take()
+        if self._generator is not None:
+            self._generator.close()
         self._lent = None
 
     def _close(self, window: Window, result: StepResult) -> None:
@@ -322,9 +324,11 @@ class Step(Generic[P]):
             assert result is not None
             if self._autocast_is_on:
                 self._leave_autocast()
-            if self._lent is not None and result.loss is not None:
+            if self._lent is not None and result.loss is None:
+                self.discard()  # the block caught an exception of step.backward
+            elif self._lent is not None:
                 self._finish(result)
-            elif self._lent is None and is_changed(self._left, are_lent=False):
+            elif is_changed(self._left, are_lent=False):
                 from trainkit.core.advice import warn_of_no_loss
 
                 warn_of_no_loss()

@@ -166,10 +166,14 @@ class Streak:
     Several ranks must learn of it at the same update: they read the answer ``lag`` updates later.
     """
 
-    def __init__(self, limit: float) -> None:
-        self.limit, self.lag, self.length = limit, 0, 0
+    def __init__(self, limit: float, lag: int = 0) -> None:
+        self.limit, self.lag, self.length = limit, lag, 0
         self._latest: list[Tensor] = []
         self._asked: Answer | None = None
+
+    def renewed(self) -> Streak:
+        """Return one of the same limit that has seen nothing."""
+        return Streak(self.limit, self.lag)
 
     def add(self, found_inf: Tensor) -> int:
         """Take in the verdict on an update. Return the length once it has reached the limit."""

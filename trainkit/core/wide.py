@@ -38,6 +38,10 @@ class WideWindow(Window):
                     parameter.grad_dtype = torch.float32
         super().lend(parameters)
 
+    def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        """Return the dtype of the sum of a parameter's gradients."""
+        return torch.float32 if _is_half(parameter) else parameter.dtype
+
     def take(self) -> None:
         """Take the sums, and let other gradients have their own dtype again."""
         super().take()

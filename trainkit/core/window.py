@@ -139,6 +139,10 @@ class Window:
                 parameter.grad = None
         self.parameters, self.sums, self.lent = [], [], []
 
+    def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        """Return the dtype of the sum of a parameter's gradients."""
+        return parameter.dtype
+
     def copied_sums(self) -> list[Tensor | None]:
         """Return copies of the sums, for a state_dict."""
         return [None if total is None else total.detach().clone() for total in self.sums]
