@@ -39,13 +39,8 @@ OPTIMIZERS = {
     "two-fused": lambda p: [AdamW(p[:4], lr=0.01, fused=True), Adagrad(p[4:], fused=True)],
 }
 LENGTHS = {"3": [3], "1": [1], "product": [2, 2], "callable": [lambda updates: 1 + updates % 3]}
-NORMS = {
-    "none": (None, 2),
-    "2": (0.1, 2),
-    "inf": (math.inf, 2),
-    "1": (1, 1),
-    "max": (0.1, math.inf),
-}
+NORMS = {"none": (None, 2), "2": (0.1, 2), "inf": (math.inf, 2), "1": (1, 1)}
+NORMS["max"] = (0.1, math.inf)
 OVERFLOWS = {"none": (), "once": (4,), "often": range(2, BATCHES)}
 # The first value of each option is its default, and not part of a name.
 OPTIONS = {
@@ -213,25 +208,13 @@ def train(o):
     except Exception as raised:
         seen["error"] = [type(raised).__name__]
     seen["parameters"], seen["buffers"] = [*run.model.parameters()], [*run.model.buffers()]
-    states = [
-        optimizer.state.get(p, {}) for p in seen["parameters"] for optimizer in run.optimizers
-    ]
+    states = [opt.state.get(p, {}) for opt in run.optimizers for p in seen["parameters"]]
     seen["optimizer"] = [state[key] for state in states for key in sorted(state)]
-    seen["lr"] = [group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
+    seen["lr"] = [group["lr"] for opt in run.optimizers for group in opt.param_groups]
     seen["counts"] = [run.step.updates, run.step.skipped]
     seen["loss_scale"] = [run.step.state_dict().get("loss_scale")]
-    columns = (
-        "update",
-        "loss",
-        "grad_norm",
-        "lr",
-        "lr/0",
-        "lr/1",
-        "loss_scale",
-        "skipped",
-        "weight",
-    )
-    seen["history"] = [history[c] for history in run.histories for c in columns if c in history]
+    measured = ("seconds", "peak_memory")  # which no two runs have in common
+    seen["history"] = [h[column] for h in run.histories for column in h if column not in measured]
     kinds = {kind: digest(b"".join(map(bits, values)))[:16] for kind, values in seen.items()}
     total = sum(parameter.detach().double().sum().item() for parameter in seen["parameters"])
     everything = digest(json.dumps(kinds, sort_keys=True).encode())
@@ -252,7 +235,7 @@ def bits(value):
 
 
 def compare(ours, theirs):
-    """Print what differs, which options the differing configurations have, and how many agree."""
+    """Print what differs and which options are among it; return how many do not agree."""
     both = sorted(ours.keys() & theirs.keys())
     differing = [name for name in both if ours[name]["sha256"] != theirs[name]["sha256"]]
     for name in differing:
@@ -262,15 +245,15 @@ def compare(ours, theirs):
     print(Counter(word for name in differing for word in name.split()).most_common(9))
     single = len(ours.keys() ^ theirs.keys())
     print(f"{len(both) - len(differing)} of {len(both)} agree; {single} are in one file only")
+    return len(differing) + single
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--compare":
-        compare(*(json.loads(Path(path).read_text()) for path in sys.argv[2:]))
-    else:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        found = {name: train(options) for name, options in configurations().items()}
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
-        errors = Counter(error for entry in found.values() for error in entry["error"])
-        print(f"{len(found)} configurations, raised: {dict(errors)}, with {tk.__file__}")
+        sys.exit(compare(*(json.loads(Path(path).read_text()) for path in sys.argv[2:])) > 0)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = {name: train(options) for name, options in configurations().items()}
+    Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
+    errors = Counter(error for entry in found.values() for error in entry["error"])
+    print(f"{len(found)} configurations, raised: {dict(errors)}, with {tk.__file__}")
