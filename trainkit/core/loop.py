@@ -10,21 +10,20 @@ from trainkit.core.warning import warn
 
 
 class Delivery(NamedTuple):
-    """A batch on its way to a step. ``index`` counts the batches of this pass before it."""
+    """A batch on its way to a step. ``position`` counts the batches of this pass before it."""
 
     batch: Any
     is_last: bool
-    index: int = 0
-
-
-NONE = Delivery(None, False)  # outside of ``over``
-LAST = Delivery(None, True)  # of ``step.last``
+    position: int = 0
 
 
 def over(loader: Iterable[Any], steps: tuple[Any, ...]) -> Iterator[Any]:
     """Iterate over the batches, and tell the steps which is the last. See ``Step.over``."""
     found = [step._delivery for step in steps]
     try:
+        for step in steps:
+            if step._updater is None:
+                step._prepare()
         for delivery in steps[0]._deliver(loader):
             for step in steps:
                 step._delivery, step._ended_early = delivery, False
@@ -32,15 +31,13 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...]) -> Iterator[Any]:
     finally:
         for step, delivery in zip(steps, found, strict=True):
             step._delivery = delivery
-        for watcher in [watcher for step in steps for watcher in step._watchers]:
-            watcher.flush()
+            for watcher in step._watchers:
+                watcher.flush()
     for step in steps:
         step.settle()
         if step._window is not None and (count := len(step._window.losses)):
-            warn(
-                f"the last batch did not reach a step, and {count} micro-batch(es) wait in its "
-                "open window: `step.discard()` drops them"
-            )
+            left = f"the last batch reached no step, and its window keeps {count} micro-batch(es)"
+            warn(f"{left}: `step.discard()` drops them")
 
 
 def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, overload
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from trainkit.core.plan import (
     Surrounding,
     check,
     check_length,
-    check_module,
-    check_numbers,
     check_optimizers,
+    check_options,
 )
 from trainkit.core.precision import Precision, between_graphs, current_device
-from trainkit.core.step import Step, StepResult
+from trainkit.core.result import StepResult
+from trainkit.core.step import Step
 
 P = ParamSpec("P")
 
@@ -33,44 +33,30 @@ P = ParamSpec("P")
 class Part(Step[[Any]]):
     """A step without a function: decorates one, joins others in ``train_step``, or is a context."""
 
-    @overload  # type: ignore[override]
-    def __call__(self, function: Part) -> Part: ...
-    @overload
-    def __call__(self, function: Callable[P, Any]) -> Step[P]: ...
-    def __call__(self, function: Any, *more: Any) -> Any:
+    def __call__(self, function: Callable[P, Any], *more: Any) -> Step[P]:  # type: ignore[override]
         """Return the step of this function, or this step with more in its plan."""
-        remedy = "`train_step(optimizer, ...)(function)`, or `with step: step.backward(loss)`"
-        is_batch = bool(more) or isinstance(function, Tensor)
-        check(not is_batch, TypeError, f"this step has no function to call yet: {remedy}")
+        if more or isinstance(function, Tensor):
+            remedy = "`train_step(...)(function)`, or `with step: step.backward(loss)`"
+            raise TypeError(f"this step has no function to call yet: {remedy}")
         if isinstance(function, Part):
-            return Part(self._plan + function._plan)
-        parts: tuple[Any, ...] = (self, *getattr(function, "__trainkit_parts__", ()))
-        plan = Plan()
+            return Part(self._plan + function._plan)  # type: ignore[return-value]
+        plan, parts = self._plan, getattr(function, "__trainkit_parts__", ())
         if isinstance(function, Step):
-            parts, plan, function = (self,), function._plan, function._function
-        check(
-            callable(function) and not isinstance(function, Surrounding),
-            TypeError,
-            f"a part decorates functions, got {function!r:.60}; parts go together in "
-            "`train_step(optimizer, a, b)`",
-        )
+            plan, parts, function = plan + function._plan, (), function._function  # type: ignore[assignment]
+        is_function = callable(function) and not isinstance(function, Surrounding)
+        came = f"a part decorates functions, got {function!r:.60}"
+        check(is_function, TypeError, f"{came}; parts go together, `train_step(optimizer, a, b)`")
         for part in parts:
-            plan = _plan_of(part) + plan
-        return (plan.step or Step)(plan, function)
+            plan += _plan_of(part)
+        step: Step[P] = (plan.step or Step)(plan, function)
+        return step
 
     def __enter__(self) -> StepResult:
-        plan = self._plan
-        check(
-            plan.step is None,
-            ValueError,
-            "a part of this step cuts the arguments of a function, and a block by hand has none: "
-            "`train_step(optimizer, ...)(function)`",
-        )
-        check(
-            bool(plan.optimizers),
-            ValueError,
-            "a block by hand needs an optimizer: `train_step(optimizer, ...)` or `amp(optimizer)`",
-        )
+        remedy = "`train_step(optimizer, ...)(function)`"
+        cuts = "a block has no arguments to cut into chunks"
+        check(self._plan.step is None, ValueError, f"{cuts}: {remedy}")
+        updates = "nothing updates after this block: `train_step(optimizer, ...)`"
+        check(bool(self._plan.optimizers), ValueError, updates)
         return super().__enter__()
 
 
@@ -119,18 +105,11 @@ def train_step(
     calls = tuple(after) if isinstance(after, (list, tuple)) else (after,)
     for call in calls:
         needs_metric = isinstance(getattr(call, "__self__", None), ReduceLROnPlateau)
-        remedy = "`after=scheduler.step`"
-        if needs_metric:
-            remedy = "ReduceLROnPlateau needs a metric: `plateau.step(metric)` in your loop"
-        fits = callable(call) and not needs_metric
-        came = f"got {call!r:.60}: {remedy}"
-        check(fits, TypeError, f"after takes callables without arguments, {came}")
-    plan = Plan(
-        optimizers=check_optimizers(optimizer),
-        modules=check_module(module),
-        after=calls,
-        **check_numbers(max_norm, norm_type, max_skips),
-    )
+        remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
+        came = f"after takes callables without arguments, got {call!r:.60}"
+        check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
+    options = check_options(module, max_norm, norm_type, max_skips)
+    plan = Plan(optimizers=check_optimizers(optimizer), after=calls, **options)
     for part in parts:
         plan += _plan_of(part)
     return Part(plan)
@@ -144,8 +123,8 @@ def accumulate(
 ) -> Part:
     """Make one update of every n micro-batches.
 
-    The gradient of a window is that of ``sum(w_i * loss_i) / sum(w_i)`` over everything in it: it is
-    equivalent to one big batch, however that is cut::
+    The gradient of a window is the gradient of ``sum(w_i * loss_i) / sum(w_i)`` over everything in
+    it: equivalent to one big batch, however that is cut::
 
         loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
 
@@ -174,21 +153,15 @@ def accumulate(
         try:
             inspect.signature(n).bind(0)
         except TypeError:
-            raise TypeError(
-                "accumulate takes a number, or a function of the number of updates, got "
-                f"{getattr(n, '__name__', n)!r}: `@accumulate(4)`"
-            ) from None
+            came = f"got {getattr(n, '__name__', n)!r}: `@accumulate(4)`"
+            raise TypeError(f"n is a number, or a function of the updates so far, {came}") from None
         except ValueError:  # a function that is not written in Python may have no signature
             pass
-    check(
-        dtype in (None, torch.float32),
-        ValueError,
-        f"gradients are summed in torch.float32, or for None in their own dtype, got {dtype!r}: "
-        "`accumulate(4, dtype=torch.float32)`",
-    )
-    plan = Plan(lengths=(n,), modules=check_module(module))
+    came = f"sums are in torch.float32, or for None in the dtype of the parameter, got {dtype!r}"
+    check(dtype in (None, torch.float32), ValueError, f"{came}: `dtype=torch.float32`")
+    plan = Plan(lengths=(n,), **check_options(module))
     if dtype is not None:
-        from trainkit.core.wide import WideWindow
+        from trainkit.wide import WideWindow
 
         plan += Plan(window=WideWindow)
     return Part(plan)
@@ -249,38 +222,25 @@ def amp(
 
     Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
     """
-    check(
-        any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32)),
-        ValueError,
-        f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: "
-        "`amp(dtype=torch.float16)`",
-    )
+    known = any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32))
+    check(known, ValueError, f"no autocast in {dtype!r}: `amp(dtype=torch.float16)`")
     is_number = isinstance(init_scale, (int, float)) and not isinstance(init_scale, bool)
-    check(
-        is_number and 0 < init_scale <= torch.finfo(torch.float32).max,
-        ValueError,
-        f"init_scale must be a finite float32 above 0, got {init_scale!r}: "
-        "`amp(init_scale=65536.0)`",
-    )
-    check(
-        type(growth_interval) is int and 1 <= growth_interval < 2**31,
-        ValueError,
-        f"growth_interval counts updates, an int of at least 1, got {growth_interval!r}: "
-        "`amp(growth_interval=2000)`",
-    )
+    fits = is_number and 0 < init_scale <= torch.finfo(torch.float32).max
+    wanted = "init_scale must be a finite float32 above 0"
+    check(fits, ValueError, f"{wanted}, got {init_scale!r}: `amp(init_scale=65536.0)`")
+    fits = type(growth_interval) is int and 1 <= growth_interval < 2**31
+    wanted = "growth_interval counts updates, an int32 of at least 1"
+    check(fits, ValueError, f"{wanted}, got {growth_interval!r}: `amp(growth_interval=2000)`")
     try:
         kind = None if device is None else torch.device(device).type
         has_autocast = kind is None or torch.amp.is_autocast_available(kind)
     except (RuntimeError, TypeError):
         has_autocast = False
-    check(
-        has_autocast,
-        ValueError,
-        f"device must be a type of device that has autocast, got {device!r}: `amp(device='cuda')`",
-    )
+    wanted = f"device must be a type of device that has autocast, got {device!r}"
+    check(has_autocast, ValueError, f"{wanted}: `amp(device='cuda')`")
     precision = Precision(dtype, kind, float(init_scale), growth_interval)
-    numbers = check_numbers(max_norm, norm_type, max_skips)
-    part = Autocast(Plan(precision=precision, **numbers))
+    options = check_options(None, max_norm, norm_type, max_skips)
+    part = Autocast(Plan(precision=precision, **options))
     return train_step(optimizers, part) if optimizers else part
 
 
