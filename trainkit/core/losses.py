@@ -31,7 +31,8 @@ def read_loss(output: Any) -> tuple[Tensor, Any]:
         if weight is None:
             weight, kind = found.get("weight"), numbers.Real
         output = output if found.get("loss") is None else found["loss"]
-    if not isinstance(output, Tensor) or output.dim() or not output.requires_grad:
+    is_scalar = isinstance(output, Tensor) and output.is_floating_point() and not output.dim()
+    if not is_scalar or not output.requires_grad:
         _refuse(output)
     if weight is not None:
         _check_weight(weight, kind)

@@ -21,7 +21,7 @@ from trainkit.core.plan import (
     check,
     check_length,
     check_optimizers,
-    check_options,
+    options_of,
 )
 from trainkit.core.precision import Precision, between_graphs, current_device
 from trainkit.core.result import StepResult
@@ -108,7 +108,7 @@ def train_step(
         remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
         came = f"after takes callables without arguments, got {call!r:.60}"
         check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
-    options = check_options(module, max_norm, norm_type, max_skips)
+    options = options_of(module, max_norm, norm_type, max_skips)
     plan = Plan(optimizers=check_optimizers(optimizer), after=calls, **options)
     for part in parts:
         plan += _plan_of(part)
@@ -159,7 +159,7 @@ def accumulate(
             pass
     came = f"sums are in torch.float32, or for None in the dtype of the parameter, got {dtype!r}"
     check(dtype in (None, torch.float32), ValueError, f"{came}: `dtype=torch.float32`")
-    plan = Plan(lengths=(n,), **check_options(module))
+    plan = Plan(lengths=(n,), **options_of(module))
     if dtype is not None:
         from trainkit.wide import WideWindow
 
@@ -239,7 +239,7 @@ def amp(
     wanted = f"device must be a type of device that has autocast, got {device!r}"
     check(has_autocast, ValueError, f"{wanted}: `amp(device='cuda')`")
     precision = Precision(dtype, kind, float(init_scale), growth_interval)
-    options = check_options(None, max_norm, norm_type, max_skips)
+    options = options_of(None, max_norm, norm_type, max_skips)
     part = Autocast(Plan(precision=precision, **options))
     return train_step(optimizers, part) if optimizers else part
 

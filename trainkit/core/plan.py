@@ -123,7 +123,7 @@ def check_optimizers(given: Any) -> tuple[Optimizer, ...]:
     return found
 
 
-def check_options(
+def options_of(
     module: Any = None, max_norm: Any = None, norm_type: Any = 2.0, max_skips: Any = None
 ) -> dict[str, Any]:
     """Return these as entries of a plan; TypeError or ValueError if one does not fit."""

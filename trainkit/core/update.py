@@ -100,9 +100,7 @@ class Updater:
         norm = found_inf = None
         if self.looks:
             scaled = total_norm(gradients, self.plan.norm_type, self.zero)
-            found_inf = torch.where(
-                scaled < self.infinity, self.zero, self.one
-            )  # a nan compares false
+            found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
         if own is None and window.can_fuse and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
