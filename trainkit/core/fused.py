@@ -71,19 +71,15 @@ def seed_momentum(optimizers: Sequence[Optimizer]) -> None:
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if group.get("momentum") and group.get("fused"):
-                _seed_group(group, optimizer.state)
-
-
-def _seed_group(group: dict[str, Any], state: dict[Any, Any]) -> None:
-    trained = [p for p in group["params"] if p.grad is not None]
-    joining = [p for p in trained if state[p].get("momentum_buffer") is None]
-    if not group["dampening"]:
-        for parameter in joining:
-            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    elif 0 < len(joining) < len(trained):
-        came = f"{len(joining)} of {len(trained)} parameters joined after the first step"
-        raise ValueError(f"{came}, too late for fused SGD with dampening: `SGD(..., fused=False)`")
+            if not (group.get("momentum") and group.get("fused")):
+                continue
+            states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
+            joining = [p for p, state in states.items() if state.get("momentum_buffer") is None]
+            if group["dampening"] and 0 < len(joining) < len(states):
+                late = f"{len(joining)} of {len(states)} parameters joined after the first step"
+                raise ValueError(f"{late} of fused SGD with dampening: `SGD(..., fused=False)`")
+            for parameter in () if group["dampening"] else joining:
+                states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def total_norm(gradients: Sequence[Tensor], norm_type: float, zero: Tensor) -> Tensor:

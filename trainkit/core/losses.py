@@ -48,10 +48,8 @@ def _refuse(loss: Any) -> None:
         raise ValueError(f"the loss must be a single number, got {_shown(loss)}: `loss.mean()`")
     if not loss.is_floating_point():
         raise TypeError(f"the loss must be floating, got {_shown(loss)}: `return loss, weight`")
-    raise ValueError(
-        "the loss has no graph, and nothing would be learned: return it without `.item()`, "
-        "`.detach()` or `no_grad`, and check that not everything below it is frozen"
-    )
+    hint = "return it without `.detach()` or `no_grad`, and not from frozen layers alone"
+    raise ValueError(f"the loss has no graph, and nothing would be learned: {hint}")
 
 
 def _check_weight(weight: Any, kind: type) -> None:
@@ -61,9 +59,8 @@ def _check_weight(weight: Any, kind: type) -> None:
         sample = 0.5 if weight.is_floating_point() else weight.dtype == torch.bool or 1
     if isinstance(sample, bool) or not isinstance(sample, kind):
         raise TypeError(
-            "the second of two values is the weight, the number of things the loss is the mean of, "
-            f"an int or a 0-d integer tensor, got {_shown(weight)}: `return loss, mask.sum()`; "
-            "return no metrics, and a real weight as `{'loss': loss, 'weight': weight}`"
+            "the second of two values is the weight, an int or a 0-d integer tensor, got "
+            f"{_shown(weight)}: `return loss, mask.sum()`, or `{{'loss': loss, 'weight': weight}}`"
         )
     if not isinstance(weight, Tensor) and not 0 <= weight <= sys.float_info.max:
         raise ValueError(f"a weight must be finite and at least 0, got {weight}: `len(batch)`")

@@ -84,11 +84,10 @@ def check(ok: bool, kind: type[Exception], message: str) -> None:
 def check_plan(plan: Plan) -> torch.device:
     """Raise ValueError for a plan that cannot train; return the device of its first parameter."""
     parameters = plan.parameters()
-    found = "no part has parameters: `train_step(optimizer)`, or `accumulate(4, module=model)`"
-    check(bool(parameters), ValueError, found)
+    check(bool(parameters), ValueError, "the plan has no parameters: `train_step(optimizer)`")
     hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     seen = "post-accumulate-gradient hooks would see scaled, incomplete gradients"
-    check(not hooked, ValueError, f"{seen}: `handle.remove()`, or use `parameter.register_hook`")
+    check(not hooked, ValueError, f"{seen}: `handle.remove()`")
     looks = plan.precision is not None or plan.max_norm is not None or plan.max_skips is None
     check(looks, ValueError, "max_skips needs a finite check: add `amp()` or `max_norm=math.inf`")
     return parameters[0].device

@@ -382,7 +382,7 @@ class MicroBatch:
         if not step._closed or not gradients:
             from trainkit.advice import warn_of_missing
 
-            warn_of_missing(gradients, parameters)
+            warn_of_missing(len(gradients), parameters)
         own = None if self.generator is None else functools.partial(run_to_end, self.generator)
         verdict, apply = step._updater.decide(window, gradients, own)
         owed = Answer(verdict.skipped) if step._plan.after else None
@@ -441,12 +441,11 @@ class MicroBatch:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""
         left, self.left = self.left, ()
         if is_changed(left, are_lent=self.lent is not None):
-            from trainkit.advice import disturbance
+            from trainkit.advice import DISTURBED
 
-            error = disturbance(left, are_lent=self.lent is not None)
             if self.lent is not None:
                 self.step.discard()
-            raise error
+            raise RuntimeError(DISTURBED)
 
 
 _run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
