@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-# A compiled graph has no modes and flags. torch.compiler.disable imports the compiler: seconds.
-from torch._compile import _disable_dynamo
 from torch import nn
+from torch._compile import _disable_dynamo
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_LATE = types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType
+F = TypeVar("F", bound=Callable[..., Any])
+_RUNS_LATER = types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType
 
 
 class Block:
-    """Base of a context manager that a step enters around each micro-batch."""
+    """Base class of a ``with`` block that is a decorator and a part of a step as well."""
+
+    around_step: Callable[[], AbstractContextManager[list[str]]]
 
     def __init__(self) -> None:
         self._entered: list[AbstractContextManager[list[str]]] = []
 
-    def around_step(self) -> AbstractContextManager[list[str]]:
-        """Return a new context, which a step enters around each micro-batch."""
-        raise NotImplementedError
-
+    # A compiled graph cannot change flags and modes, so torch.compile ends a graph here.
+    # torch.compiler.disable would do the same, but imports the compiler, which takes seconds.
     @_disable_dynamo
     def __enter__(self) -> list[str]:
         context = self.around_step()
@@ -40,7 +36,7 @@ class Block:
     def __exit__(self, *exception: Any) -> None:
         self._entered.pop().__exit__(*exception)
 
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+    def __call__(self, function: F) -> F:
         """Decorate a function, or join the plan of a training step."""
         name = type(self).__name__
         add_part = getattr(function, "_add_part", None)
@@ -50,24 +46,20 @@ class Block:
             raise TypeError(
                 f"{name} decorates functions, got {function!r:.60}: `with {name}(model, layers):`"
             )
-        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-        too_late = (
-            f"{function!r:.60} runs after its call, outside of the block: make {name} a part, "
-            f"`train_step(optimizer, {name}(model, layers))`"
-        )
-        if any(is_kind(function) for is_kind in kinds):
-            raise TypeError(too_late)
 
         @functools.wraps(function)
-        def inside_block(*args: P.args, **kwargs: P.kwargs) -> R:
+        def inside_block(*args: Any, **kwargs: Any) -> Any:
             with self:
                 value = function(*args, **kwargs)
-            if isinstance(value, _LATE):
-                getattr(value, "close", bool)()  # or Python warns of a coroutine never awaited
-                raise TypeError(too_late)
+            if isinstance(value, _RUNS_LATER):
+                getattr(value, "close", bool)()  # Python warns of coroutines that never ran
+                raise TypeError(
+                    f"{function!r:.60} runs after its call, outside of the block: make {name} a "
+                    f"part, `train_step(optimizer, {name}(model, layers))`"
+                )
             return value
 
         # A step made of this function enters the block around backward and update too.
         parts = (*getattr(function, "__trainkit_parts__", ()), self)
         inside_block.__trainkit_parts__ = parts  # type: ignore[attr-defined]
-        return inside_block
+        return inside_block  # type: ignore[return-value]

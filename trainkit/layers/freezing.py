@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -59,37 +59,29 @@ class frozen(Block):
     ) -> None:
         super().__init__()
         check_module(module, "frozen(model, 'embeddings')")
-        if not isinstance(eval_mode, bool):
-            call = "`frozen(model, layers, eval_mode=True)`"
-            raise TypeError(f"eval_mode is True or False, got {eval_mode!r}: {call}")
         self._chosen, self._eval_mode = Chosen(module, layers), eval_mode
 
-    def around_step(self) -> AbstractContextManager[list[str]]:
+    @contextmanager
+    def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
-        selection = self._chosen.now()
-        modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
-        return _freezing(selection.slots, modules)
-
-
-@contextmanager
-def _freezing(slots: list[Slot], modules: list[nn.Module]) -> Iterator[list[str]]:
-    holder = object()
-    try:
-        # Ctrl-C may come after any call: what was found is noted before it is changed.
-        for *_, parameter in slots:
-            found = _found.get(id(parameter)) or _Found(parameter)
-            found.holders.add(holder)
-            _found[id(parameter)] = found
-            parameter.requires_grad, parameter.grad = False, None
-        for module in modules:
-            _pin(module, holder)
-        yield [slot.name for slot in slots]
-    finally:
+        slots, modules, owners = self._chosen.now()
+        modules, holder = owners + (modules if self._eval_mode else []), object()
         try:
-            _release(slots, modules, holder)
-        except BaseException:
-            _release(slots, modules, holder)  # the rest, after Ctrl-C
-            raise
+            # Ctrl-C may come after any call: what was found is noted before it is changed.
+            for *_, parameter in slots:
+                found = _found.get(id(parameter)) or _Found(parameter)
+                found.holders.add(holder)
+                _found[id(parameter)] = found
+                parameter.requires_grad, parameter.grad = False, None
+            for module in modules:
+                _pin(module, holder)
+            yield [slot.name for slot in slots]
+        finally:
+            try:
+                _release(slots, modules, holder)
+            except BaseException:
+                _release(slots, modules, holder)  # the rest, after Ctrl-C
+                raise
 
 
 def _release(slots: list[Slot], modules: list[nn.Module], holder: object) -> None:
@@ -113,13 +105,13 @@ class _Found:
         self.holders: set[object] = set()
 
     def restore(self, slot: Slot) -> None:
-        _, owner, key, parameter = slot
+        name, owner, parameter = slot
         parameter.grad = None
         with suppress(RuntimeError):  # a gradient that does not fit after a cast or a move is lost
             parameter.requires_grad = self.requires_grad
             parameter.grad = self.grad
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
-        other = owner._parameters.get(key)
+        other = owner._parameters.get(name.rpartition(".")[2])
         if other is not None and id(other) not in _found:
             other.requires_grad = other.requires_grad or self.requires_grad
 

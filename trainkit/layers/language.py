@@ -13,11 +13,10 @@ A path to a module means everything under it.
 from __future__ import annotations
 
 import difflib
-import operator
 import re
 from collections.abc import Callable, Iterable
-from itertools import chain
-from operator import methodcaller
+from itertools import chain, compress
+from operator import is_, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +25,17 @@ from torch.nn.utils import parametrize
 
 Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
 Layers = Layer | Iterable[Layer]
+_CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
+_COMPONENT = re.compile(
+    r"\*\*|\[-?\d+\]|\[(-?\d+)?:(-?\d+)?(:(-?0*[1-9]\d*)?)?\]|(?!.*\*\*)[^\[\]]+", re.DOTALL
+)
 
 
 class Slot(NamedTuple):
-    """The place of a parameter, ``owner._parameters[key]``. A tied parameter has several."""
+    """A parameter, its name and its module. A tied parameter has several."""
 
     name: str
     owner: nn.Module
-    key: str
     parameter: nn.Parameter
 
 
@@ -49,17 +51,14 @@ class Chosen:
     """The selection of a context that is entered many times: computed again when modules change."""
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
-        self.layers = normalise(layers)
-        self._module = module
-        self._known: list[Any] = []
-        self._members: list[Any] = []
-        self._buffers: list[Any] = []
+        self._module, self.layers = module, normalise(layers)
+        self._known, self._members, self._buffers = list[Any](), list[Any](), list[Any]()
         self.now()
 
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
         found = self._structure()
-        if len(found) != len(self._known) or not all(map(operator.is_, found, self._known)):
+        if len(found) != len(self._known) or not all(map(is_, found, self._known)):
             self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
             self._members = [members for m in modules for members in (m._modules, m._parameters)]
@@ -68,8 +67,8 @@ class Chosen:
         return self._selection
 
     def _structure(self) -> list[Any]:
-        # Without a loop in Python, because a step asks for every micro-batch. Of buffers only the
-        # type counts, which tells None: many modules replace the tensor in every forward.
+        # A step asks for every micro-batch, so without a loop in Python. Many modules replace their
+        # buffers in every forward; only the type of a buffer counts, which is another for None.
         members = chain.from_iterable(map(methodcaller("values"), self._members))
         buffers = chain.from_iterable(map(methodcaller("values"), self._buffers))
         return [self._module, *members, *map(type, buffers)]
@@ -102,38 +101,27 @@ def check_module(module: Any, call: str) -> None:
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     """Select the layers that ``normalise`` returned; ValueError if one of them matches nothing."""
     module = unwrapped(module)
-    _reshard(module)
-    parts = [part for layer in layers for part in _find(module, layer)]
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    chosen = set(map(id, parts))
-    for m in modules:
-        chosen.update(map(id, (*m.parameters(recurse=False), *m.buffers(recurse=False))))
-    for (
-        m
-    ) in module.modules():  # all parameters of a module, as of a predicate, mean its buffers too
-        inside = [id(p) for p in m.parameters()]
-        if inside and chosen.issuperset(inside):
-            chosen.update(map(id, m.buffers()))
-    slots = [
-        Slot(f"{path}.{key}".lstrip("."), owner, key, parameter)
-        for path, owner in module.named_modules(remove_duplicate=False)
-        for key, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in chosen
-    ]
-    return Selection(slots, modules, [m for m in module.modules() if _owns_one(m, chosen)])
-
-
-def _owns_one(module: nn.Module, chosen: set[int]) -> bool:
-    # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
-    buffers = module.buffers(recurse=False)
-    return any(id(buffer) in chosen and buffer.dtype != torch.bool for buffer in buffers)
-
-
-def _reshard(module: nn.Module) -> None:
-    # After an evaluation FSDP2 leaves gathered parameters in place, which are other objects.
     for part in module.modules():
         if hasattr(type(part), "set_reshard_after_backward"):
-            part.reshard()  # type: ignore[operator]
+            part.reshard()  # type: ignore[operator]  # FSDP2 leaves it gathered after an evaluation
+    parts = [part for layer in layers for part in _find(module, layer)]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    inside = [(*m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
+    chosen = set(map(id, chain(parts, *inside)))
+    for m in module.modules():
+        own = set(map(id, m.parameters()))
+        if own and own <= chosen:  # all parameters of a module mean its buffers too
+            chosen.update(map(id, m.buffers()))
+    slots = [
+        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in chosen
+    ]
+    # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
+    moving = chosen.intersection(id(b) for b in module.buffers() if b.dtype != torch.bool)
+    owns_one = [not moving.isdisjoint(map(id, m.buffers(recurse=False))) for m in module.modules()]
+    return Selection(slots, modules, list(compress(module.modules(), owns_one)))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -142,9 +130,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while "_orig_mod" in module._modules or isinstance(module, wrappers):
         (module,) = module.children()
     return module
-
-
-_CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
 
 
 def _find(module: nn.Module, layer: Any) -> list[Any]:
@@ -185,11 +170,6 @@ def _match(module: nn.Module, pattern: str) -> list[Any]:
     return found
 
 
-_COMPONENT = re.compile(
-    r"\*\*|\[-?\d+\]|\[(-?\d+)?:(-?\d+)?(:(-?0*[1-9]\d*)?)?\]|(?!.*\*\*)[^\[\]]+", re.DOTALL
-)
-
-
 def _components(pattern: str) -> list[str]:
     """Split ``layer[:2].*.bias`` into ``layer``, ``[:2]``, ``*`` and ``bias``."""
     components = re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split(".")
@@ -218,15 +198,11 @@ def _members(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _no_match(module: nn.Module, pattern: str) -> str:
+    names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
+    ends = ["**." + name.rpartition(".")[2] for name in names]
+    spelled = {name.lower(): name for name in reversed(names + ends)}
+    near = [spelled[name] for name in difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)]
     if _match(module, f"**.{pattern}"):
-        hint = f"did you mean '**.{pattern}'?"
-    else:
-        names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
-        ends = ["**." + name.rpartition(".")[2] for name in names]
-        spelled = {name.lower(): name for name in reversed(names + ends)}
-        near = difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)
-        top = [name for name in names if "." not in name]
-        hint = "the nearest names are " + ", ".join(
-            [repr(spelled[n]) for n in near] or map(repr, top[:8])
-        )
-    return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; {hint}"
+        near = [f"**.{pattern}"]
+    hint = ", ".join(map(repr, near or [name for name in names if "." not in name][:8]))
+    return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; try {hint}"
