@@ -39,9 +39,8 @@ class Block:
     def __call__(self, function: F) -> F:
         """Decorate a function, or join the plan of a training step."""
         name = type(self).__name__
-        add_part = getattr(function, "_add_part", None)
-        if add_part is not None:
-            return add_part(self)  # type: ignore[no-any-return]
+        if hasattr(function, "_add_part"):
+            return function._add_part(self)  # type: ignore[no-any-return]
         if not callable(function) or isinstance(function, (nn.Module, Block)):
             raise TypeError(
                 f"{name} decorates functions, got {function!r:.60}: `with {name}(model, layers):`"

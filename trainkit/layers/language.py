@@ -176,8 +176,8 @@ def _components(pattern: str) -> list[str]:
     for component in components:
         if not _COMPONENT.fullmatch(component):
             raise ValueError(
-                f"the pattern {pattern!r} cannot be read at {component!r}: a pattern has names, `*`, `**` "
-                "and indices between dots, `'encoder.layer[:2].attention'`, `'**.bias'`"
+                f"the pattern {pattern!r} cannot be read at {component!r}: it takes names, `*`, "
+                "`**` and indices, with dots between, `'encoder.layer[:2].attention'`, `'**.bias'`"
             )
     return components
 
@@ -201,8 +201,9 @@ def _no_match(module: nn.Module, pattern: str) -> str:
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
     ends = ["**." + name.rpartition(".")[2] for name in names]
     spelled = {name.lower(): name for name in reversed(names + ends)}
-    near = [spelled[name] for name in difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)]
+    near = difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)
+    hints = [spelled[name] for name in near] or [name for name in names if "." not in name][:8]
     if _match(module, f"**.{pattern}"):
-        near = [f"**.{pattern}"]
-    hint = ", ".join(map(repr, near or [name for name in names if "." not in name][:8]))
-    return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; try {hint}"
+        hints = [f"**.{pattern}"]
+    found = f"the pattern {pattern!r} matches nothing in the {type(module).__name__}"
+    return f"{found}; try {', '.join(map(repr, hints))}"
