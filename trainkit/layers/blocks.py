@@ -23,8 +23,7 @@ class Block:
     def __init__(self) -> None:
         self._entered: list[AbstractContextManager[list[str]]] = []
 
-    # A compiled graph cannot change flags and modes, so torch.compile ends a graph here.
-    # torch.compiler.disable would do the same, but imports the compiler, which takes seconds.
+    # No flag or mode changes in a compiled graph. The public decorator imports the compiler.
     @_disable_dynamo
     def __enter__(self) -> list[str]:
         context = self.around_step()

@@ -133,7 +133,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _find(module: nn.Module, layer: Any) -> list[Any]:
-    """The modules, parameters and buffers that one layer means."""
     if isinstance(layer, str):
         found = _match(module, layer)
         if not found:
@@ -184,10 +183,9 @@ def _components(pattern: str) -> list[str]:
 
 def _at(container: nn.Module, index: str) -> list[Any]:
     items: list[Any] = list(container) if isinstance(container, _CONTAINERS) else []
-    bounds = [int(bound) if bound else None for bound in index.split(":")]
-    if len(bounds) > 1:
-        return items[slice(*bounds)]
-    return [items[i] for i in bounds if i is not None and -len(items) <= i < len(items)]
+    if ":" not in index:  # i is i:i+1, and -1 is -1:
+        index = f"{index}:{int(index) + 1 or ''}"
+    return items[slice(*(int(bound) if bound else None for bound in index.split(":")))]
 
 
 def _members(module: nn.Module) -> list[tuple[str, Any]]:

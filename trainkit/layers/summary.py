@@ -153,26 +153,19 @@ def _groups(equal: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, nn.Mod
     is_container = is_container and list(children) == [str(i) for i in range(len(children))]
     for _, group in groupby(children, lambda n: _form(children[n]) if is_container else n):
         first, *rest = group
-        component = first
-        if is_container:
-            component = f"[{first}:{int(first) + 1 + len(rest)}]" if rest else f"[{first}]"
-        yield (
-            component,
-            {
-                f"{path}.{name}".lstrip("."): m.get_submodule(name)
-                for path, m in equal.items()
-                for name in (first, *rest)
-            },
-        )
+        end = f":{int(first) + 1 + len(rest)}" if rest else ""
+        inner = {
+            f"{path}.{name}".lstrip("."): m.get_submodule(name)
+            for path, m in equal.items()
+            for name in (first, *rest)
+        }
+        yield f"[{first}{end}]" if is_container else first, inner
 
 
 def _form(module: nn.Module) -> Any:
     """What two modules have in common if they share a row."""
-    kinds = [(name, type(m)) for name, m in module.named_modules(remove_duplicate=False)]
-    named = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    kinds = [(name, type(m)) for name, m in module.named_modules()]
+    named = [*module.named_parameters(), *module.named_buffers()]
     return kinds, [(name, is_lazy(t) or t.shape, t.dtype, t.requires_grad) for name, t in named]
 
 
