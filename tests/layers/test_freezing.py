@@ -193,7 +193,7 @@ def test_gradients_flow_through_and_a_graph_from_before_leaves_none_inside():
 
 @pytest.mark.parametrize("layers", ["**", "[:3]", "**.bias", []])
 @pytest.mark.parametrize("eval_mode", [False, True])
-def test_everything_found_is_restored(layers, eval_mode):
+def test_everything_found_is_put_back(layers, eval_mode):
     model = mixed_model()
     found = found_in(model)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -273,18 +273,32 @@ def test_a_predicate_may_look_at_what_freezing_changes():
     assert frozen_parameters(model) == ["0.weight", "5.bias"]
 
 
-def test_a_cast_inside_leaves_the_flags_and_the_gradients_that_fit():
-    model = mixed_model()
-    flags, kept = [p.requires_grad for p in model.parameters()], model[5].weight.grad
+CHANGES = {
+    "cast": lambda weight: setattr(weight, "data", weight.data.double()),
+    "resized": lambda weight: setattr(weight, "data", torch.zeros(9, 4)),
+    "quantised": lambda weight: setattr(weight, "data", torch.zeros(4, 4, dtype=torch.int8)),
+    "exchanged": lambda weight: torch.utils.swap_tensors(
+        weight, nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_end_gives_back_all_that_still_fits(change):
+    model = make_model()
+    model(batches(1)[0][0]).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
     with frozen(model):
-        model[:5].double()
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert model[4].weight.dtype == torch.float64 and model[4].weight.grad is None
-    assert model[5].weight.grad is kept
+        CHANGES[change](model[0].weight)
+    assert frozen_parameters(model) == (["0.weight"] if change == "quantised" else [])
+    others = list(model.parameters())[1:]
+    assert all(p.grad is g for p, g in zip(others, gradients[1:], strict=True))
+    assert model[1].training
+    assert (model[0].weight.grad is gradients[0]) == (change == "exchanged")
 
 
 @pytest.mark.parametrize("held_twice", [False, True])
-def test_parameters_put_in_place_inside_get_the_flags_that_were_found(held_twice):
+def test_parameters_put_in_place_inside_have_the_flags_that_were_found(held_twice):
     """load_state_dict(assign=True) copies the flag of the frozen one."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     model[1].bias.requires_grad_(False)
@@ -294,7 +308,19 @@ def test_parameters_put_in_place_inside_get_the_flags_that_were_found(held_twice
     assert frozen_parameters(model) == ["1.bias"]
 
 
-def test_a_block_finds_layers_that_were_replaced_and_buffers_that_appeared():
+def test_parameters_put_in_place_inside_stay_frozen_in_a_block_that_ends_later():
+    model = nn.Linear(4, 4)
+    first, last = frozen(model), frozen(model)
+    first.__enter__()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    last.__enter__()
+    first.__exit__(None, None, None)
+    assert trainable_parameters(model) == []
+    last.__exit__(None, None, None)
+    assert frozen_parameters(model) == []
+
+
+def test_a_layer_replaced_between_two_blocks_is_frozen_and_one_replaced_inside_is_put_back():
     model = make_model()
     model.register_buffer("late", None)
     context, old = frozen(model), model[0]
@@ -336,7 +362,7 @@ ACTIONS = st.one_of(
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(st.lists(ACTIONS, max_size=14), st.lists(st.booleans(), min_size=11, max_size=11))
-def test_any_sequence_of_blocks_holds_what_is_held_and_restores_the_rest(actions, found):
+def test_blocks_may_end_in_any_order(actions, found):
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1)))
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for parameter, requires_grad in zip(parameters.values(), found, strict=False):

@@ -451,21 +451,15 @@ def test_an_input_changed_in_place_is_an_error_also_where_it_has_a_name():
 
 
 def test_parameters_changed_between_forward_and_backward_are_an_error():
-    """Plain torch says so too; recomputing with other weights would give other gradients, silently."""
+    """Plain torch raises too. Recomputing with other weights would give other gradients."""
     model, (x,) = make(), xs()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with recompute(model, "pair.a"):
         early = model.pair.a(x).sum()
         loss_of(model, x).backward()
         optimizer.step()
-        with pytest.raises(
-            RuntimeError,
-            match="parameters of a recomputed Block were changed .* update after",
-        ):
+        with pytest.raises(RuntimeError, match=r"recomputed Block were changed .* update after"):
             early.backward()
-    assert all(p.requires_grad for p in model.parameters()) and all(
-        m.training for m in model.modules()
-    )
 
 
 def test_an_attribute_that_was_deleted_since_stays_deleted():
@@ -510,7 +504,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_a_step_that_recomputes_is_the_step_that_does_not(form, dtype):
     """Autocast is off in backward, and on in the second run. The order of parts is no matter."""
 
@@ -671,7 +665,7 @@ def on_ranks(rank, ranks):
         else:
             for block in model.layers:
                 for part in [block.wide, block] if block_inside else [block]:
-                    # What stays whole after forward was sharded when the forward of the block around it began.
+                    # Parameters that stay gathered after forward were sharded before it.
                     fully_shard(part, mesh=mesh, reshard_after_forward=not block_inside)
             wrapped = fully_shard(model, mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

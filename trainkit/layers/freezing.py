@@ -112,7 +112,8 @@ class _Found:
             parameter.grad = self.grad
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
         other = owner._parameters.get(name.rpartition(".")[2])
-        if other is not None and id(other) not in _found:
+        if other is not None:
+            other = _found.get(id(other), other)
             other.requires_grad = other.requires_grad or self.requires_grad
 
 
