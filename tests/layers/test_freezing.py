@@ -588,6 +588,7 @@ def test_freeze_holds_until_unfreeze():
 
     assert unfreeze(model, "[0]") == ["0.weight", "0.bias"]
     assert frozen_parameters(model) == names[2:] and not model[1].training
+    assert unfreeze(model, "[1].*") == names[2:4] and model[1].training
     assert unfreeze(model) == [name for name, _ in model.named_parameters()]
     assert frozen_parameters(model) == []
     assert all(m.training and "train" not in m.__dict__ for m in model.modules())
@@ -605,6 +606,8 @@ def test_a_tied_weight_is_reported_under_all_its_names():
     assert trainable_parameters(model) == list(model.body.parameters())
     assert unfreeze(model, "head") == names
     assert trainable_parameters(model) == list(model.parameters())
+    twice = nn.Sequential(*[nn.Linear(2, 2)] * 2)
+    assert freeze(twice, "[1]") == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_integer_parameters_are_never_made_trainable():

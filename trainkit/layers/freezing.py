@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -106,10 +106,11 @@ class _Found:
 
     def restore(self, slot: Slot) -> None:
         name, owner, parameter = slot
-        parameter.grad = None
-        with suppress(RuntimeError):  # a gradient that does not fit after a cast or a move is lost
+        try:
             parameter.requires_grad = self.requires_grad
             parameter.grad = self.grad
+        except RuntimeError:  # after a cast or a move inside, the gradient does not fit
+            parameter.grad = None
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
         other = owner._parameters.get(name.rpartition(".")[2])
         if other is not None:
