@@ -104,7 +104,7 @@ def test_a_part_means_its_parameters_and_that_of_another_model_is_a_value_error(
     model = Model()
     assert selected(model, part(model)) == names_of(model, [part(model)])
     assert selected(model, [part(model)]) == names_of(model, [part(model)])
-    with pytest.raises(ValueError, match=r"not in the Model.*`model.head`"):
+    with pytest.raises(ValueError, match=r"not in the module.*`model.head`"):
         frozen(model, ["embeddings", part(Model())])
 
 

@@ -546,7 +546,7 @@ def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
 
 
 def test_only_modules_are_taken_and_layers_are_required():
-    with pytest.raises(TypeError, match=r"recompute takes .* got a list: `recompute"):
+    with pytest.raises(TypeError, match=r"got a list: `recompute\(model"):
         recompute([nn.Linear(1, 1)], "**")
     with pytest.raises(TypeError, match="layers"):
         recompute(make())

@@ -52,17 +52,20 @@ class Chosen:
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
         self._module, self.layers = module, normalise(layers)
-        self._known, self._members, self._buffers = list[Any](), list[Any](), list[Any]()
+        self._known, self._empty = list[Any](), list[Any]()
+        self._members, self._buffers = list[Any](), list[Any]()
         self.now()
 
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
-        found = self._structure()
-        if len(found) != len(self._known) or not all(map(is_, found, self._known)):
+        now, known = self._structure(), self._known
+        if any(self._empty) or len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
-            self._members = [members for m in modules for members in (m._modules, m._parameters)]
-            self._buffers = [m._buffers for m in modules]
+            members = [own for m in modules for own in (m._modules, m._parameters)]
+            buffers = [m._buffers for m in modules]
+            self._members, self._buffers = list(filter(None, members)), list(filter(None, buffers))
+            self._empty = [own for own in members + buffers if not own]
             self._known = self._structure()
         return self._selection
 
@@ -94,8 +97,7 @@ def _is_layer(word: Any) -> bool:
 def check_module(module: Any, call: str) -> None:
     """Raise a TypeError that names the right ``call`` unless this is an initialised module."""
     if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
-        function, kind = call.partition("(")[0], type(module).__name__
-        raise TypeError(f"{function} takes a torch.nn.Module, got a {kind}: `{call}`")
+        raise TypeError(f"module is a torch.nn.Module, got a {type(module).__name__}: `{call}`")
 
 
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
@@ -143,10 +145,7 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
         is_slice = id(layer) not in inside and isinstance(layer, _CONTAINERS)
         found = list(layer) if is_slice else [layer]  # a slice is a new container of the same parts
         if not inside.issuperset(map(id, found)):
-            kinds = type(layer).__name__, type(module).__name__
-            raise ValueError(
-                "the {} is not in the {}: give a part of it, `model.head`".format(*kinds)
-            )
+            raise ValueError(f"the {type(layer).__name__} is not in the module: try `model.head`")
     else:
         named = module.named_parameters(remove_duplicate=False)
         found = [parameter for name, parameter in named if layer(name, parameter)]
