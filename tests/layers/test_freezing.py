@@ -325,9 +325,11 @@ def test_a_layer_replaced_between_two_blocks_is_frozen_and_one_replaced_inside_i
     model.register_buffer("late", None)
     context, old = frozen(model), model[0]
     model.late = torch.zeros(1)
-    model[3].added = nn.Parameter(torch.zeros(1))
-    with context as names:
-        assert not model.training and "3.added" in names
+    with context:
+        assert not model.training
+        model[3].added = nn.Parameter(torch.zeros(1))
+        with context as names:
+            assert "3.added" in names
         model[0] = nn.Linear(4, 4)
         assert frozen_parameters(model)[0] != "0.weight"
         with context:

@@ -683,6 +683,8 @@ def on_ranks(rank, ranks):
         parameters = [
             getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()
         ]
+        stays = torch.equal(parameters[0], make().stem.weight)
+        assert stays == ("stem" in frozen_layers)
         return parameters, list(state_of(model)[1])
 
     for how in [
