@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from trainkit.tools.doctor.diagnosis import add_doctor
+from trainkit.tools.doctor import add_doctor
 from trainkit.tools.lift import add_lift
 
 
