@@ -26,7 +26,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
         return int(module.max_memory_allocated(device))
     with _Allocations() as allocations:  # type: ignore[no-untyped-call]
         step()
-    return allocations.peak
+    return int(allocations.peak)
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,19 +20,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainkit import amp, frozen, microbatch, recompute, train_step, trainable_parameters
 from trainkit.chunks.batches import Batch, mapped
-from trainkit.chunks.microbatching import is_out_of_memory, microbatch
-from trainkit.core.compose import train_step
-from trainkit.core.parts import amp
+from trainkit.chunks.microbatching import is_out_of_memory
 from trainkit.core.plan import current_device
-from trainkit.layers.freezing import frozen, trainable_parameters
 from trainkit.layers.language import unwrapped
-from trainkit.layers.recomputation import recompute
 from trainkit.tools.doctor.facts import has_fused
 from trainkit.tools.doctor.memory import peak_memory
 from trainkit.tools.doctor.target import Target, WrongTarget, load
 
 Row = dict[str, Any]
+_KEYS = ("name", "seconds", "peak_bytes", "largest_batch", "failure")
 _NO_MEMORY = "out of memory"
 
 
@@ -50,31 +48,30 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
     """Measure the user's model without and with each part; the model stays as it was."""
     model, batch, loss_fn = load(target)
     place = torch.device(device) if device else current_device()
-    made = Target(model, mapped(batch, lambda tensor: tensor.to(place)), loss_fn)
-    rows = None
+    given = Target(model, mapped(batch, lambda tensor: tensor.to(place)), loss_fn)
+    count = None
     with suppress(ValueError):  # microbatch says why this batch cannot be cut
-        rows = Batch((batch,), {}).rows
-    variants = make_variants(model, layers, rows)
-    keys = ("name", "seconds", "peak_bytes", "largest_batch", "failure")
-    found: list[Row] = [dict.fromkeys(keys) | {"name": v.name, "failure": ""} for v in variants]
-    times: list[list[float]] = [[] for _ in variants]
-    pairs = list(zip(variants, found, times, strict=True))
-    for variant, row, seconds in pairs * steps:
+        count = Batch((batch,), {}).rows
+    variants = make_variants(model, layers, count)
+    rows: list[Row] = [dict.fromkeys(_KEYS) | {"name": v.name, "failure": ""} for v in variants]
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    pairs = list(zip(variants, rows, strict=True))
+    for variant, row in pairs * steps:
         try:
             if not row["failure"]:
-                time_, row["peak_bytes"] = measure(variant, made, place, rows)
-                seconds.append(time_)
-                row["seconds"] = statistics.median(seconds)
+                seconds, row["peak_bytes"] = measure(variant, given, place, count)
+                times[variant.name].append(seconds)
+                row["seconds"] = statistics.median(times[variant.name])
         except Exception as error:
             if variant.name == "plain" and not is_out_of_memory(error):
                 raise  # the user's own error
             reason = f"{type(error).__name__}: {error}"
             row["failure"] = _NO_MEMORY if is_out_of_memory(error) else reason
-    for variant, row, _ in pairs:
-        if place.type != "cpu" and rows and row["failure"] in ("", _NO_MEMORY):
-            row["largest_batch"] = largest_batch(variant, made, place, rows)
-    known = {"target": target, "device": str(place), "rows": rows, "steps": steps}
-    return {**known, "variants": found, "advice": conclude(found)}
+    for variant, row in pairs:
+        if place.type != "cpu" and count and row["failure"] in ("", _NO_MEMORY):
+            row["largest_batch"] = largest_batch(variant, given, place, count)
+    known = {"target": target, "device": str(place), "rows": count, "steps": steps}
+    return {**known, "variants": rows, "advice": conclude(rows)}
 
 
 def make_variants(
@@ -112,14 +109,14 @@ def _quarter(rows: int | None) -> int:
 
 
 def measure(
-    variant: Variant, made: Target, place: torch.device, rows: int | None
+    variant: Variant, given: Target, place: torch.device, rows: int | None
 ) -> tuple[float, int]:
     """Return the seconds and the peak memory of a step after a first one, of a copy."""
     device = torch.get_device_module(place)
     gc.collect()  # frees what the last measurement has left
     getattr(device, "empty_cache", bool)()
     torch.manual_seed(0)
-    model = copy.deepcopy(made.model).to(place).train()
+    model = copy.deepcopy(given.model).to(place).train()
     freezing = frozen(model, variant.to_freeze)
     with freezing:
         parameters = trainable_parameters(model)
@@ -134,18 +131,18 @@ def measure(
     @train_step(optimizer, *(part for part, is_used in parts if is_used))
     def step(batch: Any) -> Any:
         # In containers of its own, since the function may take things out of them.
-        return made.loss_fn(model, mapped(batch, lambda tensor: tensor))
+        return given.loss_fn(model, mapped(batch, lambda tensor: tensor))
 
-    step(made.batch)
+    step(given.batch)
     device.synchronize()
     start = time.perf_counter()
-    step(made.batch)
+    step(given.batch)
     device.synchronize()
     seconds = time.perf_counter() - start
-    return seconds, peak_memory(lambda: step(made.batch), place)
+    return seconds, peak_memory(lambda: step(given.batch), place)
 
 
-def largest_batch(variant: Variant, made: Target, place: torch.device, rows: int) -> int:
+def largest_batch(variant: Variant, given: Target, place: torch.device, rows: int) -> int:
     """Return how many rows fit, to within 1/16 and up to 64 times the batch; 0 if not one does."""
     fitting, failing, count = 0, 64 * rows + 1, rows
     while failing - fitting > max(1, fitting // 16):
@@ -155,7 +152,7 @@ def largest_batch(variant: Variant, made: Target, place: torch.device, rows: int
             return tensor[index] if tensor.dim() else tensor
 
         try:
-            measure(variant, made._replace(batch=mapped(made.batch, repeated)), place, count)
+            measure(variant, given._replace(batch=mapped(given.batch, repeated)), place, count)
             fitting = count
         except Exception:  # out of memory, or of the limits of a kernel
             failing = count
@@ -172,11 +169,11 @@ def conclude(rows: list[Row]) -> list[str]:
     lines = []
     if half["seconds"]:
         ratio = half["seconds"] / plain["seconds"]
-        lines.append(f"amp() takes {ratio:.2f}x the time: {'use' if ratio < 0.95 else 'leave'} it.")
+        verdict = "use it" if ratio < 0.95 else "leave it out, unless for its memory"
+        lines.append(f"amp() takes {ratio:.2f}x the time: {verdict}.")
     exact = [row for row in others if row["name"].startswith(("microbatch", "recompute"))]
-    saving = [
-        row for row in exact if (row["peak_bytes"] or math.inf) < 0.9 * (plain["peak_bytes"] or 0)
-    ]
+    limit = 0.9 * (plain["peak_bytes"] or 0)
+    saving = [row for row in exact if row["seconds"] and row["peak_bytes"] < limit]
     if saving:
         best = min(saving, key=lambda row: row["seconds"])
         lines.append(f"If memory is short, use {best['name']} first.")
