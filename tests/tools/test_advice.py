@@ -74,9 +74,7 @@ def test_each_machine_gets_the_dtype_that_is_good_for_it(machine, dtype, reason)
     assert find_faults(machine) == []
 
 
-@pytest.mark.parametrize(
-    "machine", [cpu(), cpu(native_bfloat16=False), cpu(fused=[]), cpu(cpus=1)]
-)
+@pytest.mark.parametrize("machine", [cpu(), cpu(native_bfloat16=False), cpu(fused=[]), cpu(cpus=1)])
 def test_the_code_of_the_advice_runs(machine):
     space = {name: getattr(trainkit, name) for name in trainkit.__all__}
     space |= {"torch": torch, "model": make_model(torch.float32), "dataset": torch.ones(4, 2, 4)}
@@ -90,7 +88,12 @@ def test_the_code_of_the_advice_runs(machine):
 
 FAULTS = [
     (cpu(driver="550.54"), "error", "without CUDA", "install torch for CUDA"),
-    (cpu(cuda="13.0", driver="470.1", cuda_warning="too old"), "error", "(470.1). too old", "driver"),
+    (
+        cpu(cuda="13.0", driver="470.1", cuda_warning="too old"),
+        "error",
+        "(470.1). too old",
+        "driver",
+    ),
     (cpu(cuda="13.0", driver="470.1"), "error", "torch for CUDA 13.0 cannot use", "nvidia-smi"),
     (cpu(cuda="13.0", cuda_warning="broken"), "error", "broken", "nvidia-smi"),
     (gpu("P100", (6, 0), "no kernel image"), "error", "(P100): no kernel image", "CUDA 12.6"),

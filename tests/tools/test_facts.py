@@ -60,7 +60,8 @@ def test_a_gpu_is_described(monkeypatch, name, capability, dtype):
     assert (found.kind, found.cuda, found.amp_dtype) == ("cuda", "12.6", dtype)
     assert found.native_bfloat16 is (dtype == "bfloat16")
     assert [device.place for device in found.devices] == ["cuda:0", "cuda:1"]
-    assert all(device[1:4] == (name, 16 * GIB, capability) for device in found.devices)
+    for device in found.devices:
+        assert (device.name, device.memory, device.capability) == (name, 16 * GIB, capability)
 
 
 def test_the_digits_of_an_amd_gpu_are_not_a_compute_capability(monkeypatch):
@@ -90,7 +91,9 @@ def test_the_warning_of_torch_about_the_driver_is_kept_in_one_line(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="nvidia-smi is found by the shell")
 def test_the_driver_is_found_without_torch_unless_the_gpus_are_hidden(monkeypatch, tmp_path):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA |'\n")
+    smi.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA |'\n"
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -55,6 +55,8 @@ def test_what_was_printed_before_an_exception_is_shown(capsys, tmp_path, monkeyp
 
 
 def test_importing_the_package_does_not_import_its_commands():
-    code = "import sys, trainkit; print([m for m in sys.modules if m.startswith('trainkit.tools.')])"
+    code = (
+        "import sys, trainkit; print([m for m in sys.modules if m.startswith('trainkit.tools.')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['trainkit.tools.notebooks']\n"

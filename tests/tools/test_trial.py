@@ -146,7 +146,7 @@ def test_a_model_may_have_its_own_loss_and_a_function_may_take_things_out_of_its
 def test_layers_can_be_named(user):
     names = column(tried("pair", layers=["blocks[0]", "blocks[1]"]), "name")
     assert names[2::2] == ["frozen blocks[0] blocks[1]", "recompute blocks[0] blocks[1]"]
-    with pytest.raises(WrongTarget, match="--layers: .*'block' .*'blocks'"):
+    with pytest.raises(WrongTarget, match=r"--layers: .*'block' .*'blocks'"):
         tried("pair", layers=["block"])
 
 

@@ -46,9 +46,8 @@ def _run(options: argparse.Namespace) -> int:
     machine = facts.examine()
     use, findings = advice.advise(machine), advice.find_faults(machine)
     if options.json:
-        devices = [device._asdict() for device in machine.devices]
-        found = {"machine": {**vars(machine), "devices": devices}}
-        print(json.dumps({**found, "advice": use, "findings": findings}, indent=2))
+        found = {"machine": machine, "advice": use, "findings": findings}
+        print(json.dumps(found, default=vars, indent=2))
     else:
         print(advice.report(machine, use, findings))
     return int(any(finding["level"] == "error" for finding in findings))

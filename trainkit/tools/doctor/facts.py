@@ -7,9 +7,10 @@ import platform
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import collect_env
@@ -19,7 +20,8 @@ from trainkit.core.plan import current_device, native_dtype
 Machine = SimpleNamespace
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     """One device to train on.
 
     Attributes:
@@ -55,16 +57,19 @@ def examine() -> Machine:
         threads: the number of threads that torch uses.
         ranks: WORLD_SIZE of torchrun; 1 without it.
     """
-    cuda_warning = _cuda_warning()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old GPUs, for example: the findings say more
+    find_driver: Any = collect_env.get_nvidia_driver_version
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    with warnings.catch_warnings(record=True) as caught:  # the findings say more than later ones
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+        cuda_warning = " ".join(str(warning.message) for warning in caught)
         kind = current_device().type
         return Machine(
             torch=torch.__version__,
             python=platform.python_version(),
             cuda=torch.version.cuda,
-            driver=_driver(),
-            cuda_warning=cuda_warning,
+            driver=None if is_hidden else find_driver(collect_env.run),
+            cuda_warning=" ".join(cuda_warning.split()),
             kind=kind,
             devices=_devices(kind),
             amp_dtype=str(native_dtype(kind)).removeprefix("torch."),
@@ -75,20 +80,6 @@ def examine() -> Machine:
             threads=torch.get_num_threads(),
             ranks=int(os.environ.get("WORLD_SIZE", 1)),
         )
-
-
-def _driver() -> str | None:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    find: Any = collect_env.get_nvidia_driver_version
-    return find(collect_env.run)  # type: ignore[no-any-return]
-
-
-def _cuda_warning() -> str:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.is_available()
-    return " ".join(" ".join(str(warning.message).split()) for warning in caught)
 
 
 def _devices(kind: str) -> list[Device]:
