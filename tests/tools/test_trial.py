@@ -235,6 +235,21 @@ def test_the_model_stays_as_it_was(user, monkeypatch, error):
     assert not model[2].bias.requires_grad
 
 
+def test_steps_are_in_training_mode_and_draw_the_same_random_numbers(user, monkeypatch):
+    seen = []
+
+    def loss_fn(model, batch):
+        output = model(batch)
+        seen.append((model.training, output.sum().item()))
+        return output.pow(2).mean()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    monkeypatch.setattr(user, "made", (model, torch.ones(8, 4), loss_fn))
+    tried("given", steps=2)
+    assert not model.training and all(is_training for is_training, _ in seen)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
 def test_the_table_has_ratios_and_advice(user):
     lines = table(tried("pair")).splitlines()
     assert lines[0] == "users_own:pair on cpu, a batch of 8 rows; the median of 1 steps"

@@ -30,7 +30,6 @@ from trainkit.tools.doctor.memory import peak_memory
 from trainkit.tools.doctor.target import Target, WrongTarget, load
 
 Row = dict[str, Any]
-_KEYS = ("name", "seconds", "peak_bytes", "largest_batch", "failure")
 _NO_MEMORY = "out of memory"
 
 
@@ -48,26 +47,28 @@ def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str]
     """Measure the user's model without and with each part; the model stays as it was."""
     model, batch, loss_fn = load(target)
     place = torch.device(device) if device else current_device()
+    if place.index:
+        torch.get_device_module(place).set_device(place)  # for synchronize and empty_cache
     given = Target(model, mapped(batch, lambda tensor: tensor.to(place)), loss_fn)
     count = None
     with suppress(ValueError):  # microbatch says why this batch cannot be cut
         count = Batch((batch,), {}).rows
     variants = make_variants(model, layers, count)
-    rows: list[Row] = [dict.fromkeys(_KEYS) | {"name": v.name, "failure": ""} for v in variants]
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    keys = {"name": "", "seconds": None, "peak_bytes": None, "largest_batch": None, "failure": ""}
+    rows: list[Row] = [{**keys, "name": v.name, "seconds": []} for v in variants]
     pairs = list(zip(variants, rows, strict=True))
     for variant, row in pairs * steps:
         try:
             if not row["failure"]:
                 seconds, row["peak_bytes"] = measure(variant, given, place, count)
-                times[variant.name].append(seconds)
-                row["seconds"] = statistics.median(times[variant.name])
+                row["seconds"].append(seconds)
         except Exception as error:
             if variant.name == "plain" and not is_out_of_memory(error):
                 raise  # the user's own error
             reason = f"{type(error).__name__}: {error}"
             row["failure"] = _NO_MEMORY if is_out_of_memory(error) else reason
     for variant, row in pairs:
+        row["seconds"] = statistics.median(row["seconds"]) if row["seconds"] else None
         if place.type != "cpu" and count and row["failure"] in ("", _NO_MEMORY):
             row["largest_batch"] = largest_batch(variant, given, place, count)
     known = {"target": target, "device": str(place), "rows": count, "steps": steps}
