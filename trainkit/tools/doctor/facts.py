@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import collect_env
 
-from trainkit.core.plan import current_device, native_dtype
+from trainkit.core.precision import current_device, native_dtype
 
 Machine = SimpleNamespace
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trainkit import amp, frozen, microbatch, recompute, train_step, trainable_parameters
 from trainkit.chunks.batches import Batch, mapped
 from trainkit.chunks.microbatching import is_out_of_memory
-from trainkit.core.plan import current_device
+from trainkit.core.precision import current_device
 from trainkit.layers.language import unwrapped
 from trainkit.tools.doctor.facts import has_fused
 from trainkit.tools.doctor.memory import peak_memory
