@@ -142,8 +142,7 @@ class Updater:
             value, by = norm.item(), divisor
         if not (value < math.inf and 0 < by < math.inf):
             return None
-        clip = min(1.0, self.max_norm / (value + 1e-6))
-        return clip / by
+        return min(1.0, self.max_norm / (value + 1e-6)) / by
 
     def learn(self, found_inf: Tensor) -> int:
         """Move the loss scale by the rule of ``GradScaler``: halved by an overflow, doubled after
