@@ -1,4 +1,4 @@
-"""A batch as the arguments of a call, whatever tensors are in it, and how it is cut along its rows."""
+"""A batch: the arguments of a call, and how they are cut along the rows of their tensors."""
 
 from __future__ import annotations
 
@@ -8,44 +8,39 @@ from typing import Any
 
 from torch import Tensor
 
+from trainkit.core.plan import check
+
 
 class Batch:
-    """The arguments of a call, which can be taken in chunks.
+    """The arguments of a call, which can be taken in chunks of their rows.
 
-    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth. What is no tensor, or has no
-    dimension, goes to every chunk as it is.
+    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth. Every
+    chunk gets everything else whole, and tensors without a dimension too.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._arguments = (args, dict(kwargs))
         found = list(tensors(self._arguments))
-        lengths = {len(tensor) for tensor in found}
-        if not found:
-            raise ValueError(
-                f"microbatch found no tensor to cut in {[type(value).__name__ for value in (*args, *kwargs.values())]}; it cuts "
-                "tensors along their first dimension, also in tuples, lists and mappings: `step(inputs, targets)`"
-            )
-        if len(lengths) > 1:
-            raise ValueError(
-                "microbatch cuts tensors along their first dimension, and these differ in it: "
-                f"{[tuple(tensor.shape) for tensor in found]}; bind what is no part of the batch beforehand, "
-                "`functools.partial(function, table=table)`"
-            )
-        (self.rows,) = lengths
-        # By this, more or less, the memory that a row needs is known before it is needed.
+        names = [type(value).__name__ for value in (*args, *kwargs.values())]
+        none = f"microbatch cuts tensors along their first dimension, got only {names}"
+        check(bool(found), ValueError, f"{none}: `step(inputs, targets)`")
+        shapes = [tuple(tensor.shape) for tensor in found]
+        differ = f"microbatch cuts tensors along their first dimension, and these differ: {shapes}"
+        remedy = "`functools.partial(function, table=table)` binds what is not of the batch"
+        check(len({shape[0] for shape in shapes}) == 1, ValueError, f"{differ}; {remedy}")
+        self.rows = len(found[0])
+        # What a row needs in memory is roughly proportional to this.
         self.size_of_row = sum(tensor.numel() for tensor in found) // max(self.rows, 1)
 
     def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the call for some of the rows: views, no copies."""
+        """Return the arguments of the call for some of the rows, as views."""
         arguments: tuple[tuple[Any, ...], dict[str, Any]]
-        arguments = mapped(
-            self._arguments, lambda tensor: tensor[start:stop] if tensor.dim() else tensor
-        )
+        arguments = mapped(self._arguments, lambda t: t[start:stop] if t.dim() else t)
         return arguments
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a batch that have rows."""
+    """Yield the tensors in a batch that have rows."""
     if isinstance(value, Tensor):
         if value.dim():
             yield value
@@ -55,16 +50,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with something else in place of each of its tensors; the same where there are none."""
+    """Return a batch with ``function(tensor)`` in place of each of its tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
         items = [mapped(item, function) for item in value]
-        return (
-            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        )  # a named tuple takes them one by one
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        # A copy keeps what else a mapping has, as the BatchEncoding of a tokenizer does.
+        # A copy keeps what else a mapping has, for example the BatchEncoding of a tokenizer.
         found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for name, item in value.items():
             found[name] = mapped(item, function)
