@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -20,36 +20,25 @@ class Batch:
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._arguments = (args, dict(kwargs))
-        found = list(tensors(self._arguments))
-        names = [type(value).__name__ for value in (*args, *kwargs.values())]
-        none = f"microbatch cuts tensors along their first dimension, got only {names}"
-        check(bool(found), ValueError, f"{none}: `step(inputs, targets)`")
+        every: list[Tensor] = []
+        mapped(self._arguments, every.append)
+        found = [tensor for tensor in every if tensor.dim()]
+        cuts = "microbatch cuts tensors along their first dimension"
+        check(bool(found), ValueError, f"{cuts}, got none in {args!r:.60}: `step(inputs, targets)`")
         shapes = [tuple(tensor.shape) for tensor in found]
-        differ = f"microbatch cuts tensors along their first dimension, and these differ: {shapes}"
-        remedy = "`functools.partial(function, table=table)` binds what is not of the batch"
-        check(len({shape[0] for shape in shapes}) == 1, ValueError, f"{differ}; {remedy}")
+        remedy = "bind what is not of the batch, `functools.partial(function, table=table)`"
+        is_even = len({shape[0] for shape in shapes}) == 1
+        check(is_even, ValueError, f"{cuts}, got lengths that differ in {shapes}: {remedy}")
         self.rows = len(found[0])
-        # What a row needs in memory is roughly proportional to this.
+        # The memory for a row is roughly proportional to this.
         self.size_of_row = sum(tensor.numel() for tensor in found) // max(self.rows, 1)
 
     def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the call for some of the rows, as views."""
-        arguments: tuple[tuple[Any, ...], dict[str, Any]]
-        arguments = mapped(self._arguments, lambda t: t[start:stop] if t.dim() else t)
-        return arguments
+        return mapped(self._arguments, lambda t: t[start:stop] if t.dim() else t)  # type: ignore[no-any-return]
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a batch that have rows."""
-    if isinstance(value, Tensor):
-        if value.dim():
-            yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(item)
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """Return a batch with ``function(tensor)`` in place of each of its tensors."""
     if isinstance(value, Tensor):
         return function(value)

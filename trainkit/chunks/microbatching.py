@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from trainkit.core.plan import Plan, check
 from trainkit.core.result import StepResult
 from trainkit.core.step import MicroBatch, Step
 from trainkit.core.warning import warn
-from trainkit.core.window import Weight, Window, weighted_mean
+from trainkit.core.window import Window, weighted_mean
 
 P = ParamSpec("P")
 
@@ -45,15 +46,15 @@ def microbatch(size: int | Literal["auto"]) -> Part:
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> step = train_step(torch.optim.SGD([weight]), microbatch(4))(lambda x: (x @ weight).mean())
+        >>> optimizer = torch.optim.SGD([weight])
+        >>> step = train_step(optimizer, microbatch(4))(lambda x: (x @ weight).mean())
         >>> step(torch.ones(10, 3)).updated  # chunks of 4, 4 and 2 rows
         True
 
     Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
     """
-    is_int = isinstance(size, int) and not isinstance(size, bool)
     wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
-    check(size == "auto" or is_int, TypeError, wanted)
+    check(size == "auto" or type(size) is int, TypeError, wanted)
     check(size == "auto" or size >= 1, ValueError, wanted)
     return Part(Plan(step=functools.partial(ChunkedStep, None if size == "auto" else size)))
 
@@ -61,16 +62,15 @@ def microbatch(size: int | Literal["auto"]) -> Part:
 class ChunkedStep(Step[P]):
     """A step whose calls take batches, each of them as several micro-batches.
 
-    ``chunk_sizes``: with "auto", the rows of a chunk by the numbers in a row, wherever more rows ran
-    out of memory. It may be changed and cleared between two calls.
+    ``chunk_sizes``: with "auto", the rows of a chunk where more rows ran out of memory, by the
+    numbers in a row. It may be changed and cleared between two calls.
     """
 
     def __init__(self, rows: int | None, plan: Plan, function: Callable[P, Any]) -> None:
         super().__init__(plan, function)
         self.chunk_sizes: dict[int, int] = {}
         self._rows = rows  # None with "auto"
-        self._news = (0, 0)  # the latest entry of ``chunk_sizes`` that other ranks do not know
-        self._chunk: MicroBatch | None = None  # about to begin
+        self._chunk: Chunk | None = None  # about to begin
         self._is_last_chunk = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
@@ -79,42 +79,36 @@ class ChunkedStep(Step[P]):
         batch = Batch(args, kwargs)
         if self._updater is None:
             self._prepare()
-        if self._window is None:
-            self._window = self._new_window()
+        self._window = self._window or self._new_window()
         fillers, start = self._count_fillers(batch), 0
-        losses: list[Any] = []
-        weights: list[Weight] = []
+        parts: list[Any] = []  # the losses of the chunks and their weights
         try:
-            while not losses or start < batch.rows:
+            while not parts or start < batch.rows:
                 stop = min(start + self._rows_for(batch), batch.rows)
                 self._size = Fraction(stop - start or 1, batch.rows or 1)
                 self._is_last_chunk = stop == batch.rows and not fillers
-                chunk = self._try(batch, start, stop)
-                if chunk is not None:
-                    result, start = chunk.result, stop
-                    losses.append(result.loss)
-                    weights.append(float(self._size) if chunk.weight is None else chunk.weight)
+                if (chunk := self._try(batch, start, stop)) is not None:
+                    result, latest, start = chunk.result, start, stop
+                    weight = float(self._size) if chunk.weight is None else chunk.weight
+                    parts.append((result.loss, weight))
             for left in reversed(range(fillers)):
                 self._size, self._is_last_chunk = 0, not left
-                latest, more = batch.chunk(max(0, stop - self._rows_for(batch)), stop)
-                result = super().__call__(*latest, **more)
+                args, kwargs = batch.chunk(latest, batch.rows)  # type: ignore[assignment]
+                result = super().__call__(*args, **kwargs)
         except BaseException:
-            if losses:  # a part of the batch is in
+            if parts:  # some rows of the batch are in
                 self.discard()
             raise
         finally:
             self._size, self._is_last_chunk, self._chunk = 1, True, None
-        if fillers and self._rows is None:
-            self._exchange_sizes()
-        result.loss = losses[0] if len(losses) == 1 else weighted_mean(losses, weights)
+        result.loss = parts[0][0] if len(parts) == 1 else weighted_mean(*zip(*parts, strict=True))
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of a step, and ``chunk_sizes``; RuntimeError inside a batch."""
         if self._window is not None:
-            inside = "step.state_dict() was called inside a batch, between two of its chunks"
-            is_whole = self._window.size.denominator == 1
-            check(is_whole, RuntimeError, f"{inside}: call it after `step(batch)`")
+            inside = "step.state_dict() was called inside a batch: call it after `step(batch)`"
+            check(self._window.size.denominator == 1, RuntimeError, inside)
             self._window.size = int(self._window.size)
         return super().state_dict() | {"chunk_sizes": dict(self.chunk_sizes)}
 
@@ -131,25 +125,23 @@ class ChunkedStep(Step[P]):
         return chunk or super()._micro_batch()
 
     def _rows_for(self, batch: Batch) -> int:
-        """Return the rows of the next chunk. What is too much for a row is so for a longer one."""
+        """Return the rows of the next chunk. Too many rows are too many of longer ones as well."""
         if self._rows is not None:
             return self._rows
         known = (rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row)
         return max(1, min(known, default=batch.rows))
 
-    def _try(self, batch: Batch, start: int, stop: int) -> MicroBatch | None:
+    def _try(self, batch: Batch, start: int, stop: int) -> Chunk | None:
         """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
         if self._owed is not None and self._owed.known():
-            self.settle()  # here, because memory that runs out in ``after`` is not of the chunk
-        rows, outer = stop - start, sys.exc_info()[1]
-        chunk = MicroBatch(self) if self._rows else RevocableMicroBatch(self)
-        self._chunk, (args, kwargs) = chunk, batch.chunk(start, stop)
+            self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
+        rows, outer, (args, kwargs) = stop - start, sys.exc_info()[1], batch.chunk(start, stop)
+        self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
         try:
             super().__call__(*args, **kwargs)
             return chunk
         except Exception as error:
-            can_retry = isinstance(chunk, RevocableMicroBatch) and not chunk.is_final
-            if not (can_retry and is_out_of_memory(error)):
+            if not (chunk.is_revocable and is_out_of_memory(error)):
                 raise
             chunk.revoke()
             if rows <= 1:
@@ -157,113 +149,96 @@ class ChunkedStep(Step[P]):
                 raise
             _clear_frames(error, outer)
         del chunk
-        gc.collect()  # after the error is gone, only cycles of the user's hold activations
-        device = self._plan.parameters()[0].device
-        getattr(torch.get_device_module(device), "empty_cache", bool)()
+        gc.collect()  # the error is gone: only cycles of the user's still hold activations
+        getattr(torch.get_device_module(self._updater.zero.device), "empty_cache", bool)()
+        size, rows = batch.size_of_row, rows // 2
         if not self.chunk_sizes:
-            warn(
-                f"memory ran out with {rows} rows of {batch.size_of_row} numbers: microbatch('auto') "
-                f"continues with {rows // 2}; `step.chunk_sizes` has all sizes that it finds"
-            )
-        self.chunk_sizes[batch.size_of_row] = rows // 2
-        self._news = (batch.size_of_row, rows // 2)
+            came = f"memory ran out with {stop - start} rows of {size} numbers"
+            warn(f"{came}: microbatch('auto') continues with {rows}, see `step.chunk_sizes`")
+        self.chunk_sizes[size] = rows
         return None
 
     def _count_fillers(self, batch: Batch) -> int:
-        """Return how many chunks of size 0 follow the batch because other ranks wait for them.
+        """Return how many chunks follow the batch and count nothing: other ranks wait for them.
 
-        With "auto" gradients are reduced in one of its own: a rank that ran out of memory while
-        others wait for its gradients could not try again.
+        With "auto" ranks reduce gradients in a filler, because a rank that runs out of memory while
+        others wait for its gradients cannot try again. They exchange the sizes they found there.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
         from trainkit.ranks.collectives import all_gather_ints, world_size
         from trainkit.ranks.join import group_of, needs_all_ranks
 
-        together = needs_all_ranks(self._plan)
-        if self._rows is None:
-            waiting = "a rank that runs out of memory and tries again would leave others waiting"
-            where = "under FSDP, with a static graph or with SyncBatchNorm"
-            refused = f"got microbatch('auto') {where}, where {waiting}: `microbatch(8)`"
-            check(not together, ValueError, refused)
-            return int(world_size() > 1 and self._closes())
-        count = -(-batch.rows // self._rows) or 1
-        if not together or world_size() == 1:
+        needs_all, group = needs_all_ranks(self._plan), group_of(self._plan)
+        if self._rows is not None:
+            count = -(-batch.rows // self._rows) or 1
+            return int(all_gather_ints(group, count).max()) - count if needs_all else 0
+        where = "where every backward needs all ranks (FSDP, a static graph, SyncBatchNorm)"
+        remedy = "a chunk that is tried again leaves the others waiting: `microbatch(8)`"
+        check(not needs_all, ValueError, f"got microbatch('auto') {where}, {remedy}")
+        if world_size() == 1 or not self._closes():
             return 0
-        return int(all_gather_ints(group_of(self._plan), count).max()) - count
-
-    def _exchange_sizes(self) -> None:
-        """Tell other ranks the latest size that this one found, and learn theirs."""
-        from trainkit.ranks.collectives import all_gather_ints
-        from trainkit.ranks.join import group_of
-
-        news, self._news = self._news, (0, 0)
-        for size, rows in all_gather_ints(group_of(self._plan), *news).tolist():
+        latest = next(reversed(self.chunk_sizes.items()), (0, 0))
+        for size, rows in all_gather_ints(group, *latest).tolist():
             if rows:
                 self.chunk_sizes[size] = min(rows, self.chunk_sizes.get(size, rows))
+        return 1
 
 
-class RevocableMicroBatch(MicroBatch):
-    """A micro-batch that can be revoked until its update, whatever it ran out of memory in.
+class Chunk(MicroBatch):
+    """A micro-batch that can be revoked until its update, wherever memory runs out.
 
     Its backward finds the window without sums. They are added to its gradients once it has
-    succeeded, so nothing of a micro-batch that fails is in them.
+    succeeded, so a chunk that fails leaves nothing in them.
     """
 
-    aside: tuple[Window, list[Tensor | None]] | None = None  # the window, and its sums
-    is_final = False
+    def __init__(self, step: Step[Any], is_revocable: bool) -> None:
+        super().__init__(step)
+        self.is_revocable = is_revocable
+        self.aside: tuple[Window, list[Tensor | None]] | None = None  # the window, and its sums
 
     def backward(self, loss: Tensor, weight: Any) -> None:
-        """Run backward of a loss without the sums of the window."""
+        """Run backward of a loss, without the sums of the window."""
         window = self.step._window
-        if self.aside is None and window is not None:
+        if self.is_revocable and self.aside is None and window is not None:
             self.aside = window, window.sums
             window.sums, window.lent = [], []
         super().backward(loss, weight)
 
     def finish(self) -> None:
-        """Add the sums of the window to the gradients, and count the micro-batch."""
+        """Add the sums of the window to the gradients, and count the chunk."""
         if self.left:
             self.check_untouched()
-        if self.aside is not None and self.aside[0] is self.lent:  # else the function discarded it
+        if self.aside is not None and self.aside[0] is self.lent:  # the function did not discard it
             self.lent.take()
-            _add_sums(self.lent, self.aside[1])
-        self.aside, self.is_final = None, True
+            pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
+            self.lent.sums = [_added(gradient, total) for gradient, total in pairs]
+        self.aside, self.is_revocable = None, False
         super().finish()
 
     def leave(self) -> None:
-        """Leave the micro-batch. A window that is still open has its sums again."""
+        """Leave the chunk. A window that is still open gets its sums back."""
         super().leave()
         if self.aside is not None and self.aside[0] is self.step._window:
             self.revoke()
 
     def revoke(self) -> None:
-        """Give the step its window as it was before the micro-batch."""
+        """Give the step its window as it was before the chunk."""
         if self.aside is not None:
-            (window, window.sums), self.aside = self.aside, None
-            window.lent = [False] * len(window.sums)
-            self.step._window = window
+            window, sums = self.aside
+            window.sums, window.lent = sums, [False] * len(sums)
+            self.step._window, self.aside = window, None
 
 
-def _add_sums(window: Window, sums: list[Tensor | None]) -> None:
-    """Add sums to those of a window in place. They themselves do not change."""
-    pairs = []
-    for i, total in enumerate(sums):
-        gradient = window.sums[i]
-        if gradient is None:
-            window.sums[i] = total
-        elif total is not None and gradient.is_sparse:
-            window.sums[i] = total + gradient  # in the order of autograd
-        elif total is not None:
-            pairs.append((gradient, total))
-    if pairs:
-        gradients, totals = zip(*pairs, strict=True)
-        torch._foreach_add_(gradients, totals)
+def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:
+    """Return gradient + total in place of the gradient. The total does not change."""
+    if gradient is None or total is None:
+        return total if gradient is None else gradient
+    return total + gradient if gradient.is_sparse else gradient.add_(total)  # as autograd adds
 
 
 _ADVICE = (
-    "A single row does not fit into memory. Shorter rows need less, and so do `amp()`, "
-    "`recompute(model, layers)` and `freeze(model, layers)`"
+    "A single row does not fit into memory: shorter rows, `amp()` or `recompute(...)` need less"
 )
 
 
@@ -282,9 +257,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_said or isinstance(error, torch.OutOfMemoryError)
 
 
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: ",
-    "MPS backend out of memory",
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
