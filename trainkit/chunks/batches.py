@@ -20,9 +20,8 @@ class Batch:
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._arguments = (args, dict(kwargs))
-        every: list[Tensor] = []
-        mapped(self._arguments, every.append)
-        found = [tensor for tensor in every if tensor.dim()]
+        found: list[Tensor] = []
+        mapped(self._arguments, lambda t: found.append(t) if t.dim() else None)
         cuts = "microbatch cuts tensors along their first dimension"
         check(bool(found), ValueError, f"{cuts}, got none in {args!r:.60}: `step(inputs, targets)`")
         shapes = [tuple(tensor.shape) for tensor in found]

@@ -101,7 +101,8 @@ class ChunkedStep(Step[P]):
             raise
         finally:
             self._size, self._is_last_chunk, self._chunk = 1, True, None
-        result.loss = parts[0][0] if len(parts) == 1 else weighted_mean(*zip(*parts, strict=True))
+        losses, weights = map(list, zip(*parts, strict=True))
+        result.loss = losses[0] if len(parts) == 1 else weighted_mean(losses, weights)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,9 +174,8 @@ class ChunkedStep(Step[P]):
         if self._rows is not None:
             count = -(-batch.rows // self._rows) or 1
             return int(all_gather_ints(group, count).max()) - count if needs_all else 0
-        where = "where every backward needs all ranks (FSDP, a static graph, SyncBatchNorm)"
-        remedy = "a chunk that is tried again leaves the others waiting: `microbatch(8)`"
-        check(not needs_all, ValueError, f"got microbatch('auto') {where}, {remedy}")
+        alone = "got 'auto' where a rank cannot try again alone, as under FSDP: `microbatch(8)`"
+        check(not needs_all, ValueError, alone)
         if world_size() == 1 or not self._closes():
             return 0
         latest = next(reversed(self.chunk_sizes.items()), (0, 0))
@@ -207,8 +207,7 @@ class Chunk(MicroBatch):
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
-        if self.left:
-            self.check_untouched()
+        self.check_untouched()
         if self.aside is not None and self.aside[0] is self.lent:  # the function did not discard it
             self.lent.take()
             pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
@@ -237,9 +236,7 @@ def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:
     return total + gradient if gradient.is_sparse else gradient.add_(total)  # as autograd adds
 
 
-_ADVICE = (
-    "A single row does not fit into memory: shorter rows, `amp()` or `recompute(...)` need less"
-)
+_ADVICE = "A single row does not fit into memory: `amp()`, `recompute(model, layers)` need less."
 
 
 def _clear_frames(error: BaseException | None, outer: BaseException | None) -> None:
