@@ -37,10 +37,13 @@ class Memory:
         if place == "forward":
             module.register_forward_pre_hook(self.visit)
         elif place == "activation":  # in backward
-            hook = lambda module, given, output: output.register_hook(self.visit) and None  # noqa: E731
-            module.register_forward_hook(hook)
+            module.register_forward_hook(self.watch)
         else:  # between the gradient of one parameter and the next
             getattr(module, place).register_hook(self.visit)
+
+    def watch(self, module, given, output):
+        if output.requires_grad:
+            output.register_hook(self.visit)
 
     def visit(self, *_):
         self.skip -= 1
@@ -64,7 +67,7 @@ def explicit(step, model, x, y):
 
 def reentrant(step, model, x, y):
     """A layer used twice gets its gradient in two parts, from two nested backwards."""
-    hidden = model[:2](x) + 0 * model(x).sum()
+    hidden = 0 * model(x).sum() + model[:2](x)
     for _ in range(2):
         hidden = checkpoint(nn.Sequential(model[0], model[1]), hidden[:, :4], use_reentrant=True)
     return F.mse_loss(model[2](hidden), y)
@@ -301,18 +304,13 @@ def test_activations_are_gone_before_a_chunk_is_tried_again(is_generator):
 def test_gradients_are_held_by_nothing_after_the_update():
     model, held = make_model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    @microbatch("auto")
-    @accumulate(2, model)
-    def step(batch):
-        yield loss_of(model, batch)
-        held.extend(weakref.ref(p.grad) for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-
+    hold = lambda *_: held.extend(weakref.ref(p.grad) for p in model.parameters())  # noqa: E731
+    optimizer.register_step_pre_hook(hold)
+    step = train_step(optimizer, accumulate(2), microbatch("auto"))
+    step = step(functools.partial(loss_of, model))
     step.chunk_sizes[7] = 2
     results = [step(batch) for batch in make_batches([4, 4])]
-    assert results[-1].complete and len(held) == 4
+    assert results[-1].updated and len(held) == 4
     assert not any(reference() is not None for reference in held)
 
 
