@@ -53,7 +53,8 @@ class Plan:
                 both[name] = a + b
                 continue
             twice = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
-            check(unset in (a, b), ValueError, f"{twice}: keep one of them")
+            fits = unset in (a, b) or (name == "window" and a is b)
+            check(fits, ValueError, f"{twice}: keep one of them")
             both[name] = b if a == unset else a
         return Plan(**both)
 

@@ -105,6 +105,7 @@ class Updater:
         if own is None and window.can_fuse and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
             verdict = Verdict(told.get("found_inf", False), found_inf, norm)
+            window.narrow()
             return verdict, functools.partial(step_all, optimizers, told)
         factor = self._factor(divisor, norm)
         if factor is None:
