@@ -8,10 +8,11 @@ given in, a micro-batch runs in this one::
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -144,9 +145,7 @@ class Step(Generic[P]):
         finally:
             self._delivery = found
 
-    def over(
-        self, loader: Iterable[T], *others: Step[Any], progress: bool | Mapping[str, Any] = False
-    ) -> Iterator[T]:
+    def over(self, loader: Iterable[T], *others: Step[Any], progress: Any = False) -> Iterator[T]:
         """Iterate over a loader, and let its last batch close the open windows of the steps.
 
         Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
@@ -156,7 +155,7 @@ class Step(Generic[P]):
         Args:
             loader: what a loop can iterate over.
             others: further steps whose windows end with the loader.
-            progress: True shows a bar of tqdm; a mapping has arguments for tqdm.
+            progress: True shows a bar of tqdm; a mapping of arguments is passed to tqdm.
 
         Raises:
             TypeError: for another loader, step or ``progress``.
@@ -396,17 +395,18 @@ class MicroBatch:
         forget(step._plan.optimizers)
         result._skipped, result.grad_norm = verdict.skipped, verdict.norm
         result._settle = step.settle
-        streak = 0 if verdict.found_inf is None else step._updater.learn(verdict.found_inf)
-        for watcher in step._watchers:
-            watcher.after_update(step, window, verdict)
-        if streak:
-            from trainkit.advice import too_many_skips
+        with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
+            for watcher in reversed(step._watchers):
+                watching.callback(watcher.after_update, step, window, verdict)
+            if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):
+                from trainkit.advice import too_many_skips
 
-            raise too_many_skips(step, streak)
-        if own is None or verdict.skipped is True:
-            window.drop()
-        if owed is not None and owed.known():
-            step.settle()
+                step._updater.forgive()
+                raise too_many_skips(step, count)
+            if own is None or verdict.skipped is True:
+                window.drop()
+            if owed is not None and owed.known():
+                step.settle()
 
     def leave(self) -> None:
         """Leave what surrounds the micro-batch. May be called again if it was interrupted.
