@@ -28,7 +28,7 @@ P = ParamSpec("P")
 def microbatch(size: int | Literal["auto"]) -> Part:
     """Take the batch of a call in chunks of ``size`` rows; "auto" takes as many as memory allows.
 
-    Equivalent to one backward of ``f(*batch)``, with memory for the activations of one chunk::
+    Equivalent to one backward of ``f(*batch)``, in memory for the activations of one chunk::
 
         for start in range(0, rows, size):
             chunk = [tensor[start : start + size] for tensor in batch]
@@ -45,6 +45,7 @@ def microbatch(size: int | Literal["auto"]) -> Part:
         torch.OutOfMemoryError: with "auto", if a single row does not fit.
 
     Example:
+        >>> from trainkit import train_step
         >>> weight = torch.nn.Parameter(torch.zeros(3))
         >>> optimizer = torch.optim.SGD([weight])
         >>> step = train_step(optimizer, microbatch(4))(lambda x: (x @ weight).mean())
