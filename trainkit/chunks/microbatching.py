@@ -34,8 +34,9 @@ def microbatch(size: int | Literal["auto"]) -> Part:
             chunk = [tensor[start : start + size] for tensor in batch]
             (f(*chunk) * len(chunk[0]) / rows).backward()
 
-    A loss that comes with a weight counts by its weight. Tensors are cut along their first
-    dimension, in tuples, lists and mappings at any depth; every chunk gets everything else whole.
+    A loss with a weight counts by its weight. Tensors are cut along their first dimension, in
+    tuples, lists and mappings at any depth; every chunk gets everything else whole.
+    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
 
     Args:
         size: rows of a chunk, an int of at least 1, or "auto".
@@ -46,13 +47,10 @@ def microbatch(size: int | Literal["auto"]) -> Part:
 
     Example:
         >>> from trainkit import train_step
-        >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> optimizer = torch.optim.SGD([weight])
+        >>> optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(3))])
         >>> step = train_step(optimizer, microbatch(4))(lambda x: (x @ weight).mean())
         >>> step(torch.ones(10, 3)).updated  # chunks of 4, 4 and 2 rows
         True
-
-    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
     """
     wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
     check(size == "auto" or type(size) is int, TypeError, wanted)
