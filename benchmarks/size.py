@@ -63,7 +63,7 @@ def cell_size(*names: str) -> tuple[int, int]:
 
 
 def calls() -> list[tuple[int, int]]:
-    """Python calls of a micro-batch, and their files: where the window stays open, where it closes."""
+    """Python calls and their files: in a micro-batch that leaves its window open, that closes it."""
     model, x = nn.Linear(4, 4), torch.randn(3, 4)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     after = torch.optim.lr_scheduler.ConstantLR(optimizer).step

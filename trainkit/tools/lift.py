@@ -22,14 +22,12 @@ import re
 import symtable
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
+from typing import Any, NamedTuple
 
 ALWAYS = ("advice", "state")  # words in every cell: long error messages, and `state_dict`
 Name = tuple[str, str]  # a file, such as "core/step", and a name in it
 Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
+Missing = Callable[["Seam"], str | None]  # the word of a seam whose target is not in the cell
 
 
 class Seam(NamedTuple):
@@ -40,29 +38,38 @@ class Seam(NamedTuple):
     end: int
     block_end: int
 
+    @property
+    def file(self) -> str:
+        return min(self.targets)[0]
+
     def edit(self, lines: list[str], error: str | None) -> Edit:
         """Remove the import, or replace it and the rest of its block by an error."""
         if error is None:
             return self.begin, self.end + (not lines[self.end]), []
         indent = " " * (len(lines[self.begin]) - len(lines[self.begin].lstrip()))
-        message = [f"{indent}raise ImportError(", f'{indent}    "{error}"', f"{indent})"]
-        return self.begin, self.block_end, message
+        raised = [f"{indent}raise ImportError(", f'{indent}    "{error}"', f"{indent})"]
+        return self.begin, self.block_end, raised
 
 
-class Statement(NamedTuple):
+class Statement:
     """A top-level statement with the comments above it."""
 
-    node: ast.stmt
-    lines: list[str]  # of the whole file
-    begin: int
-    end: int
-    binds: frozenset[str]
-    seams: list[Seam]
+    def __init__(self, node: ast.stmt, lines: list[str], above: int) -> None:
+        self.node, self.lines, self.seams = node, lines, list(_seams(node))
+        self.begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
+        while self.begin > above and lines[self.begin - 1].startswith("#"):
+            self.begin -= 1
+        self.end = node.end_lineno or 0
+        self.text = "\n".join(lines[self.begin : self.end])
+        symbols = symtable.symtable(self.text, "cell", "exec").get_symbols()
+        bound = (s for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace())
+        self.binds = {symbol.get_name() for symbol in bound}
 
-    def code(self, error: Callable[[Seam], str | None], edits: Iterable[Edit] = ()) -> list[str]:
-        """The lines of this statement after some edits. A seam with an error is closed."""
+    def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
+        """The lines of this statement after some edits, with an error for what is missing."""
         result, line = list[str](), self.begin
-        of_seams = [seam.edit(self.lines, error(seam)) for seam in self.seams]
+        words = ((seam, missing(seam)) for seam in self.seams)
+        of_seams = [seam.edit(self.lines, word and error.format(name=word)) for seam, word in words]
         for begin, end, replacement in sorted([*edits, *of_seams]):
             if begin >= line:  # not in lines that are gone
                 result += self.lines[line:begin] + replacement
@@ -76,14 +83,12 @@ class Source:
     def __init__(self, file: str, text: str) -> None:
         tree, lines, above = ast.parse(text), text.splitlines(), 0
         self.file, self.doc = file, ast.get_docstring(tree) or ""
-        self.own: dict[str, str] = {}  # top-level imports from trainkit: the file of each name
-        self.foreign: dict[str, set[tuple[str, str]]] = {}  # other imports: module and member
         self.statements: list[Statement] = []
-        self.optional: dict[str, str] = {}  # imports in functions: the file of each name
+        self.own: dict[str, str] = {}  # names imported from trainkit, and their files
+        self.foreign: dict[str, set[tuple[str, str]]] = {}  # other imports: module and member
         for node in tree.body:
-            if targets := _targets(node):
-                self.own |= {name: file for file, name in targets}
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.own |= {name: file for file, name in _targets(node)}
                 for alias in node.names:
                     name = (alias.asname or alias.name).partition(".")[0]
                     imported = getattr(node, "module", ""), ast.unparse(alias)
@@ -91,35 +96,19 @@ class Source:
             elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
                 pass  # the annotations of a cell are never evaluated
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                self.statements.append(_statement(node, lines, above))
+                self.statements.append(Statement(node, lines, above))
             above = node.end_lineno or 0
-
-        for seam in self.seams():
-            self.optional |= {name: file for file, name in seam.targets}
-
-    def seams(self) -> Iterator[Seam]:
-        """All seams of this file."""
-        for statement in self.statements:
-            yield from statement.seams
+        self.imports = list(self.own.values())
+        self.seams = [seam for statement in self.statements for seam in statement.seams]
+        self.own |= {name: file for seam in self.seams for file, name in seam.targets}
 
 
-def _targets(node: ast.AST) -> list[Name]:
+def _targets(node: Any) -> list[Name]:
     """What an import from trainkit imports."""
-    if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("trainkit."):
-        return []
-    file = (node.module or "").removeprefix("trainkit.").replace(".", "/")
-    return [(file, alias.name) for alias in node.names]
-
-
-def _statement(node: ast.stmt, lines: list[str], above: int) -> Statement:
-    begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
-    while begin > above and lines[begin - 1].startswith("#"):
-        begin -= 1
-    end = node.end_lineno or begin
-    symbols = symtable.symtable("\n".join(lines[begin:end]), "cell", "exec").get_symbols()
-    bound = (s for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace())
-    binds = frozenset(symbol.get_name() for symbol in bound)
-    return Statement(node, lines, begin, end, binds, list(_seams(node)))
+    module = getattr(node, "module", None) or ""
+    names = node.names if module.startswith("trainkit.") else ()
+    file = module.removeprefix("trainkit.").replace(".", "/")
+    return [(file, alias.name) for alias in names]
 
 
 def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
@@ -133,8 +122,8 @@ def _seams(statement: ast.stmt) -> Iterator[Seam]:
     for block in _blocks(statement):
         for node in block:
             if targets := _targets(node):
-                lines = node.lineno - 1, node.end_lineno, block[-1].end_lineno
-                yield Seam(frozenset(targets), *lines)
+                end, block_end = node.end_lineno or 0, block[-1].end_lineno or 0
+                yield Seam(frozenset(targets), node.lineno - 1, end, block_end)
 
 
 @functools.cache
@@ -152,21 +141,16 @@ def _used(code: str) -> frozenset[str]:
 class Package:
     """The files that public names need, each after the files that it imports at its top."""
 
-    def __init__(self, root: Traversable) -> None:
+    def __init__(self, root: Any) -> None:
         self._root, self.sources = root, dict[str, Source]()
         initial = self._parse("__init__")
         exported = next(s.node for s in initial.statements if "__all__" in s.binds)
         self.public: list[str] = ast.literal_eval(exported.value)  # type: ignore[attr-defined]
         self._origin = {name: initial.own[name] for name in self.public}
-        left, seams = list(self._origin.values()), list[Seam]()
-        while left:
-            for file in left:
-                self._read(file)
-            seams = [seam for source in self.sources.values() for seam in source.seams()]
-            targets = frozenset[Name]().union(*(seam.targets for seam in seams))
-            left = sorted({file for file, _ in targets}.difference(self.sources))
-        self._alone = {name: self.reached([name], lambda seam: False) for name in self.public}
-        self.words = sorted({self.word(seam) for seam in seams}.difference(self.public, ALWAYS))
+        for file in self._origin.values():
+            self._read(file)
+        words = {self.word(seam) for source in self.sources.values() for seam in source.seams}
+        self.words = sorted(words.difference(self.public, ALWAYS))
 
     def _parse(self, file: str) -> Source:
         path = self._root.joinpath(*f"{file}.py".split("/"))
@@ -175,43 +159,43 @@ class Package:
     def _read(self, file: str) -> None:
         if file not in self.sources:
             source = self._parse(file)
-            for other in source.own.values():
+            for other in source.imports:
                 self._read(other)
-            self.sources[file] = source
+            self.sources.setdefault(file, source)
+            for seam in source.seams:
+                self._read(seam.file)
 
     def word(self, seam: Seam) -> str:
-        """What `lift` calls the code behind a seam.
+        """The folder of the target of a seam if nothing in there is public, else the file."""
+        folder, _, file = seam.file.rpartition("/")
+        is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
+        return file if is_public else folder
 
-        The folder of its target, if nothing in there is public. Else the smallest public name that
-        needs the target, or, if there is none, the file.
-        """
-        folder, _, file = min(seam.targets)[0].rpartition("/")
-        if not any(origin.startswith(f"{folder}/") for origin in self._origin.values()):
-            return folder
-        needing = [name for name in self.public if seam.targets <= self._alone[name]]
-        return min(needing, key=lambda name: len(self._alone[name]), default=file)
+    def missing(self, names: Sequence[str]) -> Missing:
+        """What tells the word of a seam if its target is not in a cell of some names."""
+        needed, words = self.reached(names, self.word), {*names, *ALWAYS}
 
-    def opener(self, names: Sequence[str]) -> Callable[[Seam], bool]:
-        """Tell which seams are open in a cell of some names: by a name's needs, or by a word."""
-        needed = set[Name]().union(*(self._alone.get(name, ()) for name in names))
-        return lambda seam: seam.targets <= needed or self.word(seam) in (*names, *ALWAYS)
+        def missing(seam: Seam) -> str | None:
+            word = self.word(seam)
+            return None if word in words or seam.targets <= needed else word
 
-    def reached(self, names: Iterable[str], is_open: Callable[[Seam], bool]) -> set[Name]:
-        """All that some public names need."""
-        found, left = set[Name](), [(self._origin[name], name) for name in names]
+        return missing
+
+    def reached(self, names: Iterable[str], missing: Missing) -> set[Name]:
+        """All that some names need."""
+        found = set[Name]()
+        left = [(self._origin[name], name) for name in names if name in self.public]
         while left:
             file, name = left.pop()
             source = self.sources[file]
             binding = [statement for statement in source.statements if name in statement.binds]
-            origin = source.own.get(name) or source.optional.get(name)
-            if not binding and origin is not None:
-                left.append((origin, name))
+            if not binding and name in source.own:
+                left.append((source.own[name], name))
             elif (file, name) not in found and (binding or name in source.foreign):
                 found.add((file, name))
                 for statement in binding:
-                    code = statement.code(lambda seam: None if is_open(seam) else "")
-                    used = _used("\n".join(code)) | statement.binds
-                    left += [(file, name) for name in used]
+                    used = _used("\n".join(statement.code(missing)))
+                    left += [(file, name) for name in used | statement.binds]
         return found
 
 
@@ -262,38 +246,31 @@ def lift(
     arguments = " ".join([*names, *["--docs"] * docs, *["--bare"] * bare])
     command = f"python -m trainkit lift {arguments}"
     error = f"{{name}} was not lifted into this file: `{command} {{name}}`"
-    is_open = package.opener(names)
-    reached = package.reached(exported, is_open)
-
-    def code(statement: Statement) -> list[str]:
-        def closed(seam: Seam) -> str | None:
-            return None if is_open(seam) else error.format(name=package.word(seam))
-
-        return statement.code(closed, [] if docs else _docstrings(statement, bare))
-
+    missing = package.missing(names)
+    reached = package.reached(names, missing)
     head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
-    start = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
+    cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
+    for above, statement in _statements(package, reached):
+        edits = [] if docs else _docstrings(statement, bare)
+        cell += above + statement.code(missing, error, edits)
     listed = ", ".join(f'"{name}"' for name in exported)
-    cell = [*start, *_statements(package, reached, code), "", "", f"__all__ = [{listed}]"]
+    cell += ["", "", f"__all__ = [{listed}]"]
     if not inline:
         left = " ".join(name for name in package.public if name not in exported)
-        cell += [_GETATTR.format(left=left, error=error)] * bool(left) + [_NO_COMMANDS]
-    return "\n".join(cell).rstrip("\n") + "\n"
+        cell += _END.format(left=left, error=error).splitlines()
+    return "\n".join(cell) + "\n"
 
 
-_GETATTR = """
+_END = """
+
 def __getattr__(name: str) -> object:
     if name in "{left}".split():
-        raise ImportError(
-            f"{error}"
-        )
+        raise ImportError(f"{error}")
     raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
-"""
-_NO_COMMANDS = """
+
+
 if __name__ == "__main__":
-    raise SystemExit(
-        "this trainkit.py is lifted code, without commands: run `python -m trainkit` elsewhere"
-    )
+    raise SystemExit("this is lifted code, without commands: run `python -m trainkit` elsewhere")
 """
 
 
@@ -310,22 +287,18 @@ def _imports(package: Package, reached: set[Name]) -> list[str]:
     return [*others, *[""] * bool(others), *ours]
 
 
-def _statements(
-    package: Package, reached: set[Name], code: Callable[[Statement], list[str]]
-) -> Iterator[str]:
-    """The lines of a cell. What two files have alike, such as a TypeVar, is printed once."""
+def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str], Statement]]:
+    """The statements of a cell, each once and with the lines above it."""
     printed = set[str]()
     for source in package.sources.values():
         title = f"# {source.file}.py: {source.doc.partition(chr(10))[0]}"
-        gap, after = ["", "", title, ""], -1
+        above, end = ["", "", title, ""], -1
         for statement in source.statements:
-            dump = ast.dump(statement.node)
             needed = any((source.file, name) in reached for name in statement.binds)
-            if needed and dump not in printed:
-                printed.add(dump)
-                yield from [] if statement.begin == after else gap
-                yield from code(statement)
-                gap, after = ["", ""], statement.end
+            if needed and statement.text not in printed:  # two files may have the same TypeVar
+                printed.add(statement.text)
+                yield [] if statement.begin == end else above, statement
+                above, end = ["", ""], statement.end
 
 
 def _docstrings(statement: Statement, bare: bool) -> Iterator[Edit]:
@@ -361,7 +334,7 @@ def _law(lines: list[str]) -> list[str]:
 def add_lift(commands: Any) -> None:
     """Add ``lift`` to the commands of ``python -m trainkit``."""
     parser = commands.add_parser("lift", help="print the code of some names as one notebook cell")
-    names = "what `from trainkit import ...` gives, and words of optional code, such as ranks"
+    names = "public names, and words of optional code, such as ranks"
     parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     inline = "print code to paste as it is; it defines a hundred names beside yours"
     parser.add_argument("--all", action="store_true", help="everything, optional code too")
