@@ -1,8 +1,7 @@
-"""trainkit: gradient accumulation, layer freezing and mixed precision for your own PyTorch training loop."""
+"""trainkit: gradient accumulation, layer freezing and mixed precision for your own PyTorch loop."""
 
 from trainkit.chunks.microbatching import microbatch
-from trainkit.core.compose import train_step
-from trainkit.core.parts import accumulate, amp
+from trainkit.core.parts import accumulate, amp, train_step
 from trainkit.core.result import StepResult
 from trainkit.core.step import Step
 from trainkit.layers.freezing import (
@@ -14,9 +13,11 @@ from trainkit.layers.freezing import (
 )
 from trainkit.layers.recomputation import recompute
 from trainkit.layers.summary import model_summary
-from trainkit.saving.checkpointing import resumable
+
+# from trainkit.saving.checkpointing import resumable
 from trainkit.tools.notebooks import load_ipython_extension as load_ipython_extension
-from trainkit.watch.history import History
+
+# from trainkit.watch.history import History
 
 __all__ = [
     "History",

@@ -1,30 +1,109 @@
-"""The parts of a step: ``accumulate`` and ``amp``. Each is a validated piece of plan and does nothing by itself."""
+"""``train_step``, and the parts ``accumulate`` and ``amp``: inert recipes, each a piece of a plan.
+
+Applying a part to a function, or handing it to ``train_step``, adds its plan to that of a step. So
+parts may be given in any order, and one part serves many steps.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainkit.core.compose import Part, UnboundStep, train_step
 from trainkit.core.plan import (
     Plan,
-    Precision,
-    check_clipping,
+    Surrounding,
+    check,
     check_length,
-    check_max_skips,
-    check_module,
-    current_device,
+    check_optimizers,
+    options_of,
 )
+from trainkit.core.precision import Precision, between_graphs, current_device
+from trainkit.core.result import StepResult
+from trainkit.core.step import Step
 
 P = ParamSpec("P")
-R = TypeVar("R")
 
-_LARGEST_SCALE = torch.finfo(torch.float32).max
+
+class Part(Step[[Any]]):
+    """A step without a function: decorates one, joins others in ``train_step``, or is a context."""
+
+    def __call__(self, function: Callable[P, Any], *more: Any) -> Step[P]:  # type: ignore[override]
+        """Return the step of this function, or this step with more in its plan."""
+        if more or isinstance(function, Tensor):
+            remedy = "`train_step(...)(function)`, or `with step: step.backward(loss)`"
+            raise TypeError(f"this step has no function to call yet: {remedy}")
+        if isinstance(function, Part):
+            return Part(self._plan + function._plan)  # type: ignore[return-value]
+        plan, parts = self._plan, getattr(function, "__trainkit_parts__", ())
+        if isinstance(function, Step):
+            plan, parts, function = plan + function._plan, (), function._function  # type: ignore[assignment]
+        is_function = callable(function) and not isinstance(function, Surrounding)
+        came = f"a part decorates functions, got {function!r:.60}"
+        check(is_function, TypeError, f"{came}; parts go together, `train_step(optimizer, a, b)`")
+        for part in parts:
+            plan += _plan_of(part)
+        step: Step[P] = (plan.step or Step)(plan, function)
+        return step
+
+    def __enter__(self) -> StepResult:
+        cut = "a block has no arguments to cut: `train_step(optimizer, ...)(function)`"
+        check(self._plan.step is None, ValueError, cut)
+        check(bool(self._plan.optimizers), ValueError, "no optimizer: `train_step(optimizer)`")
+        return super().__enter__()
+
+
+def train_step(
+    optimizer: Optimizer | Sequence[Optimizer],
+    *parts: Part | Surrounding,
+    module: nn.Module | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    max_skips: float | None = None,
+    after: Callable[[], Any] | Sequence[Callable[[], Any]] = (),
+) -> Part:
+    """Make a training step of a function that computes a loss, or a context for one by hand.
+
+    ``train_step(opt, accumulate(n), amp(), max_norm=m, after=scheduler.step)(f)`` is this loop::
+
+        for batch in window:  # of n micro-batches
+            with autocast():
+                loss = f(*batch)
+            scaler.scale(loss * weight / sum(weights)).backward()
+        scaler.unscale_(opt), clip_grad_norm_(parameters, m)
+        scaler.step(opt), scaler.update()
+        scheduler.step(), opt.zero_grad()  # the scheduler only if the update was not skipped
+
+    Args:
+        optimizer: one, or several: one norm over all of them, and all of them step or none.
+        parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``..., in any order.
+        module: the module in its DistributedDataParallel or FSDP wrapper, on several ranks.
+        max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
+        max_skips: so many skipped updates in a row are a FloatingPointError; None is 25.
+        after: called after each applied update, at the latest before the next update.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(2))(lambda x: (weight * x)[0])
+        >>> [step(x).updated for x in step.over([1.0, 2.0, 3.0])]
+        [False, True, True]
+    """
+    calls = tuple(after) if isinstance(after, (list, tuple)) else (after,)
+    for call in calls:
+        needs_metric = isinstance(getattr(call, "__self__", None), ReduceLROnPlateau)
+        remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
+        came = f"after takes callables without arguments, got {call!r:.60}"
+        check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
+    options = options_of(module, max_norm, norm_type, max_skips)
+    plan = Plan(optimizers=check_optimizers(optimizer), after=calls, **options)
+    for part in parts:
+        plan += _plan_of(part)
+    return Part(plan)
 
 
 def accumulate(
@@ -33,137 +112,72 @@ def accumulate(
     *,
     dtype: torch.dtype | None = None,
 ) -> Part:
-    """Makes one update of every n micro-batches.
+    """Make one update of every n micro-batches.
 
-    The gradient of a window is that of the weighted mean over everything in it, ``sum(w_i * loss_i) / sum(w_i)``, however it
-    is cut into micro-batches and however many there are: equivalent to the one big batch::
+    The gradient of a window is the gradient of ``sum(w_i * loss_i) / sum(w_i)`` over everything in
+    it: equivalent to one big batch, however that is cut::
 
         loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
 
-    w_i is the weight that comes with a loss, or 1. A last window of k < n is divided by what is in it, not by n. Where nothing
-    may be left to count, as when all tokens are masked, a mean is nan, and stays so times 0: give
-    ``cross_entropy(..., reduction="sum") / count.clamp(min=1), count``.
-    ``accumulate(1)`` changes nothing; ``accumulate(a)`` with ``accumulate(b)`` is ``accumulate(a * b)``.
+    w_i is the weight that comes with a loss, ``return loss, count``, or 1. A last window of k < n
+    micro-batches is divided by its own weights. ``accumulate(a)`` with ``accumulate(b)`` is
+    ``accumulate(a * b)``.
 
     Args:
-        n: micro-batches in a window, an int >= 1; or a callable from the number of updates so far to that.
-        module: the module that is trained. Needed where nothing else in the plan knows the parameters, as on a generator
-            function that is not also given an optimizer.
-        dtype: torch.float32 sums the gradients of bfloat16 and float16 parameters in float32, and rounds the sum once, when the
-            window is complete; in their own dtype a sum stands still once it is 256 times as large as what is added to it.
-            Takes the memory of the sums. None sums in the dtype of the parameters.
-
-    Returns:
-        A part: a decorator for step functions, or an argument of ``train_step``.
+        n: micro-batches in a window, or a function from the number of updates so far to that.
+        module: the module that is trained, needed only where the plan has no optimizer.
+        dtype: torch.float32 adds up the gradients of half-precision parameters in float32.
 
     Raises:
-        TypeError: if n is neither an int nor a callable, or module is not a torch.nn.Module.
-        ValueError: n < 1, or another dtype. At the first call, a dtype on a torch whose tensors have no ``grad_dtype``, or
-            under DistributedDataParallel or FSDP, which have ways of their own to add up gradients.
+        TypeError, ValueError: for another n, module or dtype.
 
     Example:
-        >>> import torch
-        >>> from trainkit import accumulate
-        >>> model = torch.nn.Linear(3, 2)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> @accumulate(4, model)
-        ... def step(x, y):
-        ...     yield torch.nn.functional.cross_entropy(model(x), y)
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        >>> for x, y in step.over([(torch.ones(5, 3), torch.ones(5).long())] * 6):
-        ...     result = step(x, y)
-        >>> step.updates, result.complete
-        (2, True)
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(4))
 
-    Source: what dividing each loss by n does to unequal batches, https://github.com/huggingface/transformers/issues/34242
+    Source: https://github.com/huggingface/transformers/issues/34242
     """
     if not callable(n) or isinstance(n, nn.Module):
-        check_length(n, "accumulate got")
-    elif not _takes_one(n):
-        raise TypeError(
-            f"accumulate takes a number, or a function of the number of updates, got {getattr(n, '__name__', n)!r}, which takes "
-            "something else: a step function is decorated by `@accumulate(4)`"
-        )
-    if dtype not in (None, torch.float32):
-        raise ValueError(
-            f"gradients are summed in torch.float32, or for None in their own dtype, got {dtype!r}: "
-            "`accumulate(4, dtype=torch.float32)`"
-        )
-    name = getattr(n, "__name__", n)
-    return Part(
-        Plan(lengths=(n,), sum_dtype=dtype, modules=check_module(module)), f"accumulate({name})"
-    )
+        check_length(n)
+    else:
+        try:
+            inspect.signature(n).bind(0)
+        except TypeError:
+            came = f"got {getattr(n, '__name__', n)!r}: `@accumulate(4)`"
+            raise TypeError(f"n is a number, or a function of the updates so far, {came}") from None
+        except ValueError:  # a function that is not written in Python may have no signature
+            pass
+    came = f"sums are in torch.float32, or for None in the dtype of the parameter, got {dtype!r}"
+    check(dtype in (None, torch.float32), ValueError, f"{came}: `dtype=torch.float32`")
+    plan = Plan(lengths=(n,), **options_of(module))
+    if dtype is not None:
+        from trainkit.wide import WideWindow
 
-
-def _takes_one(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(0)
-    except TypeError:
-        return False
-    except ValueError:  # what is not written in Python may not tell
-        pass
-    return True
-
-
-def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Within a compiled function, has torch.compile call this between two graphs: a graph has no modes and no flags."""
-    # The public torch.compiler.disable imports the compiler, which takes seconds.
-    disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
-    return disable(function) if disable else function
+        plan += Plan(window=WideWindow)
+    return Part(plan)
 
 
 class Autocast(Part):
-    """``amp()`` without an optimizer: a part, and by itself a context of plain autocast for evaluation."""
+    """``amp()`` without an optimizer: a part, and by itself autocast for an evaluation."""
 
-    def __init__(self, plan: Plan, text: str) -> None:
-        super().__init__(plan, text)
-        self._entered: list[torch.autocast] = []
+    _contexts: tuple[torch.autocast, ...] = ()
 
-    @_between_graphs
-    def __enter__(self) -> None:
-        precision = self.plan.precision
+    @between_graphs
+    def __enter__(self) -> None:  # type: ignore[override]
+        precision = self._plan.precision
         assert precision is not None
-        device_type, dtype = precision.resolve(current_device())
-        autocast = torch.autocast(
-            device_type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
-        )
+        kind, dtype = precision.resolve(current_device())
+        is_on = dtype != torch.float32
+        autocast = torch.autocast(kind, dtype if is_on else None, enabled=is_on)
         autocast.__enter__()  # type: ignore[no-untyped-call]
-        self._entered += [
-            autocast
-        ]  # not by a call, after which an interrupt may come; nor is it taken out by one
+        self._contexts += (autocast,)  # no call, which a signal could follow
 
-    @_between_graphs
+    @between_graphs
     def __exit__(self, *exception: Any) -> None:
-        autocast = self._entered[-1]
-        del self._entered[-1]
+        autocast, self._contexts = self._contexts[-1], self._contexts[:-1]
         autocast.__exit__(*exception)
 
 
-@overload
-def amp(
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    max_skips: float | None = None,
-    init_scale: float = 65536.0,
-    growth_interval: int = 2000,
-) -> Autocast: ...
-@overload
-def amp(
-    first: Optimizer,
-    /,
-    *optimizers: Optimizer,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    max_skips: float | None = None,
-    init_scale: float = 65536.0,
-    growth_interval: int = 2000,
-) -> UnboundStep: ...
 def amp(
     *optimizers: Optimizer,
     dtype: torch.dtype | None = None,
@@ -173,11 +187,10 @@ def amp(
     max_skips: float | None = None,
     init_scale: float = 65536.0,
     growth_interval: int = 2000,
-) -> Autocast | UnboundStep:
-    """Runs forward in mixed precision, with a gradient scaler where float16 needs one, and clips the true gradients.
+) -> Part:
+    """Run forward in mixed precision, with a loss scale in float16, and clip the true gradients.
 
-    ``amp(optimizer, max_norm=m)`` is ``train_step(optimizer, amp(), max_norm=m)``: a decorator, and a context around one
-    micro-batch. It is equivalent to this loop, without its waits::
+    ``amp(optimizer, max_norm=m)`` is ``train_step(optimizer, amp(), max_norm=m)``, equivalent to::
 
         with torch.autocast(device, dtype):
             loss = f(*batch)
@@ -187,69 +200,49 @@ def amp(
         scaler.step(optimizer)
         scaler.update()
 
-    ``amp()`` is the part for a plan that has its optimizer elsewhere; and ``with amp():`` is autocast alone, for evaluation.
-    Updates whose gradients are not finite are skipped in every dtype; only float16 has a loss scale. ``amp(dtype=torch.float32)``
-    changes nothing but that. A step function that moves weights in place between two of its forwards, other than along a
-    gradient that it takes there, calls ``torch.clear_autocast_cache()`` after it.
+    ``amp()`` is a part; ``with amp():`` is autocast alone. An update whose gradients are not finite
+    is skipped, in every dtype.
 
     Args:
-        optimizers: none, one or several.
-        dtype: torch.bfloat16, torch.float16 or torch.float32. None picks at the first call: bfloat16 where the device computes
-            it natively, which a T4 does not, else float16.
-        device: the type of device that forward runs on, as "cuda"; None takes that of the first parameter.
-        max_norm: clips the norm of the true gradients; ``math.inf`` only checks, as amp does anyway.
-        norm_type: 1, 2 or ``math.inf``.
-        max_skips: so many updates skipped in a row are a FloatingPointError; None is 25. See ``train_step``.
-        init_scale: the first loss scale, for float16.
-        growth_interval: updates without an overflow after which the loss scale doubles.
-
-    Raises:
-        TypeError, ValueError: if an argument has the wrong type or value; at the first call, if parameters are float16
-            themselves where float16 has a loss scale.
+        dtype: torch.bfloat16, float16 or float32. None picks bfloat16 where the device computes it
+            natively, which a T4 does not, else float16.
+        device: the type of device that forward runs on; None takes that of the first parameter.
+        max_norm, norm_type, max_skips: see ``train_step``.
+        init_scale, growth_interval: see ``torch.amp.GradScaler``.
 
     Example:
-        >>> import torch
-        >>> from trainkit import amp
-        >>> model = torch.nn.Linear(3, 1)
-        >>> step = amp(torch.optim.SGD(model.parameters(), lr=0.1), dtype=torch.bfloat16, max_norm=1.0)
-        >>> with step as result:
-        ...     step.backward(model(torch.ones(4, 3)).float().pow(2).mean())
-        >>> result.updated
-        True
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = amp(torch.optim.SGD([weight]), max_norm=1.0)(lambda x: (weight * x).sum())
 
-    Source: https://docs.pytorch.org/docs/stable/notes/amp_examples.html; Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
+    Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
     """
-    if not any(dtype is known for known in (None, torch.bfloat16, torch.float16, torch.float32)):
-        raise ValueError(
-            f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: `amp(dtype=torch.float16)`"
-        )
-    if (
-        isinstance(init_scale, bool)
-        or not isinstance(init_scale, (int, float))
-        or not 0 < init_scale <= _LARGEST_SCALE
-    ):
-        raise ValueError(
-            f"init_scale must be a finite float32 above 0, got {init_scale!r}: `amp(init_scale=65536.0)`"
-        )
-    if (
-        isinstance(growth_interval, bool)
-        or not isinstance(growth_interval, int)
-        or not 1 <= growth_interval < 2**31
-    ):
-        raise ValueError(
-            f"growth_interval counts updates, an int32 >= 1, got {growth_interval!r}: `amp(growth_interval=2000)`"
-        )
+    known = any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32))
+    check(known, ValueError, f"no autocast in {dtype!r}: `amp(dtype=torch.float16)`")
+    fits = type(init_scale) in (int, float) and 0 < init_scale <= torch.finfo(torch.float32).max
+    came = f"init_scale must be a float32 above 0, got {init_scale!r}"
+    check(fits, ValueError, f"{came}: `init_scale=65536.0`")
+    fits = type(growth_interval) is int and 1 <= growth_interval < 2**31
+    came = f"growth_interval counts updates, an int32, got {growth_interval!r}"
+    check(fits, ValueError, f"{came}: `growth_interval=2000`")
     try:
-        device_type = None if device is None else torch.device(device).type
-        if device_type is not None and not torch.amp.is_autocast_available(device_type):
-            raise ValueError(f"there is no autocast for {device_type}")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"device must be a type of device that has autocast, got {device!r}: `amp(device='cuda')`"
-        ) from error
-    max_norm, norm_type = check_clipping(max_norm, norm_type)
-    precision = Precision(dtype, device_type, float(init_scale), growth_interval)
-    max_skips = check_max_skips(max_skips)
-    plan = Plan(precision=precision, max_norm=max_norm, norm_type=norm_type, max_skips=max_skips)
-    part = Autocast(plan, f"amp(dtype={dtype})")
+        kind = None if device is None else torch.device(device).type
+        has_autocast = kind is None or torch.amp.is_autocast_available(kind)
+    except (RuntimeError, TypeError):
+        has_autocast = False
+    came = f"device must be a type of device that has autocast, got {device!r}"
+    check(has_autocast, ValueError, f"{came}: `amp(device='cuda')`")
+    precision = Precision(dtype, kind, float(init_scale), growth_interval)
+    options = options_of(None, max_norm, norm_type, max_skips)
+    part = Autocast(Plan(precision=precision, **options))
     return train_step(optimizers, part) if optimizers else part
+
+
+def _plan_of(part: Any) -> Plan:
+    if isinstance(part, Part):
+        return part._plan
+    if isinstance(part, Surrounding) and not isinstance(part, type):
+        return Plan(surroundings=(part,))
+    raise TypeError(
+        f"{part!r:.60} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
+        "one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
+    )

@@ -13,10 +13,10 @@ class StepResult:
     """The result of one call of a step.
 
     Attributes:
-        loss: of this micro-batch; 0-d, detached, unscaled, on its device. None in a by-hand block without a loss.
+        loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
         complete: whether this call closed a window.
-        grad_norm: of the window's true gradients, before clipping; 0-d float32 or float64, on the device. None where no norm
-            was taken.
+        grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
+            on the device. None where no norm was computed.
     """
 
     # On the class: a result is made for every micro-batch, and most of them keep most of these.
@@ -30,16 +30,16 @@ class StepResult:
 
     @property
     def window_loss(self) -> Tensor | None:
-        """The weighted mean of the window's losses up to this call; 0-d, computed when read."""
+        """The weighted mean of the window's losses up to this call: 0-d, computed when read."""
         return None if self._window is None else self._window.mean_loss(self._count)
 
     @property
     def updated(self) -> bool:
-        """Whether this call applied an update, or in a generator step ran the update code. Reading it, and nothing else here,
-        may wait for the device; what the step still owes (``after``) is run before."""
+        """Whether this call applied an update. Reading it, and nothing else here, may wait."""
         if self._settle is not None:
             self._settle()
         return self.complete and not self._skipped
 
     def __repr__(self) -> str:
-        return f"StepResult(loss={self.loss}, complete={self.complete}, updated={self.updated}, grad_norm={self.grad_norm})"
+        shown = f"loss={self.loss}, complete={self.complete}, updated={self.updated}"
+        return f"StepResult({shown}, grad_norm={self.grad_norm})"

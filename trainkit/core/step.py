@@ -1,624 +1,495 @@
-"""The step: a function that computes the loss of one micro-batch, and the plan that turns such losses into updates.
+"""The step: runs a plan, micro-batch by micro-batch, and owns all state.
 
-The step owns all state, and runs its plan in one order whatever order the parts were given in:
+Read from ``Step.__call__`` on; ``MicroBatch`` has what happens in it. Whatever order the parts were
+given in, a micro-batch runs in this one::
 
-    surroundings entered > autocast on > the function > autocast off > backward > [window complete: the update] > left again
+    surroundings entered > autocast on > the function > autocast off > backward > [update] > left
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
-from trainkit.core.answer import Answer
-from trainkit.core.backward import explain, run_backward
+from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
-from trainkit.core.gradients import Gradients
-from trainkit.core.loaders import Delivery, in_step, mark_last
+from trainkit.core.loop import Delivery, mark_last, over
 from trainkit.core.losses import read_loss
-from trainkit.core.plan import Plan, Surrounding
-from trainkit.core.precautions import keep_casts_fresh, refuse_float16, refuse_plan
+from trainkit.core.plan import Plan, Surrounding, check, check_length, check_plan
 from trainkit.core.result import StepResult
-from trainkit.core.scaler import Scaler, check_count
-from trainkit.core.update import forget_scale
+from trainkit.core.update import Answer, Updater
 from trainkit.core.warning import warn
-from trainkit.core.window import Chunk, Weight, Window, widened
-from trainkit.ranks.parallel import Wrappers, count_ranks, over_ranks, tell_all
-from trainkit.watch.progress import with_progress
-from trainkit.watch.readings import Readings
+from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Step(Generic[P]):
-    """A step function with its plan and its state: call it with a micro-batch, or use it as a context around one.
+    """A training step: call it with a micro-batch, or use it as a context around one.
 
-    Made by ``train_step`` and by applying parts to functions. Once per window it turns what has added up into an update; see
-    ``train_step`` for the loop that this is equivalent to.
+    Made by ``train_step``, and by applying parts to functions; ``train_step`` shows the loop that
+    it is equivalent to.
     """
 
     def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
-        if not isinstance(plan, Plan) or not (function is None or callable(function)):
-            raise TypeError(
-                f"steps are made by `train_step(optimizer)(function)`, and not of {plan!r} and {function!r}"
-            )
-        if function is not None:
-            # Without its __dict__: attributes of the function could overwrite those of the step.
+        if function is not None:  # without its __dict__, which could overwrite attributes here
             functools.update_wrapper(self, function, updated=())
-        self._plan = plan
-        self._function = function
-        # Known from the first call on, when the parameters are where they will be trained.
-        self._device_type = ""
-        self._ranks = 1
-        self._wrappers = Wrappers(())
+        self._plan, self._function = plan, function
+        # Made at the first call, when the parameters are on their device.
+        self._updater: Updater = None  # type: ignore[assignment]
         self._autocast: torch.autocast | None = None
-        self._watched_casts: list[nn.Parameter] = []
-        self._scaler: Scaler
+        self._cast_weights: list[Tensor] = []
         # From window to window.
+        self._window: Window | None = None
+        self._reference: Weight | None = None
         self._closed = 0
         self._skips: int | Tensor = 0
-        self._reference: Weight | None = None
-        self._owed: Answer | None = None
-        self._at_last_batch = False
+        self._owed: Answer | None = None  # the verdict that ``after`` waits for
+        # From micro-batch to micro-batch.
+        self._running: MicroBatch | None = None
+        self._size: Size = 1
+        self._delivery = Delivery(None, False)
         self._ended_early = False
-        self._delivery: Delivery | None = None
-        self._resumable: Any = None
-        self._watchers: list[Readings] = []
-        self._gradients = Gradients(plan)
-        self._window: Window | None = None
-        # The micro-batch under way.
-        self._chunk = Chunk()
-        self._result: StepResult | None = None
-        self._surroundings: list[AbstractContextManager[Any]] = []
-        self._autocast_is_on = False
-        self._generator: types.GeneratorType[Any, None, Any] | None = None
-        self._began_backward = False
-        self._is_closing = False
-        self._weight: Weight | None = None
-        self._share: float | Tensor = 1.0
-        self._over_ranks: Callable[[], list[Tensor]] | None = None
+        self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
+        self._watchers: list[Any] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        assert self._function is not None
-        result = None
+        running = self._begin()
         try:
-            with self as result:
-                output = self._function(*args, **kwargs)
-                if isinstance(output, types.GeneratorType):
-                    self._generator = output
-                    output = run_to_yield(output, self._plan.after)
-                elif not self._plan.optimizers:
-                    raise ValueError(
-                        "a step function that returns its loss leaves the update to trainkit, and no optimizer was given: "
-                        "decorate it with `train_step(optimizer, ...)`, or `yield loss` and go on with your own update"
-                    )
-                loss, weight = read_loss(output)
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                self._run_backward(loss, weight)
-                result.loss = loss.detach()
-        except BaseException as error:
-            if (
-                result is not None and result is self._result
-            ):  # a signal on the way into __exit__, which has not run then
-                self.__exit__(type(error), error, error.__traceback__)
+            if self._autocast is None:
+                output = running.forward(*args, **kwargs)
+            else:
+                with self._autocast:
+                    output = running.forward(*args, **kwargs)
+            loss, weight = read_loss(output)
+            running.backward(loss, weight)
+            running.result.loss = loss.detach()
+            running.finish()
+            running.leave()
+        except BaseException:
+            running.leave()
             raise
-        return result
+        return running.result
+
+    def __enter__(self) -> StepResult:
+        running = self._begin()
+        try:
+            running.left = Window.versions(self._plan.parameters())
+            running.autocast = self._autocast
+            if self._autocast is not None:
+                self._autocast.__enter__()  # type: ignore[no-untyped-call]
+        except BaseException:
+            running.leave()
+            raise
+        return running.result
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        running = self._running
+        assert running is not None
+        try:
+            if kind is None:
+                running.leave_autocast()
+                if running.lent is not None and running.result.loss is not None:
+                    running.finish()
+                elif running.lent is None and is_changed(running.left, are_lent=False):
+                    from trainkit.advice import NO_LOSS
+
+                    warn(NO_LOSS)
+            running.leave()
+        except BaseException:
+            running.leave()
+            raise
+
+    def backward(self, loss: Any, weight: Weight | None = None) -> None:
+        """Run backward of a loss: of *the* loss in a block, of a further loss anywhere.
+
+        Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from
+        the weights of the window and the loss scale. A further loss has the share of the first, and
+        the micro-batch counts once. Until it ends, ``.grad`` holds the scaled sums of the window.
+
+        Args:
+            loss: 0-d, floating, with a graph; or whatever else a step function may return.
+            weight: the number of things the loss is the mean of, an int or a 0-d integer tensor.
+
+        Raises:
+            TypeError, ValueError: for another loss or weight, before anything is changed.
+            RuntimeError: outside a micro-batch, and where a ``zero_grad()`` or ``loss.backward()``
+                changed gradients inside it.
+        """
+        running = self._running
+        if running is None or running.result.complete:
+            where = "in `with step:` or in the step function; below a yield, `loss.backward()`"
+            raise RuntimeError(f"step.backward(loss) is called inside a micro-batch: {where}")
+        loss, weight = read_loss(loss if weight is None else (loss, weight))
+        detached = loss.detach()
+        running.backward(loss, weight)
+        running.watch()
+        if running.result.loss is None:
+            running.result.loss = detached
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        """Like a call, and closes the window with this micro-batch; for loops that do not go through ``over``."""
-        found, self._at_last_batch, self._ended_early = self._at_last_batch, True, False
+        """Call the step, and close the window with this micro-batch: for loops without ``over``."""
+        found, self._delivery, self._ended_early = self._delivery, Delivery(None, True), False
         try:
             return self(*args, **kwargs)
         finally:
-            self._at_last_batch = found
-
-    def __enter__(self) -> StepResult:
-        if self._result is not None:
-            raise RuntimeError(
-                "this step is under way already and cannot be entered from within; for a further loss of the same "
-                "micro-batch call `step.backward(loss)`"
-            )
-        if not self._device_type:
-            self._prepare()
-        if self._owed is not None and self._owed.known():
-            self.settle()
-        if self._window is None:
-            self._window = self._new_window()
-        result = StepResult()
-        try:
-            for part in self._plan.surroundings:
-                self._enter(part.around_step())
-            if self._wrappers.found:
-                self._enter(self._wrappers.micro_batch(self._will_close(self._window)))
-            if self._autocast is not None:
-                if not (
-                    self._watched_casts
-                    and all(weight.requires_grad for weight in self._watched_casts)
-                ):
-                    self._watched_casts = keep_casts_fresh(self._plan.parameters_by_optimizer())
-                self._autocast.__enter__()  # type: ignore[no-untyped-call]
-                self._autocast_is_on = True
-            if self._function is None:
-                self._gradients.note()
-            self._result = result
-        except BaseException as error:  # __exit__ is not called then
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return result
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        generator = self._generator
-        try:
-            try:
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                result = self._result
-                if (
-                    kind is None
-                    and self._began_backward
-                    and result is not None
-                    and result.loss is not None
-                ):
-                    self._finish()
-                    if generator is not None:
-                        generator.close()
-                    self._began_backward = False
-                elif kind is None and self._gradients.touched():
-                    warn(
-                        "a micro-batch ended without a loss but left gradients, which the step does not count: call "
-                        "`step.backward(loss)` in place of `loss.backward()`"
-                    )
-            finally:
-                failed = (
-                    self._began_backward
-                )  # and did not finish: some gradients are in, others are not
-                if failed:
-                    self._window = None
-                self._result = self._generator = None
-                self._began_backward, self._is_closing, self._over_ranks = False, False, None
-                if self._autocast_is_on:
-                    self._leave_autocast()
-                if failed:
-                    self._drop()
-                if generator is not None:
-                    generator.close()
-        finally:
-            try:
-                while self._surroundings:
-                    self._surroundings[-1].__exit__(None, None, None)
-                    del self._surroundings[-1]
-            except BaseException:
-                _leave(self._surroundings)
-                raise
-
-    def backward(self, loss: Any, weight: Weight | None = None) -> None:
-        """Runs backward of a loss of the micro-batch under way: *the* loss in a by-hand block, a further one anywhere.
-
-        Further losses (an adversarial one, a penalty) enter with the same scale and weight, and the micro-batch counts
-        once. Autocast is off meanwhile. What ``.grad`` then holds is scaled, and of the whole window.
-
-        Args:
-            loss: 0-d, floating, with a graph; the mean over the micro-batch. Or whatever else a step function may return.
-            weight: how many things that mean is over, an int or an integer 0-d tensor; with the first loss only.
-
-        Raises:
-            TypeError, ValueError: for anything else, before anything is changed.
-            RuntimeError: outside a micro-batch, or where the gradients of the open window are gone.
-        """
-        if self._result is None:
-            raise RuntimeError(
-                "step.backward(loss) must be called inside a micro-batch: within `with step:` or the step function"
-            )
-        if self._is_closing:
-            raise RuntimeError(
-                "step.backward(loss) below the yield, where gradients are complete, true and clipped already: give a further "
-                "loss above the yield, or add to the gradients yourself, `loss.backward()`"
-            )
-        loss, weight = read_loss(loss if weight is None else (loss, weight))
-        detached = (
-            loss.detach()
-        )  # before: after a backward nothing may fail, or the block could go on without its loss
-        self._run_backward(loss, weight)
-        if self._result.loss is None:
-            self._result.loss = detached
+            self._delivery = found
 
     def over(
-        self,
-        loader: Iterable[T],
-        *other_steps: Step[Any],
-        progress: bool | Mapping[str, Any] = False,
+        self, loader: Iterable[T], *others: Step[Any], progress: bool | Mapping[str, Any] = False
     ) -> Iterator[T]:
-        """Iterates the loader, and lets its last batch close the open windows of this step and of ``other_steps``.
+        """Iterate over a loader, and let its last batch close the open windows of the steps.
 
-        Equivalent to ``for batch in loader``, where the last batch goes to ``step.last``. A loader without a length is read
-        one batch ahead, one with a length is not.
-
-        On several ranks, all of them get as many batches as the one that has most: who has run out gets its last one again,
-        which counts nothing in any window. They agree before every window; a loader without a length is then read ahead by a
-        window and one batch.
+        Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
+        without a length is read one batch ahead. On several ranks all get as many batches as the
+        rank with most: one that has run out gets its last batch again, and it counts nothing.
 
         Args:
-            loader: what a loop can go over.
-            other_steps: further steps whose windows end with the loader.
-            progress: True shows a bar of tqdm, in a terminal and in a notebook, with the smoothed loss, the gradient norm, the
-                learning rate, the loss scale, updates that were skipped, and rows per second, or tokens where the step gives
-                weights. A mapping has arguments for tqdm, ``progress={"desc": "epoch 3"}``. Numbers are shown as they arrive
-                from the device, and nothing waits for them. On several ranks the first shows one, with its own numbers.
+            loader: what a loop can iterate over.
+            others: further steps whose windows end with the loader.
+            progress: True shows a bar of tqdm; a mapping has arguments for tqdm.
 
         Raises:
-            TypeError: where something is given that is no loader, or no step; or for another ``progress``.
-            ImportError: with ``progress``, where tqdm is not installed.
-            ValueError: on several ranks, where one of them has no batch at all.
-
-        Warns:
-            UserWarning: where a window stays open, because the last batch did not reach its step.
-
-        Example:
-            >>> import torch
-            >>> from trainkit import accumulate, train_step
-            >>> weight = torch.nn.Parameter(torch.zeros(()))
-            >>> step = train_step(torch.optim.SGD([weight], lr=1.0), accumulate(2))(lambda x: (weight - x) ** 2)
-            >>> [step(x).complete for x in step.over([1.0, 2.0, 3.0])]
-            [False, True, True]
+            TypeError: for another loader, step or ``progress``.
+            ValueError: on several ranks, if one of them has no batch.
         """
-        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-            raise TypeError(
-                f"step.over takes what a loop can go over, got {loader!r}: `step.over(loader)`"
-            )
-        for step in other_steps:
-            if not isinstance(step, Step):
-                raise TypeError(
-                    f"step.over takes a loader and then steps, got {step!r}: `step_d.over(loader, step_g)`"
-                )
-        steps = (self, *other_steps)
-        batches = _over(loader, steps)
-        return batches if progress is False else with_progress(batches, loader, steps, progress)
+        is_iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+        for fits, given in ((is_iterable, loader), *((isinstance(s, Step), s) for s in others)):
+            came = f"over takes a loader and then steps, got {type(given).__name__}"
+            check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
+        batches = over(loader, (self, *others))
+        if progress is False:
+            return batches
+        from trainkit.watch.progress import with_progress
+
+        return with_progress(batches, loader, (self, *others), progress)
 
     def discard(self) -> None:
-        """Drops the open window, if there is one: gradients None, nothing applied, nothing counted."""
-        is_open = self._began_backward or (self._window is not None and self._window.losses)
-        # Before: no window goes on with a part of its gradients.
-        self._window, self._over_ranks, self._began_backward = None, None, False
-        if is_open:
-            self._drop()
-
-    def _drop(self) -> None:
-        self._gradients.drop()
-        self._wrappers.drop()
-        forget_scale(self._plan.optimizers)
+        """Drop the open window, if there is one: nothing applied, nothing counted."""
+        running, window, self._window = self._running, self._window, None
+        if running is not None and running.lent is not None:
+            window, running.lent = running.lent, None
+        if window is not None:
+            window.drop()
+        forget(self._plan.optimizers)
 
     def settle(self) -> None:
-        """Runs ``after`` for the last update, if that is still owed; waits for the device's verdict.
+        """Run ``after`` for the last update if that is still owed, waiting for the verdict.
 
-        Called automatically before the next update, at the end of ``over``, and where ``updates`` or ``skipped`` is read.
+        Called before the next update, at the end of ``over``, and where ``updates`` is read.
         """
-        if self._owed is None:
-            return
-        skipped = bool(
-            self._owed.read()
-        )  # the wait, in which an interrupt may come: it is owed until that is over
-        self._owed = None
-        if not skipped:
-            for call in self._plan.after:
+        if self._owed is not None:
+            skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
+            self._owed = None
+            for call in () if skipped else self._plan.after:
                 call()
 
     @property
     def updates(self) -> int:
         """Updates applied so far. Reading it may wait for the device."""
-        self.settle()
-        return self._closed - int(self._skips)
+        return self._closed - self.skipped
 
     @property
     def skipped(self) -> int:
-        """Updates skipped so far: gradients not finite, or weights that sum to 0. Reading it may wait for the device."""
+        """Updates skipped so far: gradients not finite, or no weight above 0. May wait."""
         self.settle()
         return int(self._skips)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, loss scale, and the open window with its gradients: numbers and tensors, copied.
+        """Return copies of the counters, the loss scale, and the open window with its gradients.
 
-        Raises:
-            RuntimeError: within a micro-batch, from its backward on, when it is counted neither way; call it after the step.
+        RuntimeError inside a micro-batch, from its backward on.
         """
-        self._refuse_within("state_dict")
-        if not self._device_type:
-            self._prepare()
-        window = self._window if self._window is not None and self._window.losses else None
-        if window is not None and self._wrappers.hold_gradients():
-            raise RuntimeError(
-                "step.state_dict() in an open window under FSDP2, which keeps its gradients to itself until the window closes: "
-                "call it between two windows, where `result.complete`"
-            )
-        state: dict[str, Any] = {"updates": self.updates, "skipped": self.skipped}
-        if self._reference is not None:
-            state["reference"] = self._reference
-        state |= self._scaler.state_dict()
-        if window is not None:
-            state["window"] = window.state_dict()
-            state["gradients"] = self._gradients.state_dict()
-        return state
+        from trainkit.saving.state import state_of
+
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where ``state_dict`` was taken, between the same two micro-batches. An open window is dropped first.
+        """Resume from where ``state_dict`` was called. An open window is dropped first.
 
-        Raises:
-            ValueError: for another state, or where its gradients do not fit the parameters; before anything is changed.
-            RuntimeError: within a micro-batch, from its backward on.
+        ValueError for a state that does not fit, before anything is changed; RuntimeError as above.
         """
-        self._refuse_within("load_state_dict")
-        if not self._device_type:
-            self._prepare()
-        try:
-            skipped, applied, reference = (
-                check_count(state["skipped"]),
-                check_count(state["updates"]),
-                state.get("reference"),
-            )
-            window = (
-                Window.from_state_dict(state["window"], reference) if "window" in state else None
-            )
-            gradients = {} if window is None else dict(state["gradients"])
-            self._scaler.check_state_dict(state)
-        except Exception as error:  # whatever is in place of a state may raise whatever it likes
-            raise ValueError(
-                f"this is not the state of a step ({error!r}): give what `step.state_dict()` returned"
-            ) from None
-        self._gradients.check_state_dict(gradients)
-        self.discard()
-        self._owed = None
-        self._skips, self._closed, self._reference = skipped, applied + skipped, reference
-        factor = self._scaler.load_state_dict(state)
-        if window is not None:
-            self._gradients.load_state_dict(
-                {i: g if factor == 1 else g * factor for i, g in gradients.items()}
-            )
-            self._window = window  # after: no window is open without its gradients
+        from trainkit.saving.state import load_into
 
-    def _refuse_within(self, name: str) -> None:
-        if self._began_backward or self._chunk.stop:  # of a batch, a part of the chunks may be in
-            raise RuntimeError(
-                f"step.{name}() within a micro-batch, which is half done: call it between two micro-batches"
-            )
+        load_into(self, state)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
+        shared = "a decorated method would share its state between all instances"
+        remedy = "`self.step = train_step(...)(self.loss)` in __init__"
+        check(instance is None, TypeError, f"{shared}: {remedy}")
+        return self
+
+    def _begin(self) -> MicroBatch:
+        if self._running is not None:
+            further = "give a further loss of its micro-batch to `step.backward(loss)`"
+            raise RuntimeError(f"this step is under way already: {further}")
+        if self._updater is None:
+            self._prepare()
+        if self._owed is not None and self._owed.known():
+            self.settle()
+        if self._window is None:
+            self._window = self._new_window()
+        running = self._micro_batch()
+        running.enter()
+        return running
+
+    def _prepare(self) -> None:
+        """Pick the precision, and refuse a plan that cannot work, at the first call."""
+        plan, deliver, dtype = self._plan, self._deliver, torch.float32
+        device = check_plan(plan)
+        if plan.precision is not None:
+            kind, dtype = plan.precision.resolve(device)
+            self._autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else None
+        with torch.inference_mode(False):  # an evaluation may come first
+            updater = Updater(plan, is_scaled=dtype == torch.float16)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from trainkit.ranks.join import join
+
+            plan, deliver = join(self, updater)
+        self._plan, self._deliver, self._updater = plan, deliver, updater
+
+    def _new_window(self) -> Window:
+        length = 1
+        for n in self._plan.lengths:
+            length *= check_length(n(self.updates)) if callable(n) else n
+        window: Window = (self._plan.window or Window)(length, self._reference)
+        return window
+
+    def _closes(self) -> bool:
+        """Return whether the micro-batch under way is the last of its window."""
+        window = self._window
+        assert window is not None
+        return self._delivery.is_last or window.size + self._size >= window.length
+
+    def _micro_batch(self) -> MicroBatch:
+        return MicroBatch(self)
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
 
-    def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
-        if instance is None:
-            return self
-        name = getattr(self._function, "__name__", "step")
-        raise TypeError(
-            f"the method {name!r} of the class {type(instance).__name__} was decorated, and all instances would share one state: "
-            f"leave the method as it is and write `self.step = train_step(...)(self.{name})` in __init__"
-        )
 
-    # A micro-batch, from its beginning to the update.
+class MicroBatch:
+    """One micro-batch on its way through a step: forward, backward, and perhaps the update."""
 
-    def _prepare(self) -> None:
-        """Picks the precision, and refuses a plan that cannot work."""
-        self._ranks, self._wrappers = count_ranks(), Wrappers(self._plan.modules)
-        refuse_plan(self._plan, self._ranks, self._wrappers, by_hand=self._function is None)
-        self._gradients.buckets_rebuilt = self._wrappers.buckets_rebuilt
-        device, precision = self._plan.parameters()[0].device, self._plan.precision
-        device_type, dtype = (
-            (device.type, torch.float32) if precision is None else precision.resolve(device)
-        )
-        with torch.inference_mode(
-            False
-        ):  # what is made for the first of all evaluations is made for training, too
-            self._scaler = Scaler(self._plan, dtype, self._ranks)
-            if dtype != torch.float32:
-                self._autocast = torch.autocast(device_type, dtype)
-        self._device_type = device.type
+    weight: Weight | None = None
+    share: Weight = 1.0
+    lent: Window | None = None  # whose sums are in ``.grad``, from the first backward on
+    left: Versions = ()  # the gradients as a block found them, or as ``step.backward`` left them
+    autocast: torch.autocast | None = None  # while it is on in a block
+    generator: types.GeneratorType[Any, None, Any] | None = None
 
-    def _new_window(self) -> Window:
-        return Window(self._length(), self._reference, None if self._plan.sum_dtype is None else 1)
+    def __init__(self, step: Step[Any]) -> None:
+        self.step, self.result = step, StepResult()
+        self.entered: list[AbstractContextManager[Any]] = []
 
-    def _length(self) -> int:
-        return self._plan.length(lambda: self.updates)
-
-    def _deliveries(
-        self,
-        loader: Iterable[Any],
-        window: Callable[[], int] | None = None,
-        tell: Callable[..., Tensor] = tell_all,
-    ) -> Iterator[Delivery]:
-        """The batches of a loader, and on several ranks as many on each."""
-        if count_ranks() == 1:
-            return mark_last(loader)
-        if not self._device_type:
-            self._prepare()
-        return in_step(
-            loader, window or self._length, functools.partial(tell, self._wrappers.group)
-        )
-
-    def _enter(self, context: AbstractContextManager[Any]) -> None:
-        context.__enter__()
-        self._surroundings.append(context)
-
-    def _leave_autocast(self) -> None:
-        assert self._autocast is not None
-        self._autocast_is_on = False
-        self._autocast.__exit__(None, None, None)
-
-    def _run_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        if not self._began_backward:
-            self._begin_backward(loss, weight)
-        elif weight is not None and (self._weight is None or _differ(weight, self._weight)):
-            raise TypeError(
-                f"the losses of a micro-batch share one weight, but the first came with {self._weight}, this one with {weight}: "
-                "give it with the first, `step.backward(first, weight)`"
-            )
-        else:  # a frozen block within the micro-batch may have begun and ended since the first
-            self._gradients.drop_returned()
-        if self._wrappers.found:
-            self._wrappers.before_backward()
-        seed = self._scaler.seed(loss, self._share)
+    def enter(self) -> None:
+        """Enter what the parts put around a micro-batch."""
+        step = self.step
         try:
-            run_backward(loss, seed, self._device_type)
-        except BaseException as error:
-            if not self._take_back(error):
-                self.discard()  # at once: the block may catch this and go on
-            explain(error)
+            for part in step._plan.surroundings:
+                context = part.around_step()
+                context.__enter__()
+                self.entered += [context]  # no call, which a signal could follow
+            if step._autocast is not None:
+                _keep_casts_fresh(step)
+            step._running = self
+        except BaseException:
+            self.leave()
             raise
 
-    def _take_back(self, error: BaseException) -> bool:
-        """Whether what a failed backward has left could be taken out of the gradients again."""
-        return False
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step function down to its loss."""
+        plan, function = self.step._plan, self.step._function
+        output = function(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, types.GeneratorType):
+            self.generator = output
+            if plan.after:
+                raise ValueError("a step that yields takes no `after`: call it below the yield")
+            return run_to_yield(output)
+        if not plan.optimizers:
+            raise ValueError("no optimizer was given: `train_step(optimizer)`, or `yield loss`")
+        return output
 
-    def _begin_backward(self, loss: Tensor, weight: Weight | None) -> None:
-        """Takes in the weight of the micro-batch, and looks after the gradients that it will be added to."""
-        window = self._window = (
-            self._window or self._new_window()
-        )  # none where the block discarded it
-        delivery = self._delivery
-        self._weight = None if weight is None else widened(weight, loss.device)
-        if (
-            self._ranks > 1
-            and self._weight is not None
-            and window.first_of_all
-            and not window.losses
-        ):
-            (largest,) = over_ranks("max", [self._weight], loss.device, self._wrappers.group)()
-            window.agree_on_reference(largest)
-        self._share = window.share(self._weight, self._chunk.fraction)
-        if not window.losses:
-            if self._scaler.loss_scale is not None:
-                refuse_float16(self._plan.parameters())
-            self._gradients.begin()
-            self._wrappers.drop()
-        elif disturbance := self._gradients.disturbance():
-            self.discard()
-            raise RuntimeError(disturbance.format(len(window.losses)))
-        self._began_backward = True
-        is_filler = self._chunk.fraction == 0 or (delivery is not None and delivery.is_filler)
-        window.add(
-            self._weight, self._chunk, 1 if delivery is None else delivery.present, is_filler
-        )
-        if is_filler:
-            self._share = 0.0
-        must_sum = window.weighted or (self._at_last_batch and delivery is None)
-        if self._ranks > 1 and must_sum and self._will_close(window):
-            # Here, and not after backward, which it is hidden behind.
-            self._over_ranks = over_ranks(
-                "avg", [window.total, window.count], loss.device, self._wrappers.group
-            )
+    def backward(self, loss: Tensor, weight: Any) -> None:
+        """Add the gradient of a loss, times its share, to the sums of the window."""
+        step, parameters = self.step, self.step._plan.parameters()
+        if self.left:
+            self.check_untouched()
+        window = step._window
+        if window is None:  # a block discarded it
+            window = step._window = step._new_window()
+        if weight is not None:
+            weight = as_weight(weight, loss.device)
+        if self.lent is None:
+            if step._updater.scale is not None and not window.losses:
+                _refuse_float16(parameters)
+            self.weight, self.share = weight, window.share(weight, step._size)
+            self.lent = window
+        elif isinstance(weight, float) and weight != self.weight:  # tensors might make it wait
+            came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
+            raise TypeError(f"{came}: `step.backward(first, weight)`")
+        try:
+            window.lend(parameters)
+            _run_backward(loss, step._updater.seed(loss, self.share))
+        except BaseException as error:
+            step.discard()  # at once: a block may catch this and continue
+            if isinstance(error, RuntimeError):
+                from trainkit.advice import explain
 
-    def _will_close(self, window: Window) -> bool:
-        """Whether the next micro-batch is the window's last."""
-        return self._chunk.is_last and (self._at_last_batch or window.batches + 1 >= window.length)
+                explain(error)
+            raise
 
-    def _finish(self) -> None:
-        """Counts the micro-batch, and closes the window where this was its last."""
-        result, window = self._result, self._window
-        assert result is not None and result.loss is not None and window is not None
-        window.losses.append(result.loss)
+    def finish(self) -> None:
+        """Count the micro-batch, and make the update if it closes the window."""
+        result, window, closes = self.result, self.lent, self.step._closes()
+        assert window is not None and result.loss is not None
+        if self.left:
+            self.check_untouched()
+        window.add(result.loss, self.weight, self.step._size)
         result._window, result._count = window, len(window.losses)
-        window.batches += self._chunk.is_last
-        if not self._chunk.is_last or (window.batches < window.length and not self._at_last_batch):
-            self._gradients.remember()
-            return
-        if window.batches < window.length:
-            if self._ended_early:
-                warn(
-                    "several micro-batches came at the last batch of `step.over`, and each of them ends a window: let the loop "
-                    "over micro-batches be the one that goes through `step.over`"
-                )
-            self._ended_early = True
-        self.settle()
-        self._is_closing = True
-        for watcher in self._watchers:
-            watcher.before_update()
-        if self._over_ranks is not None:
-            window.total, window.count = self._over_ranks()
-            self._over_ranks = None
-        own_update = (
-            None if self._generator is None else functools.partial(run_to_end, self._generator)
-        )
-        outcome, apply = self._scaler.decide(
-            window, self._gradients, own_update, is_first=not self._closed
-        )
-        reference, skips = window.next_reference(), self._skips + outcome.skipped
-        owed = Answer(outcome.skipped) if self._plan.after else None
-        try:
-            if apply is not None:
-                apply()
-            # At once and in one assignment, which no signal comes between: what was applied is counted, and `after` is owed.
-            self._window, self._reference, self._closed, self._skips, self._owed = (
-                None,
-                reference,
-                self._closed + 1,
-                skips,
-                owed,
-            )
-        finally:
-            forget_scale(self._plan.optimizers)
-        try:
-            if outcome.found_inf is not None:
-                self._scaler.update(outcome.found_inf, lambda: self.updates)
-        finally:
-            for watcher in self._watchers:
-                watcher.after_update(window, outcome.skipped, outcome.norm)
-        if self._generator is None or outcome.skipped is True:
-            self._gradients.drop()
-        else:  # the update code of the function decides what becomes of them
-            self._gradients.forget()
-        result.complete, result.grad_norm, result._skipped = True, outcome.norm, outcome.skipped
-        result._settle = self.settle
+        if closes:
+            self.close(window)
+        else:
+            window.take()
+        if self.generator is not None:
+            self.generator.close()
+        self.lent = None
+
+    def close(self, window: Window) -> None:
+        """Turn the gradients of a complete window into an update."""
+        step, result, parameters = self.step, self.result, self.step._plan.parameters()
+        if window.size < window.length:
+            if step._ended_early:
+                from trainkit.advice import SHORT_WINDOWS
+
+                warn(SHORT_WINDOWS)
+            step._ended_early = True
+        if step._owed is not None:
+            step.settle()
+        for watcher in step._watchers:
+            watcher.before_update(step)
+        result.complete = True
+        gradients = window.close(parameters)
+        if not step._closed or not gradients:
+            from trainkit.advice import warn_of_missing
+
+            warn_of_missing(len(gradients), parameters)
+        own = None if self.generator is None else functools.partial(run_to_end, self.generator)
+        verdict, apply = step._updater.decide(window, gradients, own)
+        owed = Answer(verdict.skipped) if step._plan.after else None
+        reference, skips = window.next_reference(), step._skips + verdict.skipped
+        if apply is not None:
+            apply()
+        # One statement, so that Ctrl-C cannot separate the update from its count.
+        step._window, step._reference, step._closed, step._skips, step._owed = (
+            None, reference, step._closed + 1, skips, owed,
+        )  # fmt: skip
+        forget(step._plan.optimizers)
+        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
+        result._settle = step.settle
+        streak = 0 if verdict.found_inf is None else step._updater.learn(verdict.found_inf)
+        for watcher in step._watchers:
+            watcher.after_update(step, window, verdict)
+        if streak:
+            from trainkit.advice import too_many_skips
+
+            raise too_many_skips(step, streak)
+        if own is None or verdict.skipped is True:
+            window.drop()
         if owed is not None and owed.known():
-            self.settle()
-        for watcher in self._watchers:  # last: what is done with their numbers may fail
-            watcher.ask(watcher.least)
+            step.settle()
 
+    def leave(self) -> None:
+        """Leave what surrounds the micro-batch. May be called again if it was interrupted.
 
-def _leave(contexts: list[AbstractContextManager[Any]]) -> None:
-    """Leaves contexts after an exception in it: once more the last, whose first line may not have been reached, and the rest."""
-    if contexts:
+        Before ``finish``, some of its gradients may be in and others not: the window is dropped.
+        """
         try:
-            contexts.pop().__exit__(None, None, None)
+            if self.lent is not None:
+                self.step.discard()
+            if self.autocast is not None:
+                self.leave_autocast()
+            if self.generator is not None:
+                self.generator.close()
         finally:
-            _leave(contexts)
+            self.step._running = None
+            while self.entered:
+                self.entered[-1].__exit__(None, None, None)
+                del self.entered[-1]
+
+    def leave_autocast(self) -> None:
+        """Leave the autocast of a block."""
+        autocast, self.autocast = self.autocast, None
+        if autocast is not None:
+            autocast.__exit__(None, None, None)
+
+    def watch(self) -> None:
+        """Remember the gradients of the window as an explicit backward left them."""
+        if self.lent is not None and self.lent.can_watch:
+            self.left = Window.versions(self.lent.parameters)
+
+    def check_untouched(self) -> None:
+        """Raise RuntimeError if something else changed gradients inside the micro-batch."""
+        left, self.left = self.left, ()
+        if is_changed(left, are_lent=self.lent is not None):
+            from trainkit.advice import DISTURBED
+
+            if self.lent is not None:
+                self.step.discard()
+            raise RuntimeError(DISTURBED)
 
 
-def _differ(a: Weight, b: Weight) -> bool:
-    """Whether two weights are known to differ; tensors are not looked into."""
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a != b
+_run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
 
 
-def _over(loader: Iterable[T], steps: tuple[Step[Any], ...]) -> Iterator[T]:
-    found = [(step._at_last_batch, step._delivery) for step in steps]
-    first = steps[0]
-    deliveries = (
-        first._deliveries(loader)
-        if first._resumable is None
-        else first._resumable._deliver(loader, first)
-    )
-    try:
-        for delivery in deliveries:
-            for step in steps:
-                step._at_last_batch, step._delivery, step._ended_early = (
-                    delivery.is_last,
-                    delivery,
-                    False,
-                )
-            yield delivery.batch
-    finally:
-        for step, (at_last_batch, before) in zip(steps, found, strict=True):
-            step._at_last_batch, step._delivery = at_last_batch, before
-        for watcher in [watcher for step in steps for watcher in step._watchers]:
-            watcher.flush()
-    for step in steps:
-        step.settle()
-        if step._window is not None and step._window.losses:
-            warn(
-                f"the last batch did not reach a step (or the loader ended before its length), and {len(step._window.losses)} "
-                "micro-batch(es) wait in its open window: `step.discard()` drops them"
-            )
+def _run_backward(loss: Tensor, seed: Tensor) -> None:
+    """Run ``loss.backward(gradient=seed)`` with autocast off."""
+    if torch.is_autocast_enabled(loss.device.type):  # in a block, or around the whole loop
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()  # or every later forward would use the old weights
+    elif type(loss) is Tensor:  # without the checks of Tensor.backward, which take 15 us
+        run = _run_on_cpu if loss.is_cpu else _engine_run_backward
+        run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+
+
+def _keep_casts_fresh(step: Step[Any]) -> None:
+    """Have autocast forget its copies of the weights whenever a gradient of them is taken.
+
+    A step function may move weights along a gradient between two of its forwards, for example in
+    SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412). The second forward would use the
+    copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
+    every weight would cost as much as backward through a small layer.
+    """
+    if step._cast_weights and all(map(_is_trained, step._cast_weights)):
+        return
+    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in step._plan.optimized()]
+    step._cast_weights = [trained[-1] for trained in weights if trained]
+    for weight in step._cast_weights:
+        if _clear_casts not in (weight._backward_hooks or {}).values():
+            weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
+
+
+_is_trained = operator.attrgetter("requires_grad")
+
+
+def _clear_casts(gradient: Tensor) -> None:
+    torch.clear_autocast_cache()
+
+
+def _refuse_float16(parameters: list[torch.nn.Parameter]) -> None:
+    for p in parameters:
+        if p.dtype == torch.float16 and p.requires_grad:
+            came = f"a loss scale needs float32 parameters, got float16 of shape {tuple(p.shape)}"
+            raise ValueError(f"{came}: load the model with `dtype=torch.float32`")

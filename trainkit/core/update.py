@@ -1,278 +1,196 @@
-"""The update: the one place where gradients become new parameters.
+"""The update: the one place where the gradients of a window become new parameters.
 
-Every correction that a gradient needs is one scalar: the loss scale, the weight of the window, the clip coefficient. None of
-them is applied in turn. Their product waits as one *divisor* and is applied where the gradients are read anyway: inside the
-kernel of a fused optimizer, or in a single multiplication just before any other optimizer steps.
+Every correction that a gradient needs is one scalar: the loss scale, the weights of the window, the
+clip coefficient. Their product is applied once, where gradients are read anyway: in the kernel of a
+fused optimizer, or in a single multiplication before any other optimizer steps.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-# Private in torch, so guarded: without them the same is done tensor by tensor.
-_foreach_norm = getattr(torch, "_foreach_norm", None)
-_foreach_mul_ = getattr(torch, "_foreach_mul_", None)
-try:
-    from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-except ImportError:  # then nobody can say that there are none
-    _global_optimizer_pre_hooks = _global_optimizer_post_hooks = {0: NotImplemented}  # type: ignore[assignment]
+from trainkit.core.fused import can_fuse, seed_momentum, step_all, total_norm
+from trainkit.core.plan import Plan
+from trainkit.core.window import Weight, Window
 
 
-class Check:
-    """What is asked of gradients before they are used: a finite norm, and no more than ``max_norm`` of it."""
+class Answer:
+    """A number on its way from the device. A CPU has it at once; an accelerator starts a copy."""
 
-    def __init__(self, max_norm: float, norm_type: float, device: torch.device) -> None:
-        self.max_norm = max_norm
-        self.norm_type = norm_type
-        self.device = device
-        # With Python numbers torch would make such tensors in every operation anew, and that costs more than the operation.
-        self.zero, self.one, self._infinity, self._max_norm, self._epsilon = (
+    def __init__(self, number: Any) -> None:
+        self._number, self._event = number, None
+        if isinstance(number, Tensor) and number.device.type in ("cuda", "xpu"):
+            self._number = number.to("cpu", non_blocking=True)
+            self._event = torch.Event(number.device)
+            self._event.record()
+
+    def known(self) -> bool:
+        """Return whether the number has arrived, without waiting for it."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> Any:
+        """Return the number, waiting for the copy if necessary."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._number
+
+
+class Verdict(NamedTuple):
+    """What became of a window."""
+
+    skipped: bool | Tensor  # a 0-d float32 tensor, 1.0 for True, where only the device knows
+    found_inf: Tensor | None = None  # 0-d float32, 1.0 if the norm is not finite; None without one
+    norm: Tensor | None = None  # 0-d, of the true gradients before clipping
+
+
+Apply = Callable[[], Any] | None
+
+
+class Updater:
+    """``GradScaler`` and ``clip_grad_norm_`` in one, for any precision and several optimizers."""
+
+    def __init__(self, plan: Plan, is_scaled: bool) -> None:
+        device, precision = plan.parameters()[0].device, plan.precision
+        self.plan = plan
+        self.looks = precision is not None or plan.max_norm is not None
+        self.max_norm = plan.max_norm or math.inf
+        # Made once: torch would make a tensor of a Python number again in every operation.
+        self.zero, self.one, self.infinity, self.clip, self.epsilon = (
             torch.full((), value, dtype=torch.float32, device=device)
-            for value in (0.0, 1.0, math.inf, max_norm, 1e-6 / max_norm)
+            for value in (0.0, 1.0, math.inf, self.max_norm, 1e-6 / self.max_norm)
         )
+        self.scale: Tensor | None = None
+        if precision is not None and is_scaled:
+            self.scale = torch.full_like(self.zero, precision.init_scale)
+            self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self.streak = Streak(plan.max_skips or 25)
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The norm of all gradients as one vector, accumulated in float32 or wider; 0-d.
+    def seed(self, loss: Tensor, share: Weight) -> Tensor:
+        """Return what backward starts from in place of 1: the share, times the loss scale.
 
-        ``torch.nn.utils.get_total_norm`` rounds that of bfloat16 gradients to three digits, of float16 to inf above 65504.
+        Always a new tensor: the gradient of a parameter of one element may take its memory.
         """
-        meshes: list[Any] = []
-        dtypes = {g.dtype for g in gradients}
-        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        if self.norm_type == math.inf:
-            # Nothing has no maximum, and of a sharded gradient a rank may have nothing.
-            meshes = list(
-                {
-                    id(g.device_mesh): g.device_mesh for g in gradients if hasattr(g, "device_mesh")
-                }.values()
-            )
-            gradients = [
-                part
-                for part in (g.to_local() if hasattr(g, "to_local") else g for g in gradients)
-                if part.numel()
-            ]
-        if not gradients:
-            norms = [self.zero.to(wide)]
-        elif (
-            _foreach_norm is not None
-            and not wide.is_complex
-            and {g.layout for g in gradients} == {torch.strided}
-        ):
-            norms = _foreach_norm(
-                gradients,
-                self.norm_type,
-                None if dtypes <= {torch.float32, torch.float64} else wide,
-            )
+        if self.scale is not None:  # in float32: 65,536 is inf in float16, a third of it is not
+            wide = torch.promote_types(loss.dtype, torch.float32)
+            share = self.scale.to(loss.device, wide) * share
+            return share.to(loss.device, loss.dtype)
+        if isinstance(share, Tensor):
+            return share.to(loss.device, loss.dtype, copy=True)
+        return torch.full_like(loss, share)
+
+    def decide(self, window: Window, gradients: list[Tensor], own: Apply) -> tuple[Verdict, Apply]:
+        """Return the verdict on a complete window, and what applies it; None if it is skipped.
+
+        ``own`` is the update code of a step function, which finds true gradients in ``.grad``.
+        Fused optimizers never wait for the device; otherwise there is one wait.
+        """
+        optimizers, empty = self.plan.optimizers, window.is_empty()
+        if empty is True:
+            return Verdict(True), None
+        seed_momentum(optimizers)
+        divisor = window.divisor()
+        if self.scale is not None:
+            divisor = _times(divisor, self.scale)
+        norm = found_inf = None
+        if self.looks:
+            scaled = total_norm(gradients, self.plan.norm_type, self.zero)
+            found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
+            norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
+        if own is None and window.can_fuse and can_fuse(optimizers, gradients):
+            told = self._told(divisor, norm, found_inf, empty)
+            verdict = Verdict(told.get("found_inf", False), found_inf, norm)
+            return verdict, functools.partial(step_all, optimizers, told)
+        factor = self._factor(divisor, norm)
+        if factor is None:
+            return Verdict(True, found_inf, norm), None
+        if factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
+        window.narrow()
+        return Verdict(False, found_inf, norm), own or functools.partial(step_all, optimizers, {})
+
+    def _told(
+        self, divisor: Weight, norm: Tensor | None, found_inf: Tensor | None, empty: bool | Tensor
+    ) -> dict[str, Tensor]:
+        """Return what fused kernels divide by, and whether they skip."""
+        told: dict[str, Tensor] = {} if found_inf is None else {"found_inf": found_inf}
+        scale = divisor
+        if norm is not None and self.max_norm < math.inf:
+            # 1 / the coefficient of clip_grad_norm_, which is max_norm / (norm + 1e-6), at most 1.
+            clip = torch.maximum(torch.addcdiv(self.epsilon, norm, self.clip), self.one)
+            scale = _times(divisor, clip)
+        if isinstance(scale, Tensor):
+            told["grad_scale"] = scale.float()
+        elif scale != 1.0:
+            told["grad_scale"] = torch.full_like(self.zero, scale)
+        if isinstance(empty, Tensor):  # the maximum, since kernels compare found_inf with 1
+            told["found_inf"] = torch.maximum(told.get("found_inf", self.zero), empty.float())
+        return told
+
+    def _factor(self, divisor: Weight, norm: Tensor | None) -> float | None:
+        """Return the number that makes gradients true and clipped; None to skip. The one wait."""
+        if norm is None:
+            value, by = 0.0, float(divisor)
+        elif isinstance(divisor, Tensor):
+            value, by = torch.stack([norm, divisor.to(norm)]).tolist()
         else:
-            norms = [
-                torch.linalg.vector_norm(_entries(g), self.norm_type, dtype=wide.to_real())
-                for g in gradients
-            ]
-        if {g.device for g in gradients} != {self.device}:
-            norms = [norm.to(self.device) for norm in norms]
-        together: Tensor = torch.linalg.vector_norm(torch.stack(norms), self.norm_type)
-        for mesh in meshes:
-            together = _maximum_over(mesh, together)
-        if hasattr(
-            together, "full_tensor"
-        ):  # of the shards that FSDP2 has on each rank, the norm of all
-            together = together.full_tensor()
-        return together
+            value, by = norm.item(), divisor
+        if not (value < math.inf and 0 < by < math.inf):
+            return None
+        return min(1.0, self.max_norm / (value + 1e-6)) / by
 
-    def not_finite(self, norm: Tensor) -> Tensor:
-        """0-d float32: 1 for an infinite norm or a nan, else 0."""
-        return torch.where(norm < self._infinity, self.zero, self.one)  # a nan compares false
+    def learn(self, found_inf: Tensor) -> int:
+        """Move the loss scale by the rule of ``GradScaler``: halved by an overflow, doubled after
+        ``growth_interval`` updates without one. Return the length of a streak that is too long.
 
-    def inverse_clip(self, norm: Tensor) -> Tensor:
-        """1 / the coefficient of ``clip_grad_norm_``, which is ``max_norm / (norm + 1e-6)`` where that is below 1."""
-        return torch.maximum(torch.addcdiv(self._epsilon, norm, self._max_norm), self.one)
+        Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
+        """
+        if self.scale is not None and self.plan.precision is not None:
+            interval = self.plan.precision.growth_interval
+            torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, interval)
+        return self.streak.add(found_inf)
 
 
-def _maximum_over(mesh: Any, norm: Tensor) -> Tensor:
-    """The largest of the norms that ranks have of their shards."""
-    from torch.distributed.tensor import DTensor, Partial
+class Streak:
+    """Updates skipped in a row. Looked at only when there may be ``limit`` of them, without a wait.
 
-    norm = torch.where(norm.isnan(), math.inf, norm)  # a nan is not found by comparing
-    return DTensor.from_local(norm, mesh, [Partial("max")] * mesh.ndim).full_tensor()
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """What the norm of a gradient is taken of, where torch has none for it: real numbers, and each row of a sparse one once."""
-    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return entries.abs() if entries.is_complex() else entries
-
-
-class Outcome(NamedTuple):
-    """What became of a window.
-
-    ``skipped``: a bool where it is known, else a 0-d float32 tensor, 1.0 for a skipped update. ``found_inf``: such a tensor, 1.0
-    for gradients that are not finite; ``norm``: 0-d, of the true gradients before clipping; both None where no norm was taken.
+    Several ranks must learn of it at the same update: they read the answer ``lag`` updates later.
     """
 
-    skipped: bool | Tensor
-    found_inf: Tensor | None = None
-    norm: Tensor | None = None
+    lag = 0
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the skips so far."""
+        self._length, self._latest = 0, list[Tensor]()
+        self._asked: Answer | None = None
+
+    def add(self, found_inf: Tensor) -> int:
+        """Take in the verdict on an update. Return the length once it has reached the limit."""
+        self._latest.append(found_inf)
+        if self._asked is None and len(self._latest) >= min(self.limit - self._length, 256):
+            self._asked, self._latest = Answer(torch.stack(self._latest)), []
+        if self._asked is None or len(self._latest) < self.lag:
+            return 0
+        if not (self.lag or self._asked.known()):
+            return 0
+        skips = self._asked.read().tolist()
+        self._length = self._length + len(skips) if all(skips) else skips[::-1].index(0.0)
+        self._asked = None
+        if self._length < self.limit:
+            return 0
+        length, self._length = self._length, 0
+        return length
 
 
-def weigh(
-    gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None, empty: bool | Tensor
-) -> tuple[Outcome, Tensor | None]:
-    """What ``step_all`` will make of gradients / divisor, and what its kernels divide by: that, clipped; None for 1.
-
-    Never waits for the device. ``empty``: whether nothing in the window had a weight; a 0-d bool tensor where only the device
-    knows, and else False.
-    """
-    grad_scale = divisor
-    skipped = found_inf = norm = None
-    if check is not None:
-        scaled_norm = check.norm(gradients)
-        skipped = found_inf = check.not_finite(scaled_norm)
-        norm = _divided(scaled_norm, divisor)
-        if check.max_norm < math.inf:
-            grad_scale = times(divisor, check.inverse_clip(norm))
-    if isinstance(empty, Tensor):
-        skipped = empty.float() if found_inf is None else torch.maximum(found_inf, empty.float())
-    if not isinstance(grad_scale, Tensor) and grad_scale != 1.0:
-        grad_scale = torch.full((), grad_scale, device=gradients[0].device)
-    outcome = Outcome(False if skipped is None else skipped, found_inf, norm)
-    return outcome, grad_scale.float() if isinstance(grad_scale, Tensor) else None
-
-
-def step_all(
-    optimizers: Sequence[Optimizer],
-    skipped: bool | Tensor = False,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """Steps optimizers; those that ``can_fuse`` with gradients / grad_scale, or not at all where ``skipped`` is 1.
-
-    With ``weigh`` equivalent to ``unscale_``, ``clip_grad_norm_`` and ``step``, in two reads and one write of the gradients: the
-    norm reads them, and the kernel, on its own read, divides by ``optimizer.grad_scale``, or returns at once where
-    ``optimizer.found_inf`` is 1. Nothing waits for the device. Who calls it calls ``forget_scale`` after it, however it ended.
-    """
-    for optimizer in optimizers:
-        if grad_scale is not None:
-            optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-        if isinstance(skipped, Tensor):
-            optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        optimizer.step()
-
-
-def forget_scale(optimizers: Sequence[Optimizer]) -> None:
-    """Takes back what ``step_all`` told optimizers: left behind, even as None, it would make the next GradScaler.step raise."""
-    for optimizer in optimizers:
-        optimizer.__dict__.pop("grad_scale", None)
-        optimizer.__dict__.pop("found_inf", None)
-
-
-def make_true(gradients: Sequence[Tensor], divisor: float | Tensor, check: Check | None) -> Outcome:
-    """Makes gradients unscaled, normalised and clipped, in place, with one multiplication; none where the product is 1.
-
-    Waits for the device once, where the verdict lies there. Gradients of a skipped update are left as they are.
-    """
-    found_inf = norm = None
-    if check is None:
-        norm_value, divisor_value = 0.0, float(divisor)
-    else:
-        scaled_norm = check.norm(gradients)
-        norm = _divided(scaled_norm, divisor)
-        if isinstance(divisor, Tensor):
-            found_inf = check.not_finite(scaled_norm)
-            norm_value, divisor_value = torch.stack([norm, divisor.to(norm)]).tolist()
-        else:
-            norm_value, divisor_value = norm.item(), divisor
-            found_inf = check.zero if norm_value < math.inf else check.one
-    if not (norm_value < math.inf and 0 < divisor_value < math.inf):
-        return Outcome(True, found_inf, norm)
-    clip = 1.0 if check is None else min(1.0, check.max_norm / (norm_value + 1e-6))
-    if clip != divisor_value and gradients:
-        _multiply(gradients, clip / divisor_value)
-    return Outcome(False, found_inf, norm)
-
-
-def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bool:
-    """Whether ``step_all`` is exact for these optimizers as they are now; asked before every update.
-
-    ``_step_supports_amp_scaling`` is no answer: wrappers pass it on and ignore ``grad_scale``, and loading a state leaves it
-    as it was. float64 gradients are refused because the kernels read ``grad_scale`` as float32, and shared parameters because
-    they write back what they divided, and the second kernel would divide again.
-    """
-    return (
-        bool(gradients)
-        and torch.float64 not in {g.dtype for g in gradients}
-        and all(map(_is_fused, optimizers))
-        and (len(optimizers) == 1 or not _share_parameters(optimizers))
-    )
-
-
-def _share_parameters(optimizers: Sequence[Optimizer]) -> bool:
-    owned = [
-        id(p)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-    return len(set(owned)) < len(owned)
-
-
-def _is_fused(optimizer: Optimizer) -> bool:
-    if type(optimizer) not in (Adam, AdamW, SGD, Adagrad):
-        return False
-    for group in optimizer.param_groups:
-        # What dampening means for a first step, seed_momentum cannot say.
-        if group.get("fused") is not True or (group.get("momentum") and group["dampening"]):
-            return False
-    # A hook around the step, or somebody's own step, would see gradients that are still scaled, and run after a skipped
-    # update. What a learning-rate scheduler puts in place of step only counts calls.
-    hooks = (
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-    )
-    step = optimizer.__dict__.get("step")
-    return not any(hooks) and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
-
-
-def seed_momentum(optimizer: Optimizer) -> None:
-    """Gives fused SGD the momentum buffers that it lacks, as zeros: from these, ``momentum * 0 + gradient`` is the first step.
-
-    Its kernel is handed uninitialised buffers on a first step, and where found_inf is 1 it leaves them so: the next step makes
-    nan of the weights. And it raises where a parameter joins the others later.
-    """
-    for group in optimizer.param_groups:
-        if not (group.get("momentum") and group.get("fused")):
-            continue
-        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
-        joining = [p for p, state in states.items() if state.get("momentum_buffer") is None]
-        if not group["dampening"]:
-            for parameter in joining:
-                states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        elif 0 < len(joining) < len(states):
-            raise ValueError(
-                f"{len(joining)} of {len(states)} parameters came to fused SGD with momentum and dampening={group['dampening']} "
-                "after its first step, which its kernel cannot take: make it with `fused=False`"
-            )
-
-
-def _multiply(gradients: Sequence[Tensor], factor: float) -> None:
-    if _foreach_mul_ is not None:
-        _foreach_mul_(gradients, factor)
-        return
-    for gradient in gradients:
-        gradient.mul_(factor)
-
-
-def times(divisor: float | Tensor, factor: Tensor) -> Tensor:
-    """Their product, without an operation where the divisor is known to be 1."""
-    return factor if not isinstance(divisor, Tensor) and divisor == 1.0 else factor * divisor
-
-
-def _divided(norm: Tensor, divisor: float | Tensor) -> Tensor:
-    return norm if not isinstance(divisor, Tensor) and divisor == 1.0 else norm / divisor
+def _times(divisor: Weight, factor: Tensor) -> Tensor:
+    """Multiply, without an operation where the divisor is known to be 1."""
+    return factor * divisor if isinstance(divisor, Tensor) or divisor != 1.0 else factor

@@ -1,232 +1,184 @@
-"""A window: the micro-batches that make one update, and what each of them weighs in it."""
+"""A window: the micro-batches that make one update, with their weights and summed gradients."""
 
 from __future__ import annotations
 
 import math
-import numbers
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Weight = int | float | Tensor
-
-
-class Chunk(NamedTuple):
-    """What a micro-batch is of its batch, where ``microbatch`` cuts batches into chunks; else it is all of it.
-
-    ``fraction``: of its rows; 0 for a chunk that is run again only because other ranks wait, and counts nothing. ``is_last``:
-    whether the batch is over with it. ``stop``: the row where it ends.
-    """
-
-    fraction: float = 1
-    is_last: bool = True
-    stop: int = 0
-
-
-_WHOLE = Chunk()
+Weight = float | Tensor  # a Python float, or a 0-d float64 tensor on the device of the loss
+Size = int | Fraction
+Versions = Sequence[tuple[nn.Parameter, Tensor | None, int]]
 
 
 class Window:
-    """The losses and weights of one window, as they come.
+    """Equivalent to one backward of ``sum(w_i * loss_i) / sum(w_i)``.
 
-    Its gradient is that of ``sum(w_i * loss_i) / sum(w_i)``. The sum of the weights is known only at its end, so each
-    micro-batch enters backward with the share ``w_i / (reference * length)``, and what has then added up is divided once, by
-    ``divisor = sum(w_i) / (reference * length)``. Without weights every w is 1 and so is the reference: the share is the
-    usual ``1 / length``, and the divisor of a full window exactly 1.
+    The sum of the weights is known only at the end. So each loss enters backward with the share
+    ``w_i / (reference * parts)``, and the sums are divided once, by ``divisor()``. Without weights
+    w and reference are 1: the share is the usual ``1 / length``, and the divisor of a full window
+    is exactly 1. The reference is a power of two near the mean weight of the window before. It
+    cancels out, and keeps weights of 65,536 tokens from using up the range of the loss scale.
 
-    Where a sum has more precision than what is added to it, ``parts`` is 1 and stands for that length: a third would be rounded.
-
-    ``reference`` is a power of two near the mean weight of the window before. It cancels out, and keeps shares near
-    ``1 / length``: those of 65,536 tokens would use up the range that the loss scale is there for.
+    Between micro-batches the sums are kept here. A backward finds them in ``.grad``, where autograd
+    adds to them in place: ``lend`` and ``take`` move references.
     """
 
-    def __init__(self, length: int, reference: Weight | None, parts: int | None = None) -> None:
-        self.length = length
-        self.parts = length if parts is None else parts
-        self.batches = 0
+    can_fuse = True  # whether a fused optimizer may divide the sums
+    can_watch = True  # whether only autograd changes a sum that is lent
+    kept = ("length", "parts", "reference", "weighted", "size", "weights")  # in a state_dict
+
+    def __init__(self, length: int, reference: Weight | None) -> None:
+        self.length = self.parts = length
+        self.reference = reference  # None before the first weight of a run
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
-        self.total: Weight = 0
-        self.count: float | Tensor = 0
-        self.weighted: bool | None = None
-        self.first_of_all = reference is None
-        self.reference: Weight = 1.0 if reference is None else reference
+        self.weighted = False
+        self.size: Size = 0  # in micro-batches; a chunk of one counts its fraction
+        # By the position of the parameter. A sum that is lent lies in ``.grad`` as well.
+        self.parameters: list[nn.Parameter] = []
+        self.sums: list[Tensor | None] = []
+        self.lent: list[bool] = []
 
-    def share(self, weight: Weight | None, fraction: float = 1) -> float | Tensor:
-        """The factor of a micro-batch's gradient on its way in; TypeError where weighted and unweighted losses would meet."""
-        if self.losses and self.weighted is not (weight is not None):
-            was, came = ("with", "without") if self.weighted else ("without", "with")
-            raise TypeError(
-                f"a loss came {came} a weight into a window whose losses so far ({len(self.losses)}) came {was} one; the mean "
-                "over both is not defined: give a weight with every loss of a window, `return loss, weight`, or with none"
-            )
-        if weight is None:
-            return fraction / self.parts
-        if self.first_of_all:
-            # There is no window before to take the reference from, so the first weight above zero gives it.
-            near = _power_of_two_near(
-                weight / (fraction or 1)
-            )  # 1 for a weight of 0, whose share is 0 whatever it is
-            if isinstance(self.total, Tensor):
-                self.reference = _wide(torch.where(self.total > 0, self.reference, near))
-            elif self.total == 0:
-                self.reference = near
-        share: float | Tensor = _wide(weight) / (self.reference * self.parts)
-        return share
-
-    def add(
-        self,
-        weight: Weight | None,
-        chunk: Chunk = _WHOLE,
-        present: float = 1,
-        is_filler: bool = False,
-    ) -> None:
-        """Counts the weight of a micro-batch, whose loss joins ``losses`` when its backward is over.
-
-        ``present``: the share of ranks that have one at this place. ``is_filler``: whether this rank has none; then it is only
-        there so that the rank goes along with the others.
-        """
+    def share(self, weight: Weight | None, size: Size = 1) -> Weight:
+        """Return the factor with which the gradient of a loss of this weight enters the sums."""
+        if self.losses and self.weighted is (weight is None):
+            came, were = ("without", "with") if self.weighted else ("with", "without")
+            mixed = f"a loss came {came} a weight, after {len(self.losses)} {were} one"
+            raise TypeError(f"{mixed}: give one with each, `return loss, weight`, or with none")
         self.weighted = weight is not None
-        if chunk.is_last:
-            self.count += present
-        latest: Weight = 0 if is_filler else chunk.fraction if weight is None else weight
-        self.weights.append(latest)
-        if isinstance(latest, float) or isinstance(
-            self.total, float
-        ):  # which torch adds to an int tensor as float32
-            latest, self.total = _wide(latest), _wide(self.total)
-        self.total = self.total + latest
+        if weight is None:
+            return float(size) / self.parts
+        if self.reference is None:
+            self.reference = power_of_two_near(weight, size or 1, 1.0)
+        return weight / (self.reference * self.parts)
 
-    def mark(self) -> tuple[Any, ...]:
-        """What there is, for ``rewind``."""
-        return len(self.losses), self.total, self.count, self.weighted
+    def add(self, loss: Tensor, weight: Weight | None, size: Size = 1) -> None:
+        """Count a micro-batch whose gradient is in."""
+        self.losses.append(loss)
+        self.weights.append(float(size) if weight is None else weight)
+        self.size += size
 
-    def rewind(self, mark: tuple[Any, ...]) -> None:
-        """Takes back what was added since ``mark``."""
-        size, self.total, self.count, self.weighted = mark
-        del self.losses[size:], self.weights[size:]
+    def total(self) -> Weight:
+        """Return the sum of the weights."""
+        return sum(self.weights)
 
-    def agree_on_reference(self, largest: Tensor) -> None:
-        """Takes the first reference of all from the largest weight with which a rank begins."""
-        self.reference = _power_of_two_near(largest)
-        self.first_of_all = False
+    def divisor(self) -> Weight:
+        """Return the number by which the sums are still to be divided."""
+        if self.weighted and self.reference is not None:
+            return self.total() / (self.reference * self.parts)
+        return float(self.size) / self.parts
 
-    def divisor(self) -> float | Tensor:
-        """What the gradients that have added up are still to be divided by."""
-        if not self.weighted:
-            return self.count / self.parts
-        divisor: float | Tensor = _wide(self.total) / (self.reference * self.parts)
-        return divisor
+    def is_empty(self) -> bool | Tensor:
+        """Return whether all weights are zero; a 0-d tensor where only the device knows."""
+        total = self.total() if self.weighted else 1.0
+        return ~((total > 0) & (total < math.inf)) if isinstance(total, Tensor) else total <= 0
 
     def next_reference(self) -> Weight | None:
-        """The reference for the window after this one."""
-        found = None if self.first_of_all else self.reference
-        if not self.weighted or (not isinstance(self.total, Tensor) and self.total <= 0):
-            return found
-        near = _power_of_two_near(_wide(self.total) / self.count)
-        if isinstance(self.total, Tensor) and found is not None:
-            near = _wide(torch.where(self.total > 0, near, found))
-        return near
+        """Return the reference for the window after this one."""
+        if not self.weighted or self.reference is None:
+            return self.reference
+        return power_of_two_near(self.total(), self.size, self.reference)
 
     def mean_loss(self, count: int) -> Tensor:
-        """The weighted mean of the first ``count`` losses; 0-d, nan where they weigh nothing."""
+        """Return the weighted mean of the first losses, 0-d; nan where all weights are zero."""
         return weighted_mean(self.losses[:count], self.weights[:count])
 
-    def empty(self) -> bool | Tensor:
-        """Whether it weighs nothing, or nothing that is a number; a 0-d tensor where that is known only on the device."""
-        if isinstance(self.total, Tensor):
-            return ~((self.total > 0) & (self.total < math.inf))  # a nan compares false
-        return bool(self.weighted) and self.total <= 0
+    def lend(self, parameters: list[nn.Parameter]) -> None:
+        """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
+        sums, lent, joining = self.sums, self.lent, len(parameters) - len(self.sums)
+        sums += [None] * joining
+        lent += [False] * joining
+        self.parameters = parameters
+        for i, parameter in enumerate(parameters):
+            if not lent[i] and parameter.requires_grad:
+                lent[i] = True
+                parameter.grad = sums[i]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors; the gradients are the step's."""
-        return {
-            "length": self.length,
-            "parts": self.parts,
-            "reference": self.reference,
-            "weighted": bool(self.weighted),
-            "first_of_all": self.first_of_all,
-            "count": self.count,
-            "batches": self.batches,
-            "losses": [loss.clone() for loss in self.losses],
-            "weights": list(self.weights),
-        }
+    def take(self) -> None:
+        """Take the sums out of ``.grad`` again. Where it is None, a ``frozen`` block holds it."""
+        sums, lent = self.sums, self.lent
+        for i, parameter in enumerate(self.parameters):
+            if lent[i]:
+                if (gradient := parameter.grad) is not None:
+                    sums[i] = gradient
+                    parameter.grad = None
+                lent[i] = False
 
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], reference: Weight | None) -> Window:
-        """The window as it was, ``reference`` being that of the window before; ValueError for what none can have been."""
-        window = cls(state["length"], reference, state.get("parts"))
-        window.reference = state["reference"]
-        for loss, weight in zip(state["losses"], state["weights"], strict=True):
-            if not (
-                isinstance(loss, Tensor)
-                and loss.is_floating_point()
-                and _is_number(loss)
-                and _is_number(weight)
-            ):
-                raise ValueError(f"a loss of {loss!r} and a weight of {weight!r}")
-            window.add(weight)
-            window.losses.append(loss)
-        window.weighted = state["weighted"]
-        window.first_of_all = state.get("first_of_all", window.first_of_all)
-        window.count = state.get("count", window.count)
-        window.batches = state.get("batches", len(window.losses))
-        numbers_of_it = (window.reference, window.count, 1.0 if reference is None else reference)
-        if (
-            not all(map(_is_number, numbers_of_it))
-            or not type(window.weighted) is type(window.first_of_all) is bool
-            or not type(window.length) is type(window.parts) is type(window.batches) is int
-            or not 0 <= window.batches < window.length
-            or window.parts < 1
-        ):
-            given = {key: value for key, value in state.items() if key not in ("losses", "weights")}
-            raise ValueError(
-                f"a window of {len(window.losses)} losses with {given}, after one with the reference {reference!r}"
-            )
-        return window
+    def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Lend the sums for the update, and return them."""
+        self.lend(parameters)
+        gradients = []
+        for i, parameter in enumerate(parameters):
+            if self.lent[i] and (gradient := parameter.grad) is not None:
+                gradients.append(gradient)
+        return gradients
 
+    def narrow(self) -> None:
+        """Give the true gradients the dtype of their parameters, just before an update."""
 
-def weighted_mean(losses: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """0-d, in the dtype of the losses; nan where they weigh nothing."""
-    total: Tensor = sum(
-        _wide(loss) * weight for loss, weight in zip(losses, weights, strict=True)
-    ) / sum(weights)
-    return total.to(losses[0].dtype)
+    def drop(self) -> None:
+        """Forget the sums, and clear ``.grad`` where they are lent."""
+        for i, parameter in enumerate(self.parameters):
+            if self.lent[i]:
+                parameter.grad = None
+        self.parameters, self.sums, self.lent = [], [], []
+
+    def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        """Return the dtype of the sum of a parameter's gradients."""
+        return parameter.dtype
+
+    def copied_sums(self) -> dict[int, Tensor]:
+        """Return copies of the sums by the position of their parameters, for a state_dict."""
+        return {i: s.detach().clone() for i, s in enumerate(self.sums) if s is not None}
+
+    @staticmethod
+    def versions(parameters: list[nn.Parameter]) -> Versions:
+        """Return the gradients as they are now, for ``is_changed``."""
+        found = [(parameter, parameter.grad) for parameter in parameters]
+        return [(p, grad, 0 if grad is None else grad._version) for p, grad in found]
 
 
-def widened(weight: Weight, device: torch.device) -> Weight:
-    """The weight on that device, in a type whose sums stay exact: four times 200 is 32 in uint8, and in NumPy's too."""
-    if isinstance(weight, Tensor) and weight.is_cpu and device.type != "cpu":
-        weight = weight.item()  # no wait, as a copy to the device may be
-    if not isinstance(weight, Tensor):
-        return int(weight) if isinstance(weight, numbers.Integral) else float(weight)
-    weight = weight.detach().to(device)
-    wide: Tensor = _wide(weight) if weight.is_floating_point() else weight.to(torch.int64)
-    return wide
+def is_changed(versions: Versions, are_lent: bool) -> bool:
+    """Return whether gradients of trained parameters changed since ``Window.versions``.
+
+    Gradients that are not the window's may become None or zero: that ``zero_grad()`` is harmless.
+    """
+    for parameter, gradient, version in versions:
+        now = parameter.grad
+        if now is gradient and (now is None or now._version == version):
+            continue
+        if parameter.requires_grad and (are_lent or (now is not None and bool(now.norm()))):
+            return True
+    return False
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a number as a window has them: of Python, or a real tensor without dimensions."""
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not (
-            value.is_meta or value.is_complex() or value.is_sparse or value.is_quantized
-        )
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # a nan compares false
+def as_weight(given: Any, device: torch.device) -> Weight:
+    """Return a weight in a type whose sums are exact: four times 200 is 32 in uint8."""
+    if not isinstance(given, Tensor) or (given.is_cpu and device.type != "cpu"):
+        return float(given)  # no wait, which a copy to the device may be
+    return given.detach().to(device, _wide(device))
 
 
-def _wide(value: Any) -> Any:
-    """As a float: of Python, or float64 where the device has it (``int_tensor / 3`` is float32 in torch, 6e-8 off)."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
-    return float(value)
+def weighted_mean(losses: list[Tensor], weights: list[Weight]) -> Tensor:
+    """Return the mean as 0-d tensor in the dtype of the losses; nan where all weights are zero."""
+    pairs = zip(losses, weights, strict=True)
+    total: Any = sum(loss.to(_wide(loss.device)) * weight for loss, weight in pairs)
+    mean: Tensor = (total / sum(weights)).to(losses[0].dtype)
+    return mean
 
 
-def _power_of_two_near(weight: Weight) -> Weight:
-    """2 ** round(log2(weight)), or 1 for a weight that has none, computed where the weight lies."""
-    if isinstance(weight, Tensor):
-        wide = _wide(weight)
-        return torch.where((wide > 0) & (wide < math.inf), wide.log2().round().exp2(), 1.0)
-    return 2.0 ** round(math.log2(weight)) if weight > 0 else 1.0
+def power_of_two_near(total: Weight, count: Size, otherwise: Weight) -> Weight:
+    """Return 2 ** round(log2(total / count)), or ``otherwise`` if the total is zero. No wait."""
+    if not isinstance(total, Tensor):
+        return 2.0 ** round(math.log2(total / float(count))) if total > 0 else otherwise
+    near = (total / float(count)).log2().round().exp2()
+    return torch.where((total > 0) & (total < math.inf), near, otherwise).to(total.dtype)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainkit.core.plan import current_device
+from trainkit.core.precision import current_device
 
 # Two methods with which sources give and take their states: torch.Generator and numpy.random; Python's random; torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))

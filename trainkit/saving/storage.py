@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.core.plan import current_device
+from trainkit.core.precision import current_device
 from trainkit.core.warning import warn
 from trainkit.ranks.parallel import count_ranks, cpu_group, everyone, this_rank
 
