@@ -171,6 +171,7 @@ FILES = {
 
 
         def join(x: T) -> T:
+            """Join."""
             return twice(x) + 1
 
 
@@ -239,7 +240,7 @@ def test_the_words_are_folders_without_a_public_name_and_else_files(small):
 
 def test_docstrings_end_after_their_law(small):
     def docstrings(**options):
-        code = lift(["loop", "twice"], package=small, **options)
+        code = lift(["loop", "twice", "ranks"], package=small, **options)
         found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
         kinds = (ast.FunctionDef, ast.ClassDef)
         return {node.name: ast.get_docstring(node) for node in found if isinstance(node, kinds)}
@@ -250,6 +251,7 @@ def test_docstrings_end_after_their_law(small):
     assert law["loop"] == f"Go over a loader.\n\n{block}"
     assert whole["loop"].startswith(law["loop"]) and ">>> loop().go(3)" in whole["loop"]
     assert whole["twice"].endswith("x: a number.") and whole["go"] == law["go"] == "Go."
+    assert whole["join"] == "Join." and law["join"] is None  # it is not public
     assert set(docstrings(bare=True).values()) == {None}
 
 
@@ -258,7 +260,7 @@ def test_statements_are_printed_once_in_order_and_with_their_comments(small, opt
     code = lift(["loop", "ranks", "bar"], package=small, **options)
     assert code.count('T = TypeVar("T")') == 1 and "# Why it is two.\nTWO = 2\n" in code
     assert code.index("# core/loop.py: The loop.") < code.index("# ranks/join.py: Ranks.")
-    assert "import json\nfrom typing import Any, TypeVar\n" in code
+    assert "from typing import Any, TypeVar\n" in code
     assert "import math as mathematics\n" in lift(["loop", "save"], package=small)
     assert "Decimal" not in code.replace("hint: Decimal", "") and "trainkit." not in code.replace(
         "trainkit.py", ""
@@ -301,13 +303,55 @@ class Refuse(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 module = sys.modules["cell"] = types.ModuleType("cell")
-for names, code in json.load(open(sys.argv[1])):
+for names, code, use in json.load(open(sys.argv[1])):
     vars(module).clear()
     module.__name__ = "cell"
     exec(compile(code, "cell", "exec"), vars(module))
     missing = [name for name in module.__all__ if not callable(vars(module)[name])]
     assert set(module.__all__) <= set(names) and not missing, missing
+    exec(compile(use, str(names), "exec"), vars(module))
 """
+START = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+batches = [torch.ones(4, 2)] * 3
+def loss(x): return model(x).sum()
+def train(step):
+    for x in step.over(batches): step(x)
+    step.load_state_dict(step.state_dict())
+    assert step.updates > 0
+"""
+USES = {
+    "accumulate": """
+@accumulate(2, module=model)
+def step(x):
+    yield loss(x)
+    optimizer.step()
+train(step)""",
+    "amp": "train(amp(optimizer, dtype=torch.bfloat16)(loss))",
+    "frozen": "with frozen(model, '0'): assert not model[0].weight.requires_grad",
+    "freeze": "freeze(model, '0')",
+    "microbatch": "microbatch(2)",
+    "recompute": "with recompute(model, '0'): loss(batches[0]).backward()",
+    "train_step": "train(train_step(optimizer, max_norm=1.0)(loss))",
+    "accumulate train_step": "train(train_step(optimizer, accumulate(2))(loss))",
+    "microbatch train_step": "train(train_step(optimizer, microbatch(2))(loss))",
+    "History train_step": """
+step = train_step(optimizer)(loss)
+history = History(step)
+train(step)
+assert len(history["loss"]) == 3""",
+    "resumable train_step": """
+import tempfile
+step = train_step(optimizer)(loss)
+folder = tempfile.mkdtemp()
+for _ in 1, 2:
+    with resumable(folder, model=model, optimizer=optimizer, step=step) as run:
+        for epoch in run.epochs(1):
+            train(step)
+assert step.updates == 3""",
+}
 
 
 def test_every_two_names_run_without_the_package_and_bind_all_they_use(tmp_path):
@@ -316,10 +360,11 @@ def test_every_two_names_run_without_the_package_and_bind_all_they_use(tmp_path)
         code = lift(names)
         body = code[code.index("from __future__") : code.index("__all__ =")]
         body = re.sub("raise ImportError\\(\n.*\n", "", body)  # it has the names
-        if body not in found:
-            found[body] = names, code
+        uses = [START + USES[use] for use in USES if use.split() == sorted(names)]
+        if (body, *uses) not in found:
+            found[(body, *uses)] = names, code, "".join(uses)
             assert not unbound(code), names
-    assert len(found) > 15
+    assert sum(bool(use) for _, _, use in found.values()) == len(USES)
     (tmp_path / "cells.json").write_text(json.dumps(list(found.values())))
     done = python("-c", ALONE, str(tmp_path / "cells.json"), cwd=tmp_path, path="")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,8 @@
 
 The package is parsed, not imported. A top-level statement binds names and uses names. Statements
 that the names asked for reach are printed unchanged, in the order in which the files import each
-other, and imports of trainkit fall away.
+other, and imports of trainkit fall away. Docstrings of public names are cut to
+their law, and others are dropped.
 
 An import of trainkit inside a function is a seam. It marks code that many users never run, such as
 the code for several ranks. If the cell has the target, the import falls away. If not, the import
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALWAYS = ("advice", "state")  # words in every cell: long error messages, and `state_dict`
+ALWAYS = ("advice", "language", "state")  # words that go without saying
 Name = tuple[str, str]  # a file, such as "core/step", and a name in it
 Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
 Missing = Callable[["Seam"], str | None]  # the word of a seam whose target is not in the cell
@@ -169,7 +170,7 @@ class Package:
         """The folder of the target of a seam if nothing in there is public, else the file."""
         folder, _, file = seam.file.rpartition("/")
         is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
-        return file if is_public else folder
+        return file if is_public or not folder else folder
 
     def missing(self, names: Sequence[str]) -> Missing:
         """What tells the word of a seam if its target is not in a cell of some names."""
@@ -219,7 +220,8 @@ def lift(
 
     Args:
         names: public names, such as "accumulate", and words of optional code, such as "ranks".
-        docs: keep docstrings whole. By default they end after their law.
+        docs: keep docstrings whole. By default those of public names end after their law, and
+            others are dropped.
         bare: drop docstrings.
         inline: make code to paste among other code, instead of a file ``trainkit.py``.
         package: lift from another copy of the package.
@@ -251,7 +253,8 @@ def lift(
     head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
     cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
     for above, statement in _statements(package, reached):
-        edits = [] if docs else _docstrings(statement, bare)
+        drop = bare or statement.binds.isdisjoint(package.public)
+        edits = [] if docs else _docstrings(statement, drop)
         cell += above + statement.code(missing, error, edits)
     listed = ", ".join(f'"{name}"' for name in exported)
     cell += ["", "", f"__all__ = [{listed}]"]
@@ -292,7 +295,7 @@ def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str
     printed = set[str]()
     for source in package.sources.values():
         title = f"# {source.file}.py: {source.doc.partition(chr(10))[0]}"
-        above, end = ["", "", title, ""], -1
+        above, end = ["", "", title], -1
         for statement in source.statements:
             needed = any((source.file, name) in reached for name in statement.binds)
             if needed and statement.text not in printed:  # two files may have the same TypeVar
@@ -301,14 +304,14 @@ def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str
                 above, end = ["", ""], statement.end
 
 
-def _docstrings(statement: Statement, bare: bool) -> Iterator[Edit]:
-    """Cut the docstrings in a statement to their law, or drop them."""
+def _docstrings(statement: Statement, drop: bool) -> Iterator[Edit]:
+    """Drop the docstrings in a statement, or cut them to their law."""
     lines = statement.lines
     for block in _blocks(statement.node):
         first = block[0]
         if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
             begin, end = first.lineno - 1, first.end_lineno or first.lineno
-            if not bare:
+            if not drop:
                 yield begin, end, _law(lines[begin:end])
             elif len(block) == 1:
                 yield begin, end, [" " * first.col_offset + "..."]
