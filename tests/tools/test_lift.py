@@ -184,8 +184,14 @@ FILES = {
 }
 
 
+@pytest.fixture
+def small(small_package, monkeypatch):
+    monkeypatch.setattr("trainkit.tools.lift.this_package", lambda: small_package)
+    return small_package
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small_package(tmp_path_factory):
     root = tmp_path_factory.mktemp("small") / "trainkit"
     for file, text in FILES.items():
         path = root / f"{file}.py"
@@ -196,51 +202,53 @@ def small(tmp_path_factory):
 
 
 def test_an_import_in_a_function_is_an_error_that_names_the_word_to_add(small):
-    cell = run(code := lift(["loop"], package=small))
+    cell = run(code := lift(["loop"]))
     assert cell.loop().go(3) == 6
     for word, options in (("ranks", {"ranks": True}), ("bar", {"bar": True})):
         with pytest.raises(ImportError, match=f"`python -m trainkit lift loop {word}`"):
             cell.loop().go(3, **options)
     with pytest.raises(ImportError, match=r"`python -m trainkit lift loop --bare ranks`"):
-        run(lift(["loop"], bare=True, package=small)).loop().go(3, ranks=True)
+        run(lift(["loop"], bare=True)).loop().go(3, ranks=True)
     assert "json" not in code and "def show" not in code  # only code behind the import needs them
     assert not unbound(code)
 
 
 def test_the_word_opens_it(small):
-    cell = run(lift(["loop", "ranks"], package=small))
+    cell = run(lift(["loop", "ranks"]))
     assert cell.loop().go(3, ranks=True) == [7] and cell.__all__ == ["loop"]
     with pytest.raises(ImportError, match="`python -m trainkit lift loop ranks bar`"):
         cell.loop().go(3, ranks=True, bar=True)
-    cell = run(lift(["loop", "bar", "ranks"], package=small))
+    cell = run(lift(["loop", "bar", "ranks"]))
     assert cell.loop().go(3, bar=True) == "[3]" and cell.loop().go(3, True, True) == [7]
 
 
 def test_a_public_name_opens_what_it_needs(small):
     with pytest.raises(ImportError, match="lift loop save`"):
-        run(lift(["loop"], package=small)).loop().store()
-    assert run(lift(["loop", "save"], package=small)).loop().store() == 3
+        run(lift(["loop"])).loop().store()
+    assert run(lift(["loop", "save"])).loop().store() == 3
 
 
 def test_state_and_advice_are_in_every_cell_that_uses_them(small):
-    cell = run(lift(["loop"], package=small))
+    cell = run(lift(["loop"]))
     assert cell.loop().state() == {"state": "loop"}
     with pytest.raises(ValueError, match="None is not a number"):
         cell.loop().go(None)
-    assert "explain" not in lift(["twice"], package=small)
+    assert "explain" not in lift(["twice"])
 
 
 def test_the_words_are_folders_without_a_public_name_and_else_files(small):
     assert small.words == ["bar", "ranks"]
-    with pytest.raises(ValueError, match=r"no 'rank' to lift: `lift ranks`; it has loop, .*ranks"):
-        lift(["loop", "rank"], package=small)
+    with pytest.raises(
+        ValueError, match=r"no 'rank' to lift: `lift ranks`; there is loop, .*ranks"
+    ):
+        lift(["loop", "rank"])
     with pytest.raises(ValueError, match=r"no public name in \['ranks'\]: `lift accumulate ranks`"):
-        lift(["ranks"], package=small)
+        lift(["ranks"])
 
 
 def test_docstrings_end_after_their_law(small):
     def docstrings(**options):
-        code = lift(["loop", "twice", "ranks"], package=small, **options)
+        code = lift(["loop", "twice", "ranks"], **options)
         found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
         kinds = (ast.FunctionDef, ast.ClassDef)
         return {node.name: ast.get_docstring(node) for node in found if isinstance(node, kinds)}
@@ -257,11 +265,11 @@ def test_docstrings_end_after_their_law(small):
 
 @pytest.mark.parametrize("options", [{}, {"docs": True}, {"bare": True}])
 def test_statements_are_printed_once_in_order_and_with_their_comments(small, options):
-    code = lift(["loop", "ranks", "bar"], package=small, **options)
+    code = lift(["loop", "ranks", "bar"], **options)
     assert code.count('T = TypeVar("T")') == 1 and "# Why it is two.\nTWO = 2\n" in code
     assert code.index("# core/loop.py: The loop.") < code.index("# ranks/join.py: Ranks.")
     assert "from typing import Any, TypeVar\n" in code
-    assert "import math as mathematics\n" in lift(["loop", "save"], package=small)
+    assert "import math as mathematics\n" in lift(["loop", "save"])
     assert "Decimal" not in code.replace("hint: Decimal", "") and "trainkit." not in code.replace(
         "trainkit.py", ""
     )
@@ -269,7 +277,7 @@ def test_statements_are_printed_once_in_order_and_with_their_comments(small, opt
 
 @pytest.mark.parametrize("form", ["file", "pasted"])
 def test_a_warning_points_at_the_line_of_the_user(form, small, tmp_path, monkeypatch):
-    code = lift(["loop"], inline=form == "pasted", package=small)
+    code = lift(["loop"], inline=form == "pasted")
     (tmp_path / "lifted.py").write_text(code)
     script = ("from lifted import loop" if form == "file" else code) + "\nloop().complain()"
     monkeypatch.syspath_prepend(tmp_path)
@@ -454,7 +462,7 @@ def test_the_tests_of_the_package_pass_against_the_cell(tmp_path):
     (tmp_path / "alone.py").write_text(
         f"import trainkit\nassert trainkit.__file__ == {str(tmp_path / 'trainkit.py')!r}\n"
     )
-    options = ["-p", "alone", "-p", "no:cacheprovider", "-x", *map(str, paths)]
+    options = ["-p", "alone", "-p", "no:cacheprovider", "--numprocesses=0", *map(str, paths)]
     done = python("-m", "pytest", *options, cwd=tmp_path, path=tmp_path, HYPOTHESIS_PROFILE="brief")
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -501,7 +509,7 @@ def test_the_options_of_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["acumulate"], "trainkit has no 'acumulate' to lift: `lift accumulate`; it has "),
+        (["acumulate"], "no 'acumulate' to lift: `lift accumulate`; there is "),
         ([], "give either names, `lift accumulate amp`, or `lift --all`"),
         (["--all", "amp"], "give either names"),
         (["--docs", "--bare", "amp"], "not allowed with"),

@@ -43,13 +43,13 @@ class Seam(NamedTuple):
     def file(self) -> str:
         return min(self.targets)[0]
 
-    def edit(self, lines: list[str], error: str | None) -> Edit:
+    def edit(self, lines: list[str], missing: str | None, error: str) -> Edit:
         """Remove the import, or replace it and the rest of its block by an error."""
-        if error is None:
+        if missing is None:
             return self.begin, self.end + (not lines[self.end]), []
         indent = " " * (len(lines[self.begin]) - len(lines[self.begin].lstrip()))
-        raised = [f"{indent}raise ImportError(", f'{indent}    "{error}"', f"{indent})"]
-        return self.begin, self.block_end, raised
+        message = f'{indent}    "{error.format(name=missing)}"'
+        return self.begin, self.block_end, [f"{indent}raise ImportError(", message, f"{indent})"]
 
 
 class Statement:
@@ -69,8 +69,7 @@ class Statement:
     def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
         """The lines of this statement after some edits, with an error for what is missing."""
         result, line = list[str](), self.begin
-        words = ((seam, missing(seam)) for seam in self.seams)
-        of_seams = [seam.edit(self.lines, word and error.format(name=word)) for seam, word in words]
+        of_seams = [seam.edit(self.lines, missing(seam), error) for seam in self.seams]
         for begin, end, replacement in sorted([*edits, *of_seams]):
             if begin >= line:  # not in lines that are gone
                 result += self.lines[line:begin] + replacement
@@ -207,12 +206,7 @@ def this_package() -> Package:
 
 
 def lift(
-    names: Sequence[str],
-    *,
-    docs: bool = False,
-    bare: bool = False,
-    inline: bool = False,
-    package: Package | None = None,
+    names: Sequence[str], *, docs: bool = False, bare: bool = False, inline: bool = False
 ) -> str:
     """Return the code of some public names as one file that needs only torch.
 
@@ -224,7 +218,6 @@ def lift(
             others are dropped.
         bare: drop docstrings.
         inline: make code to paste among other code, instead of a file ``trainkit.py``.
-        package: lift from another copy of the package.
 
     Raises:
         ValueError: for a name that the package does not have, or if no name is public.
@@ -232,16 +225,15 @@ def lift(
     Example:
         >>> from trainkit.tools.lift import lift
         >>> code = lift(["frozen"])
-        >>> "class frozen:" in code, "class Step" in code, "from trainkit" in code
+        >>> "class frozen" in code, "class Step" in code, "from trainkit" in code
         (True, False, False)
     """
-    package, names = package or this_package(), list(dict.fromkeys(names))
+    package, names = this_package(), list(dict.fromkeys(names))
     known = [*package.public, *package.words]
     for name in names:
         if name not in known and name not in ALWAYS:
             near = (difflib.get_close_matches(name, known, n=1) or known)[0]
-            listed = ", ".join(known)
-            raise ValueError(f"trainkit has no {name!r} to lift: `lift {near}`; it has {listed}")
+            raise ValueError(f"no {name!r} to lift: `lift {near}`; there is {', '.join(known)}")
     exported = [name for name in names if name in package.public]
     if not exported:
         raise ValueError(f"no public name in {names}: `lift {' '.join(['accumulate', *names])}`")
