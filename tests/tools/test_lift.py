@@ -67,7 +67,7 @@ def unbound(code):
 FILES = {
     "__init__": """
         from trainkit.core.loop import loop, twice
-        from trainkit.saving.save import save
+        from trainkit.saving.disk import save
         from trainkit.tools.magic import load as load
 
         __all__ = ["loop", "save", "twice"]
@@ -86,7 +86,7 @@ FILES = {
         if TYPE_CHECKING:
             from decimal import Decimal
 
-            from trainkit.saving.save import save
+            from trainkit.saving.disk import save
 
         T = TypeVar("T")
         # Why it is two.
@@ -151,7 +151,7 @@ FILES = {
 
             def store(self):
                 """Store it."""
-                from trainkit.saving.save import save
+                from trainkit.saving.disk import save
 
                 return save(mathematics.pi)
 
@@ -179,7 +179,7 @@ FILES = {
             return [x]
         ''',
     "saving/state": '"""State."""\n\ndef state_of(x):\n    return {"state": type(x).__name__}\n',
-    "saving/save": '"""Saving."""\n\ndef save(x):\n    return round(x)\n',
+    "saving/disk": '"""Saving."""\n\ndef save(x):\n    return round(x)\n',
     "tools/magic": '"""Magic."""\n\ndef load():\n    from trainkit.tools.gone import gone\n',
 }
 
@@ -223,7 +223,7 @@ def test_the_word_opens_it(small):
 
 
 def test_a_public_name_opens_what_it_needs(small):
-    with pytest.raises(ImportError, match="lift loop save`"):
+    with pytest.raises(ImportError, match="lift loop disk`"):
         run(lift(["loop"])).loop().store()
     assert run(lift(["loop", "save"])).loop().store() == 3
 
@@ -237,7 +237,7 @@ def test_state_and_advice_are_in_every_cell_that_uses_them(small):
 
 
 def test_the_words_are_folders_without_a_public_name_and_else_files(small):
-    assert small.words == ["bar", "ranks"]
+    assert small.words == ["bar", "disk", "ranks"]
     with pytest.raises(
         ValueError, match=r"no 'rank' to lift: `lift ranks`; there is loop, .*ranks"
     ):
