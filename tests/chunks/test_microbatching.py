@@ -114,6 +114,17 @@ def test_frozen_layers_and_a_backward_between_batches_leave_the_window_alone():
     assert max(distance(found, results[-1]) for found in results) <= 1e-12
 
 
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_an_empty_batch_and_a_block_by_hand_are_whole_micro_batches(size):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    step = train_step(torch.optim.SGD([weight], lr=1.0), accumulate(3), microbatch(size))
+    step = step(lambda x: weight.sum() * (x.sum() + 3))
+    step(torch.ones(0)), step(torch.ones(4))
+    with step as result:
+        step.backward(weight.sum() * 6)
+    assert result.updated and weight.item() == pytest.approx(-(3 + 6 + (5 if size == 2 else 7)) / 3)
+
+
 def test_other_arguments_are_refused_before_anything_is_changed():
     for size in (True, 2.0, None, torch.tensor(3), "automatic"):
         with pytest.raises(TypeError, match=r"got .*: `microbatch\(8\)`"):

@@ -149,7 +149,6 @@ class ChunkedStep(Step[P]):
                 error.args = (f"{error}\n{_ADVICE}",)
                 raise
             _clear_frames(error, outer)
-        del chunk
         gc.collect()  # the error is gone: only cycles of the user's still hold activations
         getattr(torch.get_device_module(self._updater.zero.device), "empty_cache", bool)()
         size, rows = batch.size_of_row, rows // 2
@@ -207,7 +206,6 @@ class Chunk(MicroBatch):
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
-        self.check_untouched()
         if self.aside is not None and self.aside[0] is self.lent:  # the function did not discard it
             self.lent.take()
             pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
