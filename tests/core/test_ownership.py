@@ -31,6 +31,7 @@ from torch import nn
 
 from trainkit import accumulate, amp, freeze, frozen, microbatch, train_step, unfreeze
 
+HAS_CHUNKS = False  # until the folder has landed
 HAS_WIDE_SUMS = hasattr(torch.Tensor, "grad_dtype")
 FULL_SIZES = [4, 3, 2, 4, 3, 4, 2]  # rows of each micro-batch
 
@@ -67,16 +68,19 @@ def setups(draw):
     precision = draw(st.sampled_from([None, torch.bfloat16, torch.float16]))
     max_norm = draw(st.sampled_from([None, 0.05]))
     face = draw(st.sampled_from(["returns", "returns after a further loss", "yields", "block"]))
+    kind = draw(st.sampled_from(sorted(OPTIMIZERS)))
+    if wide and "SGD" in kind:  # fused, torch rounds bfloat16 one way or another, from run to run
+        kind = kind.removesuffix(" fused")
     return Setup(
         face=face,
-        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        optimizer=kind,
         precision=None if wide and precision == torch.float16 else precision,
         wide=wide,
         n=draw(st.integers(1, 4)),
         weights=draw(st.sampled_from([None, "int", "tensor"])),
         max_norm=max_norm,
         overflow=draw(st.booleans()) and (max_norm or precision) is not None,
-        chunk=draw(st.sampled_from([None, None, 2])) if face == "returns" else None,
+        chunk=draw(st.sampled_from([None, None, 2])) if HAS_CHUNKS and face == "returns" else None,
     )
 
 
@@ -262,10 +266,6 @@ def test_nothing_between_two_micro_batches_changes_anything(setup, gaps, at_the_
 
 
 # Parameters that are frozen for a part of a window.
-
-
-def hold_by_hand(model, pattern):
-    freeze(model, pattern)
 
 
 FROZEN = st.sampled_from([None, None, "[0]", "[2]", "**.bias", "[0].weight"])
