@@ -2,7 +2,8 @@
 
 from trainkit.chunks.microbatching import microbatch
 from trainkit.core.parts import accumulate, amp, train_step
-from trainkit.core.step import Step, StepResult
+from trainkit.core.result import StepResult
+from trainkit.core.step import Step
 from trainkit.layers.freezing import (
     freeze,
     frozen,
@@ -12,10 +13,9 @@ from trainkit.layers.freezing import (
 )
 from trainkit.layers.recomputation import recompute
 from trainkit.layers.summary import model_summary
-
-# from trainkit.saving.checkpointing import resumable
+from trainkit.saving.resumable import resumable
 from trainkit.tools.notebooks import load_ipython_extension as load_ipython_extension
-# from trainkit.watch.history import History
+from trainkit.watch.history import History
 
 __all__ = [
     "History",

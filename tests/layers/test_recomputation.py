@@ -1,4 +1,4 @@
-"""Recomputing changes memory and nothing else: the same bits as without. The oracle is the same code without ``recompute``."""
+"""Recomputing changes memory and nothing else. The reference is the same code without it."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from trainkit import accumulate, amp, frozen, recompute, train_step
 
 
 class Block(nn.Module):
-    """Has of everything something that a second run could get wrong; and counts its runs elsewhere."""
+    """Has everything that a second run could get wrong, and counts its runs in a list."""
 
     def __init__(self, runs=None):
         super().__init__()
@@ -179,21 +179,6 @@ def test_gradients_buffers_and_random_numbers_are_those_without(
     assert same(ours, train(make(), []))
 
 
-def test_training_goes_on_to_the_same_bits():
-    def train(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        for x in xs(5):
-            loss_of(model, x).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            model.eval()
-            with torch.no_grad():
-                model(x)
-            model.train()
-
-    check_same(train)
-
-
 # Memory, and what it is paid with.
 
 
@@ -238,7 +223,7 @@ def test_regions_run_again_in_backward_and_once_without_gradients():
 
 
 def test_graphs_of_earlier_calls_are_not_kept():
-    """A module that stores what has a graph, of which no backward is taken: each call must not keep the one before."""
+    """A module stores a tensor with a graph. Each call must not keep the graph of the last."""
 
     class Stores(nn.Linear):
         stored = None
@@ -279,14 +264,16 @@ def test_graphs_of_earlier_calls_are_not_kept():
 )
 def test_the_outermost_modules_with_a_forward_are_regions(layers, names):
     model = make()
+    signature = inspect.signature(model.pair.a.forward)
     layers = layers(model) if callable(layers) else layers
     for given_module in (model, torch.compile(model), nn.DataParallel(model)):
         with recompute(given_module, layers) as found:
             assert found == names == changed(model)
+            assert signature == inspect.signature(model.pair.a.forward)
         assert not changed(model)
 
 
-def test_a_layer_replaced_between_two_blocks_is_recomputed():
+def test_a_layer_replaced_since_is_recomputed():
     model = make()
     block = recompute(model, "layers")
     model.layers[1] = nn.Linear(4, 4)
@@ -294,7 +281,7 @@ def test_a_layer_replaced_between_two_blocks_is_recomputed():
         assert changed(model) == ["layers.0", "layers.1", "layers.2"]
 
 
-def test_a_layer_that_is_tied_is_a_region_at_one_place_and_a_part_of_one_at_another():
+def test_a_tied_layer_is_a_region_in_one_place_and_a_part_of_one_in_another():
     def tied():
         model = make()
         model.pair.b[0] = model.layers[0]
@@ -377,19 +364,14 @@ def test_copies_made_inside_are_of_the_model_as_it_was_found(make_copy):
 # The second run is as the first.
 
 
-@pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm"])
-@pytest.mark.parametrize(
-    "home", [nn.utils, nn.utils.parametrizations], ids=["hooks", "parametrizations"]
-)
 @pytest.mark.parametrize("layers", ["*", "**.[0]"])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_weights_that_are_computed_are_those_of_each_call(norm, home, layers):
-    """The hooks of old put them on the module, where the next call puts others; and the power iteration moves on."""
+def test_weights_that_hooks_compute_are_those_of_each_call(layers):
+    """The hooks put them on the module, where the next call puts others."""
 
     def make():
         torch.manual_seed(0)
         return nn.Sequential(
-            *[nn.Sequential(getattr(home, norm)(nn.Linear(4, 4)), nn.Tanh()) for _ in range(2)]
+            *[nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Tanh()) for _ in "ab"]
         )
 
     check_same(lambda model: sum(loss_of(model, x) for x in xs(3)).backward(), layers, make)
@@ -426,7 +408,7 @@ def test_gradients_of_gradients_and_two_backwards_of_one_graph():
 
 
 def test_arguments_by_name_and_outputs_of_any_kind():
-    """Names that torch's ``checkpoint`` has for itself; and a mask that only has a name is looked for its device, too."""
+    """Some of them are names of arguments of torch's ``checkpoint``."""
 
     @dataclasses.dataclass
     class Output:
@@ -469,24 +451,18 @@ def test_an_input_changed_in_place_is_an_error_also_where_it_has_a_name():
 
 
 def test_parameters_changed_between_forward_and_backward_are_an_error():
-    """Plain torch says so too; recomputing with other weights would give other gradients, silently."""
+    """Plain torch raises too. Recomputing with other weights would give other gradients."""
     model, (x,) = make(), xs()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with recompute(model, "pair.a"):
         early = model.pair.a(x).sum()
         loss_of(model, x).backward()
         optimizer.step()
-        with pytest.raises(
-            RuntimeError,
-            match=r"parameters of a recomputed Block were changed .* update after the last backward",
-        ):
+        with pytest.raises(RuntimeError, match=r"recomputed Block were changed .* update after"):
             early.backward()
-    assert all(p.requires_grad for p in model.parameters()) and all(
-        m.training for m in model.modules()
-    )
 
 
-def test_what_was_taken_away_since_is_not_looked_for():
+def test_an_attribute_that_was_deleted_since_stays_deleted():
     model, (x,) = make(), xs()
     model.pair.a.note = "taken away"
     with recompute(model, "pair.a"):
@@ -494,13 +470,6 @@ def test_what_was_taken_away_since_is_not_looked_for():
         del model.pair.a.note
         loss.backward()
     assert model.pair.a.wide.weight.grad is not None and not hasattr(model.pair.a, "note")
-
-
-def test_the_signature_stays():
-    model = make()
-    found = inspect.signature(model.pair.a.forward)
-    with recompute(model, "pair"):
-        assert inspect.signature(model.pair.a.forward) == found
 
 
 # As a part, and as a decorator.
@@ -535,9 +504,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_a_step_that_recomputes_is_the_step_that_does_not(form, dtype):
-    """Law 3 with it: autocast is off in backward, and the second run has it on; the order of parts does not matter."""
+    """Autocast is off in backward, and on in the second run. The order of parts is no matter."""
 
     def train(is_recomputed):
         model = make()
@@ -556,63 +525,17 @@ def test_a_step_that_recomputes_is_the_step_that_does_not(form, dtype):
     assert same(train(True), train(False))
 
 
-def test_a_gan_with_one_of_its_models_recomputed_and_frozen():
-    def train(layers):
-        generator, discriminator = make(), make()
-        generator.head = nn.Linear(4, 4)
-        opt_g, opt_d = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (generator, discriminator))
-        parts = accumulate(2), recompute(generator, layers), recompute(discriminator, layers)
-        step_d = train_step(opt_d, *parts)(
-            lambda x: (discriminator(generator(x).detach()) - discriminator(x)).mean()
-        )
-        step_g = train_step(opt_g, frozen(discriminator), *parts)(
-            lambda x: discriminator(generator(x)).square().mean()
-        )
-        for x in step_d.over(xs(5), step_g):
-            step_d(x)
-            step_g(x)
-        return [p.detach() for m in (generator, discriminator) for p in m.parameters()] + list(
-            state_of(discriminator)
-        )
-
-    assert same(train(["layers", "pair"]), train([]))
-
-
-async def async_function():
-    pass
-
-
-def generator_function():
-    yield torch.ones(())
-
-
-@pytest.mark.parametrize(
-    "thing", [None, nn.Linear(1, 1), accumulate(2), generator_function, async_function], ids=str
-)
-def test_what_does_not_run_in_the_block_is_not_decorated(thing):
-    with pytest.raises(
-        TypeError, match="recompute decorates functions that run when they are called"
-    ):
-        recompute(make(), "layers")(thing)
-
-
 # What is refused.
 
 
 @pytest.mark.parametrize(
     ("layers", "kind", "message"),
     [
-        (
-            "**.bias",
-            ValueError,
-            r"'\*\*.bias' means no module with a forward in the Model.*`recompute\(model, 'encoder.layer'\)`",
-        ),
-        (["layers", "**.running_mean"], ValueError, "running_mean' means no module with a forward"),
-        (lambda name, parameter: True, ValueError, "means no module with a forward"),
-        ("layer", ValueError, "matches nothing in the Model; the nearest names are 'layers'"),
-        (nn.Linear(1, 1), ValueError, "the Linear is not in the Model"),
-        (None, TypeError, "layers are patterns, submodules"),
-        ([3], TypeError, "a layer is a pattern"),
+        ("**.bias", ValueError, r"'\*\*.bias' .*no module with a forward.*`recompute\(model, "),
+        (["layers", "**.running_mean"], ValueError, "running_mean' .*no module with a forward"),
+        (lambda name, parameter: True, ValueError, "no module with a forward"),
+        ("layer", ValueError, "matches nothing in the Model; .*'layers'"),
+        ([3], TypeError, "got 3"),
     ],
 )
 def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
@@ -623,10 +546,7 @@ def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
 
 
 def test_only_modules_are_taken_and_layers_are_required():
-    with pytest.raises(
-        TypeError,
-        match=r"recompute takes a torch.nn.Module, got an object of type list: `recompute",
-    ):
+    with pytest.raises(TypeError, match=r"got a list: `recompute\(model"):
         recompute([nn.Linear(1, 1)], "**")
     with pytest.raises(TypeError, match="layers"):
         recompute(make())
@@ -635,22 +555,10 @@ def test_only_modules_are_taken_and_layers_are_required():
 # Real models, compiled ones, and several ranks.
 
 
-TEXT = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-T5 = {
-    "vocab_size": 61,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "decoder_start_token_id": 0,
-}
+SIZES = {"vocab_size": 61, "num_layers": 2, "num_heads": 2}
+TEXT = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32}
+TEXT |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {**SIZES, "d_model": 16, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
 FAMILIES = {
     "BertForMaskedLM": ("Bert", TEXT, ["bert.encoder.layer"]),
     "LlamaForCausalLM": ("Llama", TEXT, ["model.layers"]),
@@ -681,16 +589,10 @@ def test_transformers(family, attention):
     model = make()
     with recompute(model, layers):
         if options:
-            with pytest.raises(
-                ValueError, match=r"was given a key-value cache.*`model\(..., use_cache=False\)`"
-            ):
+            with pytest.raises(ValueError, match=r"cache.*`model\(..., use_cache=False\)`"):
                 model(**batch)
             with torch.no_grad():
                 assert model(**batch).past_key_values is not None
-            expected = make().eval().generate(ids, max_new_tokens=3, do_sample=False)
-            assert torch.equal(
-                model.eval().generate(ids, max_new_tokens=3, do_sample=False), expected
-            )
 
 
 class Chain(nn.Sequential):
@@ -763,11 +665,11 @@ def on_ranks(rank, ranks):
         else:
             for block in model.layers:
                 for part in [block.wide, block] if block_inside else [block]:
-                    # What stays whole after forward was sharded when the forward of the block around it began.
+                    # Parameters that stay gathered after forward were sharded before it.
                     fully_shard(part, mesh=mesh, reshard_after_forward=not block_inside)
             wrapped = fully_shard(model, mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for x in xs(3 * ranks)[rank::ranks]:
+        for x in xs(2 * ranks)[rank::ranks]:
             with contextlib.ExitStack() as stack, frozen(wrapped, frozen_layers):
                 stack.enter_context(recompute(wrapped, layers))
                 loss = loss_of(wrapped, x)
@@ -781,6 +683,8 @@ def on_ranks(rank, ranks):
         parameters = [
             getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()
         ]
+        stays = torch.equal(parameters[0], make().stem.weight)
+        assert stays == ("stem" in frozen_layers)
         return parameters, list(state_of(model)[1])
 
     for how in [
@@ -790,14 +694,12 @@ def on_ranks(rank, ranks):
         ("fsdp2", True, []),
     ]:
         expected = train(*how[:2], [], how[2], False)
-        for layers in ["layers", "**.wide", ["layers[1]", "pair"]]:
-            for ends_early in (False, True):
-                answers[str((how, layers, ends_early))] = same(
-                    train(*how[:2], layers, how[2], ends_early), expected
-                )
+        for layers, ends_early in [("layers", False), ("**.wide", True), (["layers[1]"], False)]:
+            ours = train(*how[:2], layers, how[2], ends_early)
+            answers[str((how, layers))] = same(ours, expected)
     return answers
 
 
 def test_wrapped_models_on_two_ranks():
     for answer in run(on_ranks, 2):
-        assert len(answer) == 24 and all(answer.values()), answer
+        assert len(answer) == 12 and all(answer.values()), answer

@@ -1,12 +1,10 @@
 """The table of what a model is made of."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 
-from trainkit import freeze, frozen_parameters, model_summary
+from trainkit import freeze, model_summary, unfreeze
 
 
 class Block(nn.Module):
@@ -50,38 +48,20 @@ def test_numbers_are_those_of_the_parameters_of_each_module():
     assert found["layer[0:5]"].module == "5 x Block" and found["head"].module == "Linear"
 
 
-def test_what_is_frozen_is_said_and_ends_a_row_of_equal_layers():
+def test_what_is_frozen_ends_a_row_of_equal_layers():
     model = Model()
     freeze(model, ["layer[:2]", "layer[3].norm", "head"])
-    found = cells(model_summary(model))
-    states = {name: row.state for name, row in found.items()}
-    assert states == {
+    states = {name: row.state for name, row in cells(model_summary(model)).items()}
+    assert {name: state for name, state in states.items() if "." not in name} == {
         "**": "part",
         "embeddings": "trainable",
         "layer[0:2]": "frozen",
-        "layer[0:2].attention": "frozen",
-        "layer[0:2].norm": "frozen",
         "layer[2]": "trainable",
-        "layer[2].attention": "trainable",
-        "layer[2].norm": "trainable",
         "layer[3]": "part",
-        "layer[3].attention": "trainable",
-        "layer[3].norm": "frozen",
         "layer[4]": "trainable",
-        "layer[4].attention": "trainable",
-        "layer[4].norm": "trainable",
         "head": "frozen",
     }
-
-
-def test_paths_are_those_of_the_layers_language():
-    for path, row in cells(model_summary(Model())).items():
-        model = Model()
-        freeze(model, path)
-        assert (
-            sum(model.get_parameter(name).numel() for name in frozen_parameters(model))
-            == row.parameters
-        ), path
+    assert states["layer[3].attention"] == "trainable" and states["layer[3].norm"] == "frozen"
 
 
 def test_totals_count_what_is_there():
@@ -156,17 +136,17 @@ def test_depth_ends_paths(depth, paths):
     assert list(cells(model_summary(Model(), depth))) == paths
 
 
-def test_lists_in_lists_and_sequences_in_sequences_have_paths_that_mean_them():
-    model = nn.Module()
+def test_paths_mean_their_rows_also_in_lists_of_lists():
+    model = Model()
     model.stages = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(2)])])
     model.stem = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
     rows = cells(model_summary(model))
-    assert [path for path in rows if "attention" not in path and "norm" not in path] == [
-        *("**", "stages[0][0:2]", "stages[1][0]", "stem", "stem[0]", "stem[0][0]", "stem[0][2]"),
-    ]
+    inner = {"stages[0][0:2]", "stages[1][0]", "stem", "stem[0]", "stem[0][0]", "stem[0][2]"}
+    assert inner <= rows.keys()
     for path, row in rows.items():
-        freeze(model, path)
-        assert row.parameters
+        unfreeze(model)
+        names = freeze(model, path)
+        assert sum(model.get_parameter(name).numel() for name in names) == row.parameters
 
 
 def test_a_table_is_as_wide_as_it_is_told_where_that_is_enough(monkeypatch):
@@ -181,11 +161,10 @@ def test_a_table_is_as_wide_as_it_is_told_where_that_is_enough(monkeypatch):
     assert str(model_summary(model)) == repr(model_summary(model)) == narrow
 
 
-def test_html_is_escaped_and_has_no_colours_of_its_own():
+def test_html_is_escaped():
     model = nn.ModuleDict({"<b>": nn.Linear(2, 2)})
     found = model_summary(model)._repr_html_()
     assert "&lt;b&gt;" in found and "<b>" not in found
-    assert not re.search(r"(?<!-)(color|background): (?!inherit|transparent)", found)
     assert found.count("<tr") == 3 and found.count("<th ") == 4
 
 
@@ -233,15 +212,10 @@ def test_what_is_put_around_a_model_is_left_out():
     )
 
 
-@pytest.mark.parametrize("module", [None, 3, nn.Linear, torch.ones(3)])
-def test_another_thing_than_a_module_is_refused(module):
-    with pytest.raises(TypeError, match=r"`model_summary\(model\)`"):
-        model_summary(module)
-
-
-@pytest.mark.parametrize(
-    "depth, error", [(True, TypeError), ("2", TypeError), (1.0, TypeError), (-1, ValueError)]
-)
-def test_another_depth_is_refused(depth, error):
-    with pytest.raises(error, match="depth=2"):
-        model_summary(Model(), depth)
+def test_another_type_or_depth_is_refused():
+    for module in (None, nn.Linear, torch.ones(3)):
+        with pytest.raises(TypeError, match=r"`model_summary\(model\)`"):
+            model_summary(module)
+    for depth, error in ((True, TypeError), ("2", TypeError), (1.0, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match=f"got {depth!r}.*depth=2"):
+            model_summary(Model(), depth)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import gc
-import sys
-import traceback
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, ParamSpec
 
-import torch
 from torch import Tensor
 
 from trainkit.chunks.batches import Batch
 from trainkit.core.parts import Part
 from trainkit.core.plan import Plan, check
 from trainkit.core.step import Step, StepResult
-from trainkit.core.warning import warn
 from trainkit.core.window import Weight, Window, weighted_mean
 
 P = ParamSpec("P")

@@ -1,8 +1,9 @@
-"""Optimizers: stepping them, which of them divide gradients in their kernels, and gradient norms."""
+"""Optimizers and gradients: which kernels divide gradients themselves, steps, and norms."""
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 def step_all(optimizers: Sequence[Optimizer], told: dict[str, Tensor]) -> None:
-    """Step the optimizers. Fused kernels read ``told``: they divide the gradients by ``grad_scale``
+    """Step the optimizers. Fused kernels read ``told``: they divide gradients by ``grad_scale``
     where they read them, and return at once where ``found_inf`` is 1. Call ``forget`` afterwards.
     """
     for optimizer in optimizers:
@@ -35,12 +36,13 @@ def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bo
     loading a state leaves it unchanged. Kernels read ``grad_scale`` in float32, too little for
     float64. And they write back what they divided, so a shared parameter would be divided twice.
     """
-    return (
-        bool(gradients)
-        and torch.float64 not in {gradient.dtype for gradient in gradients}
-        and all(map(_is_fused, optimizers))
-        and (len(optimizers) == 1 or not _share_parameters(optimizers))
-    )
+    dtypes = set(map(_dtype, gradients))
+    if not dtypes or torch.float64 in dtypes or not all(map(_is_fused, optimizers)):
+        return False
+    if len(optimizers) == 1:
+        return True
+    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    return len(set(owned)) == len(owned)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
@@ -61,11 +63,6 @@ def _is_fused(optimizer: Optimizer) -> bool:
     )
 
 
-def _share_parameters(optimizers: Sequence[Optimizer]) -> bool:
-    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    return len(set(owned)) < len(owned)
-
-
 def seed_momentum(optimizers: Sequence[Optimizer]) -> None:
     """Give fused SGD the momentum buffers that it lacks, as zeros.
 
@@ -78,15 +75,11 @@ def seed_momentum(optimizers: Sequence[Optimizer]) -> None:
                 continue
             states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
             joining = [p for p, state in states.items() if state.get("momentum_buffer") is None]
-            if not group["dampening"]:
-                for parameter in joining:
-                    states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            elif 0 < len(joining) < len(states):
-                raise ValueError(
-                    f"{len(joining)} of {len(states)} parameters joined fused SGD with momentum and "
-                    f"dampening={group['dampening']} after its first step, and its kernel cannot "
-                    "take them: `SGD(..., fused=False)`"
-                )
+            if group["dampening"] and 0 < len(joining) < len(states):
+                late = f"{len(joining)} of {len(states)} parameters joined after the first step"
+                raise ValueError(f"{late} of fused SGD with dampening: `SGD(..., fused=False)`")
+            for parameter in () if group["dampening"] else joining:
+                states[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def total_norm(gradients: Sequence[Tensor], norm_type: float, zero: Tensor) -> Tensor:
@@ -95,32 +88,28 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float, zero: Tensor) -> T
     ``torch.nn.utils.get_total_norm`` rounds the norm of bfloat16 gradients to three digits, and
     returns inf for float16 above 65,504.
     """
-    if any(hasattr(gradient, "full_tensor") for gradient in gradients):
+    if "DTensor" in map(_name, map(type, gradients)):
         from trainkit.ranks.fsdp import sharded_norm
 
-        return sharded_norm(gradients, norm_type, zero)
-    dtypes = {gradient.dtype for gradient in gradients}
+        norm: Tensor = sharded_norm(gradients, norm_type, zero)
+        return norm
+    dtypes = set(map(_dtype, gradients))
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    if not gradients:
-        return zero
-    if wide.is_complex or {gradient.layout for gradient in gradients} != {torch.strided}:
-        norms: Any = [_norm(gradient, norm_type, wide.to_real()) for gradient in gradients]
-    else:
-        if norm_type == float("inf"):  # an empty tensor has no maximum
-            gradients = [g for g in gradients if g.numel()] or [zero]
-        as_found = dtypes <= {torch.float32, torch.float64}
-        norms = torch._foreach_norm(gradients, norm_type, None if as_found else wide)
-    if {gradient.device for gradient in gradients} != {zero.device}:
+    if wide.is_complex or set(map(_layout, gradients)) != {torch.strided}:  # torch has no norm
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        gradients = [g.abs() if g.is_complex() else g for g in gradients]
+    if 0 in map(Tensor.numel, gradients) or not gradients:  # the largest of nothing
+        gradients = [gradient for gradient in gradients if gradient.numel()] or [zero]
+    as_found = dtypes <= {torch.float32, torch.float64}
+    norms: Any = torch._foreach_norm(
+        list(gradients), norm_type, None if as_found else wide.to_real()
+    )
+    if set(map(_device, norms)) != {zero.device}:
         norms = [norm.to(zero.device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return total
 
 
-def _norm(gradient: Tensor, norm_type: float, dtype: torch.dtype) -> Tensor:
-    """Return the norm of complex or sparse entries, for which torch has none."""
-    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
-    entries = entries.abs() if entries.is_complex() else entries
-    if not entries.numel():
-        return torch.zeros((), dtype=dtype, device=entries.device)
-    norm: Tensor = torch.linalg.vector_norm(entries, norm_type, dtype=dtype)
-    return norm
+# Read in C: many gradients are looked at before each update.
+_dtype, _layout, _device = (operator.attrgetter(name) for name in ("dtype", "layout", "device"))
+_name = operator.attrgetter("__name__")

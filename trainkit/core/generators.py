@@ -14,15 +14,11 @@ def run_to_yield(generator: GeneratorType[Any, None, Any]) -> Any:
     try:
         output = next(generator)
     except StopIteration:
-        raise TypeError(
-            "this step function ended without a loss: put `yield loss` where `loss.backward()` was"
-        ) from None
+        raise TypeError("the step function ended without a loss: `yield loss`") from None
     if _modes() != modes:
         generator.close()
-        raise RuntimeError(
-            "autocast, no_grad or inference_mode is still on at the yield, and would be on in "
-            "backward and in the update: end that `with` block above `yield loss`"
-        )
+        on = "autocast, no_grad or inference_mode is on at the yield, and would be in backward"
+        raise RuntimeError(f"{on}: end that `with` block above `yield loss`")
     return output
 
 
@@ -32,10 +28,7 @@ def run_to_end(generator: GeneratorType[Any, None, Any]) -> None:
         next(generator)
     except StopIteration:
         return
-    raise ValueError(
-        "this step function yielded twice: yield one loss, and give further ones to "
-        "`step.backward(loss)`"
-    )
+    raise ValueError("the step function yielded twice: `step.backward(loss)` takes further losses")
 
 
 def _modes() -> tuple[Any, ...]:

@@ -10,61 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WANTED = (
+    "a step function hands over a loss, not {}: return (or yield) `loss`, `loss, weight`, "
+    "`{{'loss': loss, 'weight': weight}}`, or a model's output that has a loss"
+)
+
 
 def read_loss(output: Any) -> tuple[Tensor, Any]:
     """Return the loss, and its weight or None; TypeError or ValueError for any other output."""
-    weight, kind = None, numbers.Integral
+    weight: Any = None
+    kind: type = numbers.Integral
     if isinstance(output, tuple) and not hasattr(output, "loss"):
         if len(output) != 2:
             raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
         output, weight = output
     if not isinstance(output, Tensor):
-        found = output if isinstance(output, Mapping) else _Attributes(output)
+        found = output
+        if not isinstance(output, Mapping):
+            found = {name: getattr(output, name, None) for name in ("loss", "weight")}
         if weight is None:
             weight, kind = found.get("weight"), numbers.Real
-        output = found.get("loss", output)
-    _check_loss(output)
+        output = output if found.get("loss") is None else found["loss"]
+    is_scalar = isinstance(output, Tensor) and output.is_floating_point() and not output.dim()
+    if not is_scalar or not output.requires_grad:
+        _refuse(output)
     if weight is not None:
         _check_weight(weight, kind)
     return output, weight
 
 
-class _Attributes:
-    """A model's output without the methods of a mapping."""
-
-    def __init__(self, output: Any) -> None:
-        self._output = output
-
-    def get(self, name: str, default: Any = None) -> Any:
-        has_loss = hasattr(self._output, "loss")  # an object without one may have a weight
-        return getattr(self._output, name, default) if has_loss else default
-
-
-_WANTED = (
-    "a step function hands over the loss of one micro-batch, not {}: return (or yield) `loss`, "
-    "`loss, weight`, `{{'loss': loss, 'weight': weight}}`, or a model's output that has a loss"
-)
-
-
-def _check_loss(loss: Any) -> None:
+def _refuse(loss: Any) -> None:
+    """Raise TypeError or ValueError for what is no loss."""
     if not isinstance(loss, Tensor):
         hint = " (a model's output has a loss only if it was given labels)" if loss is None else ""
         raise TypeError(_WANTED.format(_shown(loss)) + hint)
-    if loss.dim() != 0:
-        raise ValueError(
-            f"the loss must be a single number, but is {_shown(loss)}: `loss.mean()` over the "
-            "micro-batch"
-        )
+    if loss.dim():
+        raise ValueError(f"the loss must be a single number, got {_shown(loss)}: `loss.mean()`")
     if not loss.is_floating_point():
-        raise TypeError(
-            f"the loss must be a floating-point tensor, but is {_shown(loss)}: it comes first of "
-            "two values, `return loss, weight`"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss has no graph, so nothing would be learned: return it without `.item()`, "
-            "`.detach()` or `torch.no_grad()`, and check that not everything below it is frozen"
-        )
+        raise TypeError(f"the loss must be floating, got {_shown(loss)}: `return loss, weight`")
+    hint = "return it without `.detach()` or `no_grad`, and not from frozen layers alone"
+    raise ValueError(f"the loss has no graph, and nothing would be learned: {hint}")
 
 
 def _check_weight(weight: Any, kind: type) -> None:
@@ -74,9 +59,8 @@ def _check_weight(weight: Any, kind: type) -> None:
         sample = 0.5 if weight.is_floating_point() else weight.dtype == torch.bool or 1
     if isinstance(sample, bool) or not isinstance(sample, kind):
         raise TypeError(
-            "the second of two values is the weight, the number of things the loss is the mean of, "
-            f"as an int or a 0-d integer tensor; got {_shown(weight)}: `return loss, mask.sum()`; "
-            "a metric is not returned; for a real weight, `{'loss': loss, 'weight': weight}`"
+            "the second of two values is the weight, an int or a 0-d integer tensor, got "
+            f"{_shown(weight)}: `return loss, mask.sum()`, or `{{'loss': loss, 'weight': weight}}`"
         )
     if not isinstance(weight, Tensor) and not 0 <= weight <= sys.float_info.max:
         raise ValueError(f"a weight must be finite and at least 0, got {weight}: `len(batch)`")
@@ -86,5 +70,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor {shape} on {value.device}"
-    text = " ".join(repr(value).split())
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return f"{' '.join(repr(value).split()):.60} ({type(value).__name__})"

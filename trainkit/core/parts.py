@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, overload
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from trainkit.core.plan import (
     Surrounding,
     check,
     check_length,
-    check_module,
-    check_numbers,
     check_optimizers,
+    options_of,
 )
 from trainkit.core.precision import Precision, between_graphs, current_device
-from trainkit.core.step import Step, StepResult
+from trainkit.core.result import StepResult
+from trainkit.core.step import Step
 
 P = ParamSpec("P")
 
@@ -33,44 +33,28 @@ P = ParamSpec("P")
 class Part(Step[[Any]]):
     """A step without a function: decorates one, joins others in ``train_step``, or is a context."""
 
-    @overload  # type: ignore[override]
-    def __call__(self, function: Part) -> Part: ...
-    @overload
-    def __call__(self, function: Callable[P, Any]) -> Step[P]: ...
-    def __call__(self, function: Any, *more: Any) -> Any:
+    def __call__(self, function: Callable[P, Any], *more: Any) -> Step[P]:  # type: ignore[override]
         """Return the step of this function, or this step with more in its plan."""
-        remedy = "`train_step(optimizer, ...)(function)`, or `with step: step.backward(loss)`"
-        is_batch = bool(more) or isinstance(function, Tensor)
-        check(not is_batch, TypeError, f"this step has no function to call yet: {remedy}")
+        if more or isinstance(function, Tensor):
+            remedy = "`train_step(...)(function)`, or `with step: step.backward(loss)`"
+            raise TypeError(f"this step has no function to call yet: {remedy}")
         if isinstance(function, Part):
-            return Part(self._plan + function._plan)
-        parts: tuple[Any, ...] = (self, *getattr(function, "__trainkit_parts__", ()))
-        plan = Plan()
+            return Part(self._plan + function._plan)  # type: ignore[return-value]
+        plan, parts = self._plan, getattr(function, "__trainkit_parts__", ())
         if isinstance(function, Step):
-            parts, plan, function = (self,), function._plan, function._function
-        check(
-            callable(function) and not isinstance(function, Surrounding),
-            TypeError,
-            f"a part decorates functions, got {function!r:.60}; parts go together in "
-            "`train_step(optimizer, a, b)`",
-        )
+            plan, parts, function = plan + function._plan, (), function._function  # type: ignore[assignment]
+        is_function = callable(function) and not isinstance(function, Surrounding)
+        came = f"a part decorates functions, got {function!r:.60}"
+        check(is_function, TypeError, f"{came}; parts go together, `train_step(optimizer, a, b)`")
         for part in parts:
-            plan = _plan_of(part) + plan
-        return (plan.step or Step)(plan, function)
+            plan += _plan_of(part)
+        step: Step[P] = (plan.step or Step)(plan, function)
+        return step
 
     def __enter__(self) -> StepResult:
-        plan = self._plan
-        check(
-            plan.step is None,
-            ValueError,
-            "a part of this step cuts the arguments of a function, and a block by hand has none: "
-            "`train_step(optimizer, ...)(function)`",
-        )
-        check(
-            bool(plan.optimizers),
-            ValueError,
-            "a block by hand needs an optimizer: `train_step(optimizer, ...)` or `amp(optimizer)`",
-        )
+        cut = "a block has no arguments to cut: `train_step(optimizer, ...)(function)`"
+        check(self._plan.step is None, ValueError, cut)
+        check(bool(self._plan.optimizers), ValueError, "no optimizer: `train_step(optimizer)`")
         return super().__enter__()
 
 
@@ -85,52 +69,38 @@ def train_step(
 ) -> Part:
     """Make a training step of a function that computes a loss, or a context for one by hand.
 
-    With ``accumulate(n), amp(), max_norm=m, after=scheduler.step`` equivalent to, per n batches::
+    ``train_step(opt, accumulate(n), amp(), max_norm=m, after=scheduler.step)(f)`` is this loop::
 
-        for batch in window:
+        for batch in window:  # of n micro-batches
             with autocast():
                 loss = f(*batch)
             scaler.scale(loss * weight / sum(weights)).backward()
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(parameters, m)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()  # if the update was not skipped
-        optimizer.zero_grad()
+        scaler.unscale_(opt), clip_grad_norm_(parameters, m)
+        scaler.step(opt), scaler.update()
+        scheduler.step(), opt.zero_grad()  # the scheduler only if the update was not skipped
 
     Args:
         optimizer: one, or several: one norm over all of them, and all of them step or none.
-        parts: for example ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``, in any order.
-        module: the module in its DistributedDataParallel or FSDP wrapper, for several ranks.
+        parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``..., in any order.
+        module: the module in its DistributedDataParallel or FSDP wrapper, on several ranks.
         max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
-        max_skips: this many skipped updates in a row are a FloatingPointError; None is 25.
+        max_skips: so many skipped updates in a row are a FloatingPointError; None is 25.
         after: called after each applied update, at the latest before the next update.
 
     Example:
-        >>> import torch
-        >>> from trainkit import accumulate, train_step
-        >>> model = torch.nn.Linear(3, 1)
-        >>> @train_step(torch.optim.SGD(model.parameters()), accumulate(2))
-        ... def step(x):
-        ...     return model(x).mean()
-        >>> [step(x).updated for x in step.over([torch.ones(4, 3)] * 3)]
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(2))(lambda x: (weight * x)[0])
+        >>> [step(x).updated for x in step.over([1.0, 2.0, 3.0])]
         [False, True, True]
     """
     calls = tuple(after) if isinstance(after, (list, tuple)) else (after,)
     for call in calls:
         needs_metric = isinstance(getattr(call, "__self__", None), ReduceLROnPlateau)
-        remedy = "`after=scheduler.step`"
-        if needs_metric:
-            remedy = "ReduceLROnPlateau needs a metric: `plateau.step(metric)` in your loop"
-        fits = callable(call) and not needs_metric
-        came = f"got {call!r:.60}: {remedy}"
-        check(fits, TypeError, f"after takes callables without arguments, {came}")
-    plan = Plan(
-        optimizers=check_optimizers(optimizer),
-        modules=check_module(module),
-        after=calls,
-        **check_numbers(max_norm, norm_type, max_skips),
-    )
+        remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
+        came = f"after takes callables without arguments, got {call!r:.60}"
+        check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
+    options = options_of(module, max_norm, norm_type, max_skips)
+    plan = Plan(optimizers=check_optimizers(optimizer), after=calls, **options)
     for part in parts:
         plan += _plan_of(part)
     return Part(plan)
@@ -144,8 +114,8 @@ def accumulate(
 ) -> Part:
     """Make one update of every n micro-batches.
 
-    The gradient of a window is that of ``sum(w_i * loss_i) / sum(w_i)`` over everything in it: it is
-    equivalent to one big batch, however that is cut::
+    The gradient of a window is the gradient of ``sum(w_i * loss_i) / sum(w_i)`` over everything in
+    it: equivalent to one big batch, however that is cut::
 
         loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
 
@@ -162,9 +132,8 @@ def accumulate(
         TypeError, ValueError: for another n, module or dtype.
 
     Example:
-        >>> from trainkit import accumulate, train_step
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        >>> step = train_step(optimizer, accumulate(4))
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(4))
 
     Source: https://github.com/huggingface/transformers/issues/34242
     """
@@ -174,21 +143,15 @@ def accumulate(
         try:
             inspect.signature(n).bind(0)
         except TypeError:
-            raise TypeError(
-                "accumulate takes a number, or a function of the number of updates, got "
-                f"{getattr(n, '__name__', n)!r}: `@accumulate(4)`"
-            ) from None
+            came = f"got {getattr(n, '__name__', n)!r}: `@accumulate(4)`"
+            raise TypeError(f"n is a number, or a function of the updates so far, {came}") from None
         except ValueError:  # a function that is not written in Python may have no signature
             pass
-    check(
-        dtype in (None, torch.float32),
-        ValueError,
-        f"gradients are summed in torch.float32, or for None in their own dtype, got {dtype!r}: "
-        "`accumulate(4, dtype=torch.float32)`",
-    )
-    plan = Plan(lengths=(n,), modules=check_module(module))
+    came = f"sums are in torch.float32, or for None in the dtype of the parameter, got {dtype!r}"
+    check(dtype in (None, torch.float32), ValueError, f"{came}: `dtype=torch.float32`")
+    plan = Plan(lengths=(n,), **options_of(module))
     if dtype is not None:
-        from trainkit.core.wide import WideWindow
+        from trainkit.wide import WideWindow
 
         plan += Plan(window=WideWindow)
     return Part(plan)
@@ -237,8 +200,8 @@ def amp(
         scaler.step(optimizer)
         scaler.update()
 
-    ``amp()`` is a part; ``with amp():`` is autocast alone, for an evaluation. An update whose
-    gradients are not finite is skipped, in every dtype.
+    ``amp()`` is a part; ``with amp():`` is autocast alone. An update whose gradients are not finite
+    is skipped, in every dtype.
 
     Args:
         dtype: torch.bfloat16, float16 or float32. None picks bfloat16 where the device computes it
@@ -247,40 +210,30 @@ def amp(
         max_norm, norm_type, max_skips: see ``train_step``.
         init_scale, growth_interval: see ``torch.amp.GradScaler``.
 
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = amp(torch.optim.SGD([weight]), max_norm=1.0)(lambda x: (weight * x).sum())
+
     Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
     """
-    check(
-        any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32)),
-        ValueError,
-        f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}: "
-        "`amp(dtype=torch.float16)`",
-    )
-    is_number = isinstance(init_scale, (int, float)) and not isinstance(init_scale, bool)
-    check(
-        is_number and 0 < init_scale <= torch.finfo(torch.float32).max,
-        ValueError,
-        f"init_scale must be a finite float32 above 0, got {init_scale!r}: "
-        "`amp(init_scale=65536.0)`",
-    )
-    check(
-        type(growth_interval) is int and 1 <= growth_interval < 2**31,
-        ValueError,
-        f"growth_interval counts updates, an int of at least 1, got {growth_interval!r}: "
-        "`amp(growth_interval=2000)`",
-    )
+    known = any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32))
+    check(known, ValueError, f"no autocast in {dtype!r}: `amp(dtype=torch.float16)`")
+    fits = type(init_scale) in (int, float) and 0 < init_scale <= torch.finfo(torch.float32).max
+    came = f"init_scale must be a float32 above 0, got {init_scale!r}"
+    check(fits, ValueError, f"{came}: `init_scale=65536.0`")
+    fits = type(growth_interval) is int and 1 <= growth_interval < 2**31
+    came = f"growth_interval counts updates, an int32, got {growth_interval!r}"
+    check(fits, ValueError, f"{came}: `growth_interval=2000`")
     try:
         kind = None if device is None else torch.device(device).type
         has_autocast = kind is None or torch.amp.is_autocast_available(kind)
     except (RuntimeError, TypeError):
         has_autocast = False
-    check(
-        has_autocast,
-        ValueError,
-        f"device must be a type of device that has autocast, got {device!r}: `amp(device='cuda')`",
-    )
+    came = f"device must be a type of device that has autocast, got {device!r}"
+    check(has_autocast, ValueError, f"{came}: `amp(device='cuda')`")
     precision = Precision(dtype, kind, float(init_scale), growth_interval)
-    numbers = check_numbers(max_norm, norm_type, max_skips)
-    part = Autocast(Plan(precision=precision, **numbers))
+    options = options_of(None, max_norm, norm_type, max_skips)
+    part = Autocast(Plan(precision=precision, **options))
     return train_step(optimizers, part) if optimizers else part
 
 
@@ -289,8 +242,7 @@ def _plan_of(part: Any) -> Plan:
         return part._plan
     if isinstance(part, Surrounding) and not isinstance(part, type):
         return Plan(surroundings=(part,))
-    shown = type(part).__name__ if isinstance(part, (Optimizer, nn.Module)) else f"{part!r:.60}"
     raise TypeError(
-        f"{shown} is not a part: give parts one by one, `accumulate(4), amp(), frozen(module)`, "
-        "several optimizers in one list, the rest by name, `module=model, after=scheduler.step`"
+        f"{part!r:.60} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
+        "one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
     )

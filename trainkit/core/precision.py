@@ -1,13 +1,12 @@
-"""Mixed precision: the dtype of a device, and what autocast needs around forward and backward."""
+"""Mixed precision: what ``amp`` asks for, and the half precision of a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,25 +47,3 @@ def between_graphs(function: Callable[P, R]) -> Callable[P, R]:
     # The public torch.compiler.disable imports the compiler, which takes seconds.
     disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
     return disable(function) if disable else function
-
-
-def keep_casts_fresh(optimized: Iterable[Sequence[nn.Parameter]]) -> list[nn.Parameter]:
-    """Clear autocast's copies of the weights whenever a gradient of them is taken.
-
-    A step function may move weights along a gradient between two of its forwards, for example in
-    SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412). The second forward would use the
-    copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
-    every weight would cost as much as backward through a small layer. Returns these weights.
-    """
-    found = []
-    for parameters in optimized:
-        weight = next((p for p in reversed(parameters) if p.requires_grad and p.dim() > 1), None)
-        if weight is not None:
-            found.append(weight)
-            if _clear_casts not in (weight._backward_hooks or {}).values():
-                weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _clear_casts(gradient: Tensor) -> None:
-    torch.clear_autocast_cache()

@@ -1,14 +1,16 @@
-"""The step: runs a plan, micro-batch by micro-batch, and owns all state. Read it from ``__call__`` on.
+"""The step: runs a plan, micro-batch by micro-batch, and owns all state.
 
-Whatever order the parts were given in, a micro-batch runs in this one::
+Read from ``Step.__call__`` on; ``MicroBatch`` has what happens in it. Whatever order the parts were
+given in, a micro-batch runs in this one::
 
     surroundings entered > autocast on > the function > autocast off > backward > [update] > left
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,356 +22,124 @@ from torch.autograd.graph import _engine_run_backward
 
 from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
-from trainkit.core.loop import LAST, NONE, Delivery, mark_last, over
+from trainkit.core.loop import Delivery, mark_last, over
 from trainkit.core.losses import read_loss
-from trainkit.core.plan import Plan, Surrounding, check, check_length
-from trainkit.core.precision import keep_casts_fresh
+from trainkit.core.plan import Plan, Surrounding, check, check_length, check_plan
+from trainkit.core.result import StepResult
 from trainkit.core.update import Answer, Updater
+from trainkit.core.warning import warn
 from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed
 
-_run_on_cpu = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class StepResult:
-    """The result of one call of a step.
-
-    Attributes:
-        loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
-        complete: whether this call closed a window.
-        grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
-            on the device. None where no norm was computed.
-    """
-
-    # On the class: a result is made for every micro-batch, and most of them keep most of these.
-    loss: Tensor | None = None
-    complete = False
-    grad_norm: Tensor | None = None
-    _skipped: bool | Tensor = False
-    _settle: Callable[[], None] | None = None
-    _window: Window | None = None
-    _count = 0
-
-    @property
-    def window_loss(self) -> Tensor | None:
-        """The weighted mean of the window's losses up to this call: 0-d, computed when read."""
-        return None if self._window is None else self._window.mean_loss(self._count)
-
-    @property
-    def updated(self) -> bool:
-        """Whether this call applied an update. Reading it may wait for the device, and runs
-        ``after`` first; no other attribute waits."""
-        if self._settle is not None:
-            self._settle()
-        return self.complete and not self._skipped
-
-    def __repr__(self) -> str:
-        shown = f"loss={self.loss}, complete={self.complete}, updated={self.updated}"
-        return f"StepResult({shown}, grad_norm={self.grad_norm})"
 
 
 class Step(Generic[P]):
     """A training step: call it with a micro-batch, or use it as a context around one.
 
-    Made by ``train_step``, and by applying parts to functions; ``train_step`` shows the loop that it
-    is equivalent to.
+    Made by ``train_step``, and by applying parts to functions; ``train_step`` shows the loop that
+    it is equivalent to.
     """
-
-    _updater: Updater = None  # type: ignore[assignment]  # made at the first call
 
     def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
         if function is not None:  # without its __dict__, which could overwrite attributes here
             functools.update_wrapper(self, function, updated=())
         self._plan, self._function = plan, function
+        # Made at the first call, when the parameters are on their device.
+        self._updater: Updater = None  # type: ignore[assignment]
         self._autocast: torch.autocast | None = None
         self._cast_weights: list[Tensor] = []
-        self._watchers: list[Any] = []
-        self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
-        self._delivery = NONE
-        self._ended_early = False
         # From window to window.
         self._window: Window | None = None
         self._reference: Weight | None = None
         self._closed = 0
         self._skips: int | Tensor = 0
         self._owed: Answer | None = None  # the verdict that ``after`` waits for
-        # The micro-batch under way.
-        self._result: StepResult | None = None
+        # From micro-batch to micro-batch.
+        self._running: MicroBatch | None = None
         self._size: Size = 1
-        self._weight: Weight | None = None
-        self._lent: Window | None = None  # the window whose sums are in ``.grad``
-        self._share: Weight = 1.0
-        self._left: Versions = []  # the gradients as a block found them, or a backward left them
-        self._generator: types.GeneratorType[Any, None, Any] | None = None
-        self._entered: list[AbstractContextManager[Any]] = []
-        self._autocast_is_on = False
+        self._delivery = Delivery(None, False)
+        self._ended_early = False
+        self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
+        self._watchers: list[Any] = []
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        result = self._begin()
+        running = self._begin()
         try:
             if self._autocast is None:
-                output = self._run(*args, **kwargs)
+                output = running.forward(*args, **kwargs)
             else:
                 with self._autocast:
-                    output = self._run(*args, **kwargs)
+                    output = running.forward(*args, **kwargs)
             loss, weight = read_loss(output)
-            self._backward(loss, weight)
-            result.loss = loss.detach()
-            self._finish(result)
-            self._end()
+            running.backward(loss, weight)
+            running.result.loss = loss.detach()
+            running.finish()
+            running.leave()
         except BaseException:
-            self._abort()
+            running.leave()
             raise
-        return result
-
-    def _begin(self) -> StepResult:
-        """Enter what surrounds a micro-batch."""
-        if self._result is not None:
-            raise RuntimeError(
-                "this step is under way already: give a further loss of the same micro-batch to "
-                "`step.backward(loss)`"
-            )
-        if self._updater is None:
-            self._prepare()
-        if self._owed is not None and self._owed.known():
-            self.settle()
-        if self._window is None:
-            self._window = self._new_window()
-        result = StepResult()
-        try:
-            for part in self._plan.surroundings:
-                context = part.around_step()
-                context.__enter__()
-                self._entered += [context]  # no call, which a signal could follow
-            if self._autocast is not None:
-                self._watch_casts()
-            self._result = result
-        except BaseException:
-            self._end()
-            raise
-        return result
-
-    def _run(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Run the step function down to its loss."""
-        output = self._function(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(output, types.GeneratorType):
-            self._generator = output
-            check(
-                not self._plan.after,
-                ValueError,
-                "`after` was given to a step function that yields its loss and has its own update "
-                "code: put the call below the yield",
-            )
-            return run_to_yield(output)
-        if not self._plan.optimizers:
-            raise ValueError(f"no optimizer was given: {_NO_OPTIMIZER}")
-        return output
-
-    def _backward(self, loss: Tensor, weight: Any) -> None:
-        """Add the gradient of a loss, times its share, to the sums of the window."""
-        if self._left:
-            self._check_untouched()
-        window = self._window
-        if window is None:  # a block discarded it
-            window = self._window = self._new_window()
-        if weight is not None:
-            weight = as_weight(weight, loss.device)
-        parameters = self._plan.parameters()
-        if self._lent is None:
-            if self._updater.scale is not None and not window.losses:
-                _refuse_float16(parameters)
-            self._weight, self._share = weight, window.share(weight, self._size)
-            self._lent = window
-        elif weight is not None and not _same(weight, self._weight):
-            raise TypeError(
-                f"the losses of a micro-batch share one weight, the first came with {self._weight} "
-                f"and this one with {weight}: `step.backward(first, weight)`"
-            )
-        try:
-            window.lend(parameters)
-            seed = self._updater.seed(loss, self._share)
-            kind = loss.device.type
-            if torch.is_autocast_enabled(kind):  # in a block, or around the whole loop
-                with torch.autocast(kind, enabled=False):
-                    loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
-                torch.clear_autocast_cache()  # or every later forward would use the old weights
-            elif type(loss) is Tensor:
-                # Tensor.backward, without 15 us of checks that the seed is known to pass.
-                run = _run_on_cpu if loss.is_cpu else _engine_run_backward
-                run(
-                    (loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True
-                )
-            else:
-                loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
-        except BaseException as error:
-            self.discard()  # at once: a block may catch this and continue
-            if isinstance(error, RuntimeError):
-                from trainkit.core.advice import explain
-
-                explain(error)
-            raise
-
-    def _closes(self) -> bool:
-        """Return whether the micro-batch under way is the last of its window."""
-        window = self._window
-        assert window is not None
-        return self._delivery.is_last or window.size + self._size >= window.length
-
-    def _finish(self, result: StepResult) -> None:
-        """Count the micro-batch, and make the update if it closes the window."""
-        window, closes = self._window, self._closes()
-        assert window is not None and result.loss is not None
-        if self._left:
-            self._check_untouched()
-        window.add(result.loss, self._weight, self._size)
-        result._window, result._count = window, len(window.losses)
-        if closes:
-            self._close(window, result)
-        else:
-            window.take()
-        if self._generator is not None:
-            self._generator.close()
-        self._lent = None
-
-    def _close(self, window: Window, result: StepResult) -> None:
-        """Turn the gradients of a complete window into an update."""
-        if window.size < window.length:
-            if self._ended_early:
-                from trainkit.core.advice import warn_of_short_windows
-
-                warn_of_short_windows()
-            self._ended_early = True
-        self.settle()
-        for watcher in self._watchers:
-            watcher.before_update(self)
-        result.complete = True
-        gradients = window.close(self._plan.parameters())
-        if not self._closed or not gradients:
-            from trainkit.core.advice import warn_of_missing
-
-            warn_of_missing(gradients, self._plan.parameters())
-        generator = self._generator
-        own = None if generator is None else functools.partial(run_to_end, generator)
-        verdict, apply = self._updater.decide(window, gradients, own)
-        owed = Answer(verdict.skipped) if self._plan.after else None
-        reference, skips = window.next_reference(), self._skips + verdict.skipped
-        try:
-            if apply is not None:
-                apply()
-            # One statement, so that Ctrl-C cannot separate the update from its count.
-            self._window, self._reference, self._closed, self._skips, self._owed = (
-                None, reference, self._closed + 1, skips, owed,
-            )  # fmt: skip
-        finally:
-            forget(self._plan.optimizers)
-        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
-        result._settle = self.settle
-        try:
-            if verdict.found_inf is not None and (count := self._updater.learn(verdict.found_inf)):
-                from trainkit.core.advice import too_many_skips
-
-                raise too_many_skips(self, count)
-        finally:
-            for watcher in self._watchers:
-                watcher.after_update(self, window, verdict)
-        if generator is None or verdict.skipped is True:
-            window.drop()
-        if owed is not None and owed.known():
-            self.settle()
-
-    def _end(self) -> None:
-        """Leave what surrounds the micro-batch. May be called again if it was interrupted."""
-        try:
-            if self._autocast_is_on:
-                self._leave_autocast()
-            if self._generator is not None:
-                self._generator.close()
-        finally:
-            self._result = self._generator = self._lent = None
-            self._left = []
-            while self._entered:
-                self._entered[-1].__exit__(None, None, None)
-                del self._entered[-1]
-
-    def _abort(self) -> None:
-        """Leave the micro-batch after an exception.
-
-        From its backward on, some of its gradients may be in and others not: the window is dropped.
-        """
-        try:
-            if self._lent is not None:
-                self.discard()
-        finally:
-            self._end()
+        return running.result
 
     def __enter__(self) -> StepResult:
-        result = self._begin()
+        running = self._begin()
         try:
-            self._left = self._window.versions(self._plan.parameters())
+            running.left = Window.versions(self._plan.parameters())
+            running.autocast = self._autocast
             if self._autocast is not None:
-                self._autocast_is_on = True
                 self._autocast.__enter__()  # type: ignore[no-untyped-call]
         except BaseException:
-            self._abort()
+            running.leave()
             raise
-        return result
+        return running.result
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        if kind is not None:
-            self._abort()
-            return
+        running = self._running
+        assert running is not None
         try:
-            result = self._result
-            assert result is not None
-            if self._autocast_is_on:
-                self._leave_autocast()
-            if self._lent is not None and result.loss is None:
-                self.discard()  # the block caught an exception of step.backward
-            elif self._lent is not None:
-                self._finish(result)
-            elif is_changed(self._left, are_lent=False):
-                from trainkit.core.advice import warn_of_no_loss
+            if kind is None:
+                running.leave_autocast()
+                if running.lent is not None and running.result.loss is not None:
+                    running.finish()
+                elif running.lent is None and is_changed(running.left, are_lent=False):
+                    from trainkit.advice import NO_LOSS
 
-                warn_of_no_loss()
-            self._end()
+                    warn(NO_LOSS)
+            running.leave()
         except BaseException:
-            self._abort()
+            running.leave()
             raise
 
     def backward(self, loss: Any, weight: Weight | None = None) -> None:
         """Run backward of a loss: of *the* loss in a block, of a further loss anywhere.
 
-        Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from the
-        weights of the window and the loss scale. A further loss has the share of the first one, and
+        Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from
+        the weights of the window and the loss scale. A further loss has the share of the first, and
         the micro-batch counts once. Until it ends, ``.grad`` holds the scaled sums of the window.
 
         Args:
-            loss: the mean over the micro-batch: 0-d, floating, with a graph. Or whatever else a step
-                function may return.
-            weight: the number of things that mean is over, an int or a 0-d integer tensor.
+            loss: 0-d, floating, with a graph; or whatever else a step function may return.
+            weight: the number of things the loss is the mean of, an int or a 0-d integer tensor.
 
         Raises:
             TypeError, ValueError: for another loss or weight, before anything is changed.
-            RuntimeError: outside a micro-batch, and where something other than ``step.backward``
-                changed gradients since the last one: a ``zero_grad()``, or a ``loss.backward()``.
+            RuntimeError: outside a micro-batch, and where a ``zero_grad()`` or ``loss.backward()``
+                changed gradients inside it.
         """
-        if self._result is None or self._result.complete:
-            raise RuntimeError(
-                "step.backward(loss) must be called inside a micro-batch, in `with step:` or in the "
-                "step function; below the yield gradients are complete: `loss.backward()` adds to them"
-            )
+        running = self._running
+        if running is None or running.result.complete:
+            where = "in `with step:` or in the step function; below a yield, `loss.backward()`"
+            raise RuntimeError(f"step.backward(loss) is called inside a micro-batch: {where}")
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         detached = loss.detach()
-        self._backward(loss, weight)
-        if self._lent is not None:
-            self._left = self._lent.versions(self._lent.parameters)
-        if self._result.loss is None:
-            self._result.loss = detached
+        running.backward(loss, weight)
+        running.watch()
+        if running.result.loss is None:
+            running.result.loss = detached
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
-        found, self._delivery, self._ended_early = self._delivery, LAST, False
+        found, self._delivery, self._ended_early = self._delivery, Delivery(None, True), False
         try:
             return self(*args, **kwargs)
         finally:
@@ -392,24 +162,11 @@ class Step(Generic[P]):
         Raises:
             TypeError: for another loader, step or ``progress``.
             ValueError: on several ranks, if one of them has no batch.
-
-        Example:
-            >>> import torch
-            >>> from trainkit import accumulate, train_step
-            >>> weight = torch.nn.Parameter(torch.zeros(()))
-            >>> parts = torch.optim.SGD([weight], lr=1.0), accumulate(2)
-            >>> step = train_step(*parts)(lambda x: (weight - x) ** 2)
-            >>> [step(x).complete for x in step.over([1.0, 2.0, 3.0])]
-            [False, True, True]
         """
         is_iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-        came = f"got {type(loader).__name__}: `step.over(loader)`"
-        check(is_iterable, TypeError, f"step.over takes a loader or another iterable, {came}")
-        for step in others:
-            came = f"got {type(step).__name__}: `step_d.over(loader, step_g)`"
-            check(
-                isinstance(step, Step), TypeError, f"step.over takes steps after a loader, {came}"
-            )
+        for fits, given in ((is_iterable, loader), *((isinstance(s, Step), s) for s in others)):
+            came = f"over takes a loader and then steps, got {type(given).__name__}"
+            check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
         batches = over(loader, (self, *others))
         if progress is False:
             return batches
@@ -419,10 +176,11 @@ class Step(Generic[P]):
 
     def discard(self) -> None:
         """Drop the open window, if there is one: nothing applied, nothing counted."""
-        window, lent, self._window, self._lent = self._window, self._lent, None, None
-        for dropped in (window, lent):
-            if dropped is not None:
-                dropped.drop()
+        running, window, self._window = self._running, self._window, None
+        if running is not None and running.lent is not None:
+            window, running.lent = running.lent, None
+        if window is not None:
+            window.drop()
         forget(self._plan.optimizers)
 
     def settle(self) -> None:
@@ -430,18 +188,16 @@ class Step(Generic[P]):
 
         Called before the next update, at the end of ``over``, and where ``updates`` is read.
         """
-        if self._owed is None:
-            return
-        skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
-        self._owed = None
-        for call in () if skipped else self._plan.after:
-            call()
+        if self._owed is not None:
+            skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
+            self._owed = None
+            for call in () if skipped else self._plan.after:
+                call()
 
     @property
     def updates(self) -> int:
         """Updates applied so far. Reading it may wait for the device."""
-        self.settle()
-        return self._closed - int(self._skips)
+        return self._closed - self.skipped
 
     @property
     def skipped(self) -> int:
@@ -452,64 +208,45 @@ class Step(Generic[P]):
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the counters, the loss scale, and the open window with its gradients.
 
-        Raises:
-            RuntimeError: inside a micro-batch, from its backward on.
+        RuntimeError inside a micro-batch, from its backward on.
         """
         from trainkit.saving.state import state_of
 
-        self._check_between("state_dict")
         return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from where ``state_dict`` was called. An open window is dropped first.
 
-        Raises:
-            ValueError: for another state, or one that does not fit, before anything is changed.
-            RuntimeError: inside a micro-batch, from its backward on.
+        ValueError for a state that does not fit, before anything is changed; RuntimeError as above.
         """
         from trainkit.saving.state import load_into
 
-        self._check_between("load_state_dict")
         load_into(self, state)
 
-    def _check_between(self, name: str) -> None:
-        if self._lent is not None:
-            raise RuntimeError(
-                f"step.{name}() was called inside a micro-batch, which is half done: call it between "
-                "two micro-batches"
-            )
+    def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
+        shared = "a decorated method would share its state between all instances"
+        remedy = "`self.step = train_step(...)(self.loss)` in __init__"
+        check(instance is None, TypeError, f"{shared}: {remedy}")
+        return self
+
+    def _begin(self) -> MicroBatch:
+        if self._running is not None:
+            further = "give a further loss of its micro-batch to `step.backward(loss)`"
+            raise RuntimeError(f"this step is under way already: {further}")
         if self._updater is None:
             self._prepare()
-
-    def _check_untouched(self) -> None:
-        """Raise RuntimeError if gradients changed since a block or a backward left them."""
-        left, are_lent, self._left = self._left, self._lent is not None, []
-        if is_changed(left, are_lent):
-            from trainkit.core.advice import disturbance
-
-            error = disturbance(left, are_lent)
-            if are_lent:
-                self.discard()
-            raise error
-
-    def _leave_autocast(self) -> None:
-        assert self._autocast is not None
-        self._autocast_is_on = False
-        self._autocast.__exit__(None, None, None)
-
-    def _watch_casts(self) -> None:
-        for weight in self._cast_weights:
-            if not weight.requires_grad:
-                break
-        else:
-            if self._cast_weights:
-                return
-        self._cast_weights = keep_casts_fresh(self._plan.optimized())
+        if self._owed is not None and self._owed.known():
+            self.settle()
+        if self._window is None:
+            self._window = self._new_window()
+        running = self._micro_batch()
+        running.enter()
+        return running
 
     def _prepare(self) -> None:
-        """Pick the precision, and refuse a plan that cannot work. Runs at the first call."""
+        """Pick the precision, and refuse a plan that cannot work, at the first call."""
         plan, deliver, dtype = self._plan, self._deliver, torch.float32
-        device = plan.check_trainable().device
+        device = check_plan(plan)
         if plan.precision is not None:
             kind, dtype = plan.precision.resolve(device)
             self._autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else None
@@ -522,37 +259,238 @@ class Step(Generic[P]):
         self._plan, self._deliver, self._updater = plan, deliver, updater
 
     def _new_window(self) -> Window:
-        lengths = self._plan.lengths
-        counts = [n if isinstance(n, int) else check_length(n(self.updates)) for n in lengths]
-        window: Window = (self._plan.window or Window)(math.prod(counts), self._reference)
+        length = 1
+        for n in self._plan.lengths:
+            length *= check_length(n(self.updates)) if callable(n) else n
+        window: Window = (self._plan.window or Window)(length, self._reference)
         return window
+
+    def _closes(self) -> bool:
+        """Return whether the micro-batch under way is the last of its window."""
+        window = self._window
+        assert window is not None
+        return self._delivery.is_last or window.size + self._size >= window.length
+
+    def _micro_batch(self) -> MicroBatch:
+        return MicroBatch(self)
 
     def _add_part(self, part: Surrounding) -> Step[P]:
         return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
 
-    def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
-        if instance is None:
-            return self
-        name = getattr(self._function, "__name__", "step")
-        raise TypeError(
-            f"the method {name!r} of {type(instance).__name__} was decorated, and all instances "
-            f"would share one state: `self.step = train_step(...)(self.{name})` in __init__"
-        )
+
+class MicroBatch:
+    """One micro-batch on its way through a step: forward, backward, and perhaps the update."""
+
+    weight: Weight | None = None
+    share: Weight = 1.0
+    lent: Window | None = None  # whose sums are in ``.grad``, from the first backward on
+    left: Versions = ()  # the gradients as a block found them, or as ``step.backward`` left them
+    autocast: torch.autocast | None = None  # while it is on in a block
+    generator: types.GeneratorType[Any, None, Any] | None = None
+
+    def __init__(self, step: Step[Any]) -> None:
+        self.step, self.result = step, StepResult()
+        self.entered: list[AbstractContextManager[Any]] = []
+
+    def enter(self) -> None:
+        """Enter what the parts put around a micro-batch."""
+        step = self.step
+        try:
+            for part in step._plan.surroundings:
+                context = part.around_step()
+                context.__enter__()
+                self.entered += [context]  # no call, which a signal could follow
+            if step._autocast is not None:
+                _keep_casts_fresh(step)
+            step._running = self
+        except BaseException:
+            self.leave()
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step function down to its loss."""
+        plan, function = self.step._plan, self.step._function
+        output = function(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, types.GeneratorType):
+            self.generator = output
+            if plan.after:
+                raise ValueError("a step that yields takes no `after`: call it below the yield")
+            return run_to_yield(output)
+        if not plan.optimizers:
+            raise ValueError("no optimizer was given: `train_step(optimizer)`, or `yield loss`")
+        return output
+
+    def backward(self, loss: Tensor, weight: Any) -> None:
+        """Add the gradient of a loss, times its share, to the sums of the window."""
+        step, parameters = self.step, self.step._plan.parameters()
+        if self.left:
+            self.check_untouched()
+        window = step._window
+        if window is None:  # a block discarded it
+            window = step._window = step._new_window()
+        if weight is not None:
+            weight = as_weight(weight, loss.device)
+        if self.lent is None:
+            if step._updater.scale is not None and not window.losses:
+                _refuse_float16(parameters)
+            self.weight, self.share = weight, window.share(weight, step._size)
+            self.lent = window
+        elif isinstance(weight, float) and weight != self.weight:  # tensors might make it wait
+            came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
+            raise TypeError(f"{came}: `step.backward(first, weight)`")
+        try:
+            window.lend(parameters)
+            _run_backward(loss, step._updater.seed(loss, self.share))
+        except BaseException as error:
+            step.discard()  # at once: a block may catch this and continue
+            if isinstance(error, RuntimeError):
+                from trainkit.advice import explain
+
+                explain(error)
+            raise
+
+    def finish(self) -> None:
+        """Count the micro-batch, and make the update if it closes the window."""
+        result, window, closes = self.result, self.lent, self.step._closes()
+        assert window is not None and result.loss is not None
+        if self.left:
+            self.check_untouched()
+        window.add(result.loss, self.weight, self.step._size)
+        result._window, result._count = window, len(window.losses)
+        if closes:
+            self.close(window)
+        else:
+            window.take()
+        if self.generator is not None:
+            self.generator.close()
+        self.lent = None
+
+    def close(self, window: Window) -> None:
+        """Turn the gradients of a complete window into an update."""
+        step, result, parameters = self.step, self.result, self.step._plan.parameters()
+        if window.size < window.length:
+            if step._ended_early:
+                from trainkit.advice import SHORT_WINDOWS
+
+                warn(SHORT_WINDOWS)
+            step._ended_early = True
+        if step._owed is not None:
+            step.settle()
+        for watcher in step._watchers:
+            watcher.before_update(step)
+        result.complete = True
+        gradients = window.close(parameters)
+        if not step._closed or not gradients:
+            from trainkit.advice import warn_of_missing
+
+            warn_of_missing(len(gradients), parameters)
+        own = None if self.generator is None else functools.partial(run_to_end, self.generator)
+        verdict, apply = step._updater.decide(window, gradients, own)
+        owed = Answer(verdict.skipped) if step._plan.after else None
+        reference, skips = window.next_reference(), step._skips + verdict.skipped
+        if apply is not None:
+            apply()
+        # One statement, so that Ctrl-C cannot separate the update from its count.
+        step._window, step._reference, step._closed, step._skips, step._owed = (
+            None, reference, step._closed + 1, skips, owed,
+        )  # fmt: skip
+        forget(step._plan.optimizers)
+        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
+        result._settle = step.settle
+        with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
+            for watcher in reversed(step._watchers):
+                watching.callback(watcher.after_update, step, window, verdict)
+            if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):
+                from trainkit.advice import too_many_skips
+
+                raise too_many_skips(step, count)
+            if own is None or verdict.skipped is True:
+                window.drop()
+            if owed is not None and owed.known():
+                step.settle()
+
+    def leave(self) -> None:
+        """Leave what surrounds the micro-batch. May be called again if it was interrupted.
+
+        Before ``finish``, some of its gradients may be in and others not: the window is dropped.
+        """
+        try:
+            if self.lent is not None:
+                self.step.discard()
+            if self.autocast is not None:
+                self.leave_autocast()
+            if self.generator is not None:
+                self.generator.close()
+        finally:
+            self.step._running = None
+            while self.entered:
+                self.entered[-1].__exit__(None, None, None)
+                del self.entered[-1]
+
+    def leave_autocast(self) -> None:
+        """Leave the autocast of a block."""
+        autocast, self.autocast = self.autocast, None
+        if autocast is not None:
+            autocast.__exit__(None, None, None)
+
+    def watch(self) -> None:
+        """Remember the gradients of the window as an explicit backward left them."""
+        if self.lent is not None and self.lent.can_watch:
+            self.left = Window.versions(self.lent.parameters)
+
+    def check_untouched(self) -> None:
+        """Raise RuntimeError if something else changed gradients inside the micro-batch."""
+        left, self.left = self.left, ()
+        if is_changed(left, are_lent=self.lent is not None):
+            from trainkit.advice import DISTURBED
+
+            if self.lent is not None:
+                self.step.discard()
+            raise RuntimeError(DISTURBED)
 
 
-_NO_OPTIMIZER = "`train_step(optimizer, ...)`, or `yield loss` and update below the yield"
+_run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
 
 
-def _same(a: Weight, b: Weight | None) -> bool:
-    """Return whether two weights may be equal; tensors are not read, which could wait."""
-    return b is not None and (isinstance(a, Tensor) or isinstance(b, Tensor) or a == b)
+def _run_backward(loss: Tensor, seed: Tensor) -> None:
+    """Run ``loss.backward(gradient=seed)`` with autocast off."""
+    if torch.is_autocast_enabled(loss.device.type):  # in a block, or around the whole loop
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()  # or every later forward would use the old weights
+    elif type(loss) is Tensor:  # without the checks of Tensor.backward, which take 15 us
+        run = _run_on_cpu if loss.is_cpu else _engine_run_backward
+        run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+
+
+def _keep_casts_fresh(step: Step[Any]) -> None:
+    """Have autocast forget its copies of the weights whenever a gradient of them is taken.
+
+    A step function may move weights along a gradient between two of its forwards, for example in
+    SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412). The second forward would use the
+    copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
+    every weight would cost as much as backward through a small layer.
+    """
+    if step._cast_weights and all(map(_is_trained, step._cast_weights)):
+        return
+    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in step._plan.optimized()]
+    step._cast_weights = [trained[-1] for trained in weights if trained]
+    for weight in step._cast_weights:
+        if _clear_casts not in (weight._backward_hooks or {}).values():
+            weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
+
+
+_is_trained = operator.attrgetter("requires_grad")
+
+
+def _clear_casts(gradient: Tensor) -> None:
+    torch.clear_autocast_cache()
 
 
 def _refuse_float16(parameters: list[torch.nn.Parameter]) -> None:
-    shapes = [tuple(p.shape) for p in parameters if p.dtype == torch.float16 and p.requires_grad]
-    if shapes:
-        raise ValueError(
-            f"{len(shapes)} of {len(parameters)} parameters are float16 (the first has shape "
-            f"{shapes[0]}), and a loss scale needs float32 parameters: load the model with "
-            "`dtype=torch.float32`, or call `model.float()` before making the optimizer"
-        )
+    for p in parameters:
+        if p.dtype == torch.float16 and p.requires_grad:
+            came = f"a loss scale needs float32 parameters, got float16 of shape {tuple(p.shape)}"
+            raise ValueError(f"{came}: load the model with `dtype=torch.float32`")

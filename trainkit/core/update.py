@@ -23,7 +23,7 @@ from trainkit.core.window import Weight, Window
 class Answer:
     """A number on its way from the device. A CPU has it at once; an accelerator starts a copy."""
 
-    def __init__(self, number: bool | Tensor) -> None:
+    def __init__(self, number: Any) -> None:
         self._number, self._event = number, None
         if isinstance(number, Tensor) and number.device.type in ("cuda", "xpu"):
             self._number = number.to("cpu", non_blocking=True)
@@ -34,7 +34,7 @@ class Answer:
         """Return whether the number has arrived, without waiting for it."""
         return self._event is None or self._event.query()
 
-    def read(self) -> bool | Tensor:
+    def read(self) -> Any:
         """Return the number, waiting for the copy if necessary."""
         if self._event is not None:
             self._event.synchronize()
@@ -100,9 +100,7 @@ class Updater:
         norm = found_inf = None
         if self.looks:
             scaled = total_norm(gradients, self.plan.norm_type, self.zero)
-            found_inf = torch.where(
-                scaled < self.infinity, self.zero, self.one
-            )  # a nan compares false
+            found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
         if own is None and window.can_fuse and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
@@ -120,7 +118,8 @@ class Updater:
         self, divisor: Weight, norm: Tensor | None, found_inf: Tensor | None, empty: bool | Tensor
     ) -> dict[str, Tensor]:
         """Return what fused kernels divide by, and whether they skip."""
-        told, scale = {}, divisor
+        told: dict[str, Tensor] = {} if found_inf is None else {"found_inf": found_inf}
+        scale = divisor
         if norm is not None and self.max_norm < math.inf:
             # 1 / the coefficient of clip_grad_norm_, which is max_norm / (norm + 1e-6), at most 1.
             clip = torch.maximum(torch.addcdiv(self.epsilon, norm, self.clip), self.one)
@@ -129,8 +128,6 @@ class Updater:
             told["grad_scale"] = scale.float()
         elif scale != 1.0:
             told["grad_scale"] = torch.full_like(self.zero, scale)
-        if found_inf is not None:
-            told["found_inf"] = found_inf
         if isinstance(empty, Tensor):  # the maximum, since kernels compare found_inf with 1
             told["found_inf"] = torch.maximum(told.get("found_inf", self.zero), empty.float())
         return told
@@ -145,8 +142,7 @@ class Updater:
             value, by = norm.item(), divisor
         if not (value < math.inf and 0 < by < math.inf):
             return None
-        clip = min(1.0, self.max_norm / (value + 1e-6))
-        return clip / by
+        return min(1.0, self.max_norm / (value + 1e-6)) / by
 
     def learn(self, found_inf: Tensor) -> int:
         """Move the loss scale by the rule of ``GradScaler``: halved by an overflow, doubled after
@@ -166,30 +162,32 @@ class Streak:
     Several ranks must learn of it at the same update: they read the answer ``lag`` updates later.
     """
 
-    def __init__(self, limit: float, lag: int = 0) -> None:
-        self.limit, self.lag, self.length = limit, lag, 0
-        self._latest: list[Tensor] = []
-        self._asked: Answer | None = None
+    lag = 0
 
-    def renewed(self) -> Streak:
-        """Return one of the same limit that has seen nothing."""
-        return Streak(self.limit, self.lag)
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the skips so far."""
+        self._length, self._latest = 0, list[Tensor]()
+        self._asked: Answer | None = None
 
     def add(self, found_inf: Tensor) -> int:
         """Take in the verdict on an update. Return the length once it has reached the limit."""
         self._latest.append(found_inf)
-        if self._asked is None and len(self._latest) >= min(self.limit - self.length, 256):
+        if self._asked is None and len(self._latest) >= min(self.limit - self._length, 256):
             self._asked, self._latest = Answer(torch.stack(self._latest)), []
         if self._asked is None or len(self._latest) < self.lag:
             return 0
         if not (self.lag or self._asked.known()):
             return 0
-        skips: list[float] = self._asked.read().tolist()  # type: ignore[union-attr]
+        skips = self._asked.read().tolist()
+        self._length = self._length + len(skips) if all(skips) else skips[::-1].index(0.0)
         self._asked = None
-        self.length = self.length + len(skips) if all(skips) else skips[::-1].index(0.0)
-        if self.length < self.limit:
+        if self._length < self.limit:
             return 0
-        length, self.length = self.length, 0
+        length, self._length = self._length, 0
         return length
 
 

@@ -1,8 +1,9 @@
-"""A window: the micro-batches that make one update, their weights, and the sums of their gradients."""
+"""A window: the micro-batches that make one update, with their weights and summed gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 Weight = float | Tensor  # a Python float, or a 0-d float64 tensor on the device of the loss
 Size = int | Fraction
-Versions = list[tuple[nn.Parameter, Tensor | None, int]]
+Versions = Sequence[tuple[nn.Parameter, Tensor | None, int]]
 
 
 class Window:
@@ -28,12 +29,12 @@ class Window:
     """
 
     can_fuse = True  # whether a fused optimizer may divide the sums
-    kept = ("length", "parts", "is_first", "reference", "weighted", "size")  # in a state_dict
+    can_watch = True  # whether only autograd changes a sum that is lent
+    kept = ("length", "parts", "reference", "weighted", "size", "weights")  # in a state_dict
 
     def __init__(self, length: int, reference: Weight | None) -> None:
         self.length = self.parts = length
-        self.is_first = reference is None  # no window before this one has set the reference
-        self.reference: Weight = 1.0 if reference is None else reference
+        self.reference = reference  # None before the first weight of a run
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
         self.weighted = False
@@ -47,19 +48,13 @@ class Window:
         """Return the factor with which the gradient of a loss of this weight enters the sums."""
         if self.losses and self.weighted is (weight is None):
             came, were = ("without", "with") if self.weighted else ("with", "without")
-            raise TypeError(
-                f"a loss came {came} a weight, and {len(self.losses)} earlier losses of its window "
-                f"{were}: give one with every loss, `return loss, weight`, or with none"
-            )
+            mixed = f"a loss came {came} a weight, after {len(self.losses)} {were} one"
+            raise TypeError(f"{mixed}: give one with each, `return loss, weight`, or with none")
         self.weighted = weight is not None
         if weight is None:
             return float(size) / self.parts
-        if self.is_first:  # the first weight above zero sets the reference
-            total, near = self.total(), _power_of_two_near(weight / float(size or 1))
-            if isinstance(total, Tensor):
-                self.reference = torch.where(total > 0, self.reference, near).to(total.dtype)
-            elif total == 0:
-                self.reference = near
+        if self.reference is None:
+            self.reference = power_of_two_near(weight, size or 1, 1.0)
         return weight / (self.reference * self.parts)
 
     def add(self, loss: Tensor, weight: Weight | None, size: Size = 1) -> None:
@@ -74,9 +69,9 @@ class Window:
 
     def divisor(self) -> Weight:
         """Return the number by which the sums are still to be divided."""
-        if not self.weighted:
-            return float(self.size) / self.parts
-        return self.total() / (self.reference * self.parts)
+        if self.weighted and self.reference is not None:
+            return self.total() / (self.reference * self.parts)
+        return float(self.size) / self.parts
 
     def is_empty(self) -> bool | Tensor:
         """Return whether all weights are zero; a 0-d tensor where only the device knows."""
@@ -84,17 +79,10 @@ class Window:
         return ~((total > 0) & (total < math.inf)) if isinstance(total, Tensor) else total <= 0
 
     def next_reference(self) -> Weight | None:
-        """Return the reference for the window after this one; None before any weight came."""
-        found = None if self.is_first else self.reference
-        if not self.weighted:
-            return found
-        total = self.total()
-        if not isinstance(total, Tensor) and total <= 0:
-            return found
-        near = _power_of_two_near(total / float(self.size))
-        if isinstance(total, Tensor) and found is not None:
-            near = torch.where(total > 0, near, found).to(total.dtype)
-        return near
+        """Return the reference for the window after this one."""
+        if not self.weighted or self.reference is None:
+            return self.reference
+        return power_of_two_near(self.total(), self.size, self.reference)
 
     def mean_loss(self, count: int) -> Tensor:
         """Return the weighted mean of the first losses, 0-d; nan where all weights are zero."""
@@ -102,10 +90,9 @@ class Window:
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
-        sums, lent = self.sums, self.lent
-        if len(sums) < len(parameters):  # the first backward, or a parameter group was added
-            sums += [None] * (len(parameters) - len(sums))
-            lent += [False] * (len(parameters) - len(lent))
+        sums, lent, joining = self.sums, self.lent, len(parameters) - len(self.sums)
+        sums += [None] * joining
+        lent += [False] * joining
         self.parameters = parameters
         for i, parameter in enumerate(parameters):
             if not lent[i] and parameter.requires_grad:
@@ -113,12 +100,11 @@ class Window:
                 parameter.grad = sums[i]
 
     def take(self) -> None:
-        """Take the sums out of ``.grad`` again. None there is a ``frozen`` block, which holds it."""
+        """Take the sums out of ``.grad`` again. Where it is None, a ``frozen`` block holds it."""
         sums, lent = self.sums, self.lent
         for i, parameter in enumerate(self.parameters):
             if lent[i]:
-                gradient = parameter.grad
-                if gradient is not None:
+                if (gradient := parameter.grad) is not None:
                     sums[i] = gradient
                     parameter.grad = None
                 lent[i] = False
@@ -126,8 +112,11 @@ class Window:
     def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Lend the sums for the update, and return them."""
         self.lend(parameters)
-        gradients = [p.grad for i, p in enumerate(parameters) if self.lent[i]]
-        return [gradient for gradient in gradients if gradient is not None]
+        gradients = []
+        for i, parameter in enumerate(parameters):
+            if self.lent[i] and (gradient := parameter.grad) is not None:
+                gradients.append(gradient)
+        return gradients
 
     def narrow(self) -> None:
         """Give the true gradients the dtype of their parameters, just before an update."""
@@ -143,20 +132,21 @@ class Window:
         """Return the dtype of the sum of a parameter's gradients."""
         return parameter.dtype
 
-    def copied_sums(self) -> list[Tensor | None]:
-        """Return copies of the sums, for a state_dict."""
-        return [None if total is None else total.detach().clone() for total in self.sums]
+    def copied_sums(self) -> dict[int, Tensor]:
+        """Return copies of the sums by the position of their parameters, for a state_dict."""
+        return {i: s.detach().clone() for i, s in enumerate(self.sums) if s is not None}
 
-    def versions(self, parameters: list[nn.Parameter]) -> Versions:
+    @staticmethod
+    def versions(parameters: list[nn.Parameter]) -> Versions:
         """Return the gradients as they are now, for ``is_changed``."""
-        found = ((parameter, parameter.grad) for parameter in parameters)
+        found = [(parameter, parameter.grad) for parameter in parameters]
         return [(p, grad, 0 if grad is None else grad._version) for p, grad in found]
 
 
 def is_changed(versions: Versions, are_lent: bool) -> bool:
     """Return whether gradients of trained parameters changed since ``Window.versions``.
 
-    Gradients that are not the window's may become None or zero: a ``zero_grad()`` does no harm then.
+    Gradients that are not the window's may become None or zero: that ``zero_grad()`` is harmless.
     """
     for parameter, gradient, version in versions:
         now = parameter.grad
@@ -169,29 +159,26 @@ def is_changed(versions: Versions, are_lent: bool) -> bool:
 
 def as_weight(given: Any, device: torch.device) -> Weight:
     """Return a weight in a type whose sums are exact: four times 200 is 32 in uint8."""
-    if not isinstance(given, Tensor):
-        return float(given)
-    if given.is_cpu and device.type != "cpu":
+    if not isinstance(given, Tensor) or (given.is_cpu and device.type != "cpu"):
         return float(given)  # no wait, which a copy to the device may be
     return given.detach().to(device, _wide(device))
 
 
 def weighted_mean(losses: list[Tensor], weights: list[Weight]) -> Tensor:
     """Return the mean as 0-d tensor in the dtype of the losses; nan where all weights are zero."""
-    total: Any = sum(
-        loss.to(_wide(loss.device)) * weight for loss, weight in zip(losses, weights, strict=True)
-    )
+    pairs = zip(losses, weights, strict=True)
+    total: Any = sum(loss.to(_wide(loss.device)) * weight for loss, weight in pairs)
     mean: Tensor = (total / sum(weights)).to(losses[0].dtype)
     return mean
 
 
+def power_of_two_near(total: Weight, count: Size, otherwise: Weight) -> Weight:
+    """Return 2 ** round(log2(total / count)), or ``otherwise`` if the total is zero. No wait."""
+    if not isinstance(total, Tensor):
+        return 2.0 ** round(math.log2(total / float(count))) if total > 0 else otherwise
+    near = (total / float(count)).log2().round().exp2()
+    return torch.where((total > 0) & (total < math.inf), near, otherwise).to(total.dtype)
+
+
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _power_of_two_near(weight: Weight) -> Weight:
-    """Return 2 ** round(log2(weight)), or 1 for a weight of zero, without waiting for a device."""
-    if isinstance(weight, Tensor):
-        is_number = (weight > 0) & (weight < math.inf)
-        return torch.where(is_number, weight.log2().round().exp2(), 1.0)
-    return 2.0 ** round(math.log2(weight)) if weight > 0 else 1.0

@@ -1,151 +1,139 @@
-"""Freezing layers: ``frozen`` for a while, ``freeze`` and ``unfreeze`` for good."""
+"""Freezing layers: ``frozen`` inside a block, ``freeze`` and ``unfreeze`` for good."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import nn
 
-from trainkit.layers.language import Chosen, Layers, Slot, normalise, select, unwrapped
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _between_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Within a compiled function, has torch.compile call this between two graphs: a graph has no modes and no flags."""
-    # The public torch.compiler.disable imports the compiler, which takes seconds.
-    disable = getattr(getattr(torch, "_compile", None), "_disable_dynamo", None)
-    return disable(function) if disable else function
+from trainkit.layers.blocks import Block
+from trainkit.layers.language import (
+    Chosen,
+    Layers,
+    Slot,
+    check_module,
+    normalise,
+    select,
+)
 
 
-class frozen:
+class frozen(Block):
     """Freezes layers of a module inside a ``with`` block, a function or a training step.
 
-    Equivalent to this, where everything found is put back at the end, however the block is left::
+    Equivalent to this, where the end of the block restores what was found::
 
         for parameter in selected:
             parameter.requires_grad, parameter.grad = False, None
         for module in owners_of_selected_buffers:
-            module.eval()  # and it stays so, also through model.train()
+            module.eval()  # model.train() inside the block does not undo it
 
-    **Frozen means frozen**: inside, no optimizer, momentum, weight decay or leftover gradient moves a selected parameter, and
-    no training mode a selected buffer: a frozen BatchNorm normalises with its running statistics. (Not held are what moves
-    without a gradient or outside of training: LBFGS by its history, buffers written in evaluation mode.) Dropout stays, unless
-    ``eval_mode=True``. Contexts nest and overlap, and may end in any order. ``frozen(m)`` twice is once; ``frozen(a)`` and
-    ``frozen(b)`` commute.
-
-    As a part, ``train_step(optimizer, accumulate(2), frozen(D))``, it is entered for every micro-batch, around forward,
-    backward and update. As a decorator it takes ordinary functions.
+    A frozen BatchNorm normalises with its running statistics. Dropout stays on. Blocks nest and
+    overlap. ``train_step(optimizer, frozen(D))`` freezes around each micro-batch.
 
     Args:
-        module: what the layers belong to.
-        layers: one or several of: a pattern ("encoder.layer[:2]", "**.bias"; `*` within one component, `**` for any depth), a
-            submodule or a slice of a ModuleList, a parameter, a predicate ``(name, parameter) -> bool``. "**" is everything,
-            ``[]`` nothing. A parameter that is tied is frozen under all its names.
-        eval_mode: puts the selected modules into evaluation mode, dropout included.
-
-    Returns:
-        ``with frozen(...) as names`` gives the names of the frozen parameters; a tied one appears under all its names.
+        module: the module that the layers belong to.
+        layers: patterns ("encoder.layer[:2]", "**.bias"), submodules, parameters or predicates
+            ``(name, parameter) -> bool``, one or several. "**" is everything, ``[]`` nothing.
+        eval_mode: puts the selected modules into evaluation mode too, with their dropout.
 
     Raises:
-        TypeError: if module is not a torch.nn.Module, layers are of another type, or a generator function is decorated.
-        ValueError: a pattern or a predicate that matches nothing, or a layer of another module.
+        TypeError, ValueError: for another type, or for layers that match nothing.
 
     Example:
         >>> import torch
         >>> from trainkit import frozen
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
-        >>> with frozen(model, "[:2]") as names:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> with frozen(model, "[0]") as names:
         ...     model(torch.ones(3, 2)).sum().backward()
-        >>> names
-        ['0.weight', '0.bias', '1.weight', '1.bias']
-        >>> [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-        ['2.weight', '2.bias']
+        >>> names, model[0].weight.grad
+        (['0.weight', '0.bias'], None)
 
-    Source: what torch leaves to its user, https://docs.pytorch.org/docs/stable/notes/autograd.html#setting-requires-grad
+    Source: https://docs.pytorch.org/docs/stable/notes/autograd.html#setting-requires-grad
     """
 
     def __init__(
         self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False
     ) -> None:
-        _check_module("frozen(model, 'embeddings')", module)
-        self._module = module
-        self._chosen = Chosen(module, layers)
-        if not isinstance(eval_mode, bool):
-            raise TypeError(
-                f"eval_mode is True or False, got {eval_mode!r}: `frozen(model, layers, eval_mode=True)`"
-            )
-        self._eval_mode = eval_mode
-        self._entered: list[AbstractContextManager[None]] = []
+        super().__init__()
+        check_module(module, "frozen(model, 'embeddings')")
+        self._chosen, self._eval_mode = Chosen(module, layers), eval_mode
 
-    def around_step(self) -> AbstractContextManager[None]:
-        """The context, new, as a step enters it around each micro-batch."""
-        selection = self._chosen.now()
-        modules = selection.buffer_owners + (selection.modules if self._eval_mode else [])
-        return _holding(selection.slots, list({id(m): m for m in modules}.values()))
+    @contextmanager
+    def around_step(self) -> Iterator[list[str]]:
+        """Return a new context, which a step enters around each micro-batch."""
+        slots, modules, owners = self._chosen.now()
+        modules, holder = owners + (modules if self._eval_mode else []), object()
+        try:
+            # Ctrl-C may come after any call: what was found is noted before it is changed.
+            for *_, parameter in slots:
+                found = _found.get(id(parameter)) or _Found(parameter)
+                found.holders.add(holder)
+                _found[id(parameter)] = found
+                parameter.requires_grad, parameter.grad = False, None
+            for module in modules:
+                _pin(module, holder)
+            yield [slot.name for slot in slots]
+        finally:
+            try:
+                _release(slots, modules, holder)
+            except BaseException:
+                _release(slots, modules, holder)  # the rest, after Ctrl-C
+                raise
 
-    @_between_graphs
-    def __enter__(self) -> list[str]:
-        context = self.around_step()
-        names = _names(self._module, self._chosen.selection.parameters)
-        context.__enter__()
-        self._entered += [context]  # not by a call, after which an interrupt may come
-        return names
 
-    @_between_graphs
-    def __exit__(self, *exception: Any) -> None:
-        self._entered.pop().__exit__(*exception)
+def _release(slots: list[Slot], modules: list[nn.Module], holder: object) -> None:
+    for slot in slots:
+        found = _found.get(id(slot.parameter))
+        if found is not None:
+            found.holders.discard(holder)
+            if not found.holders:
+                found.restore(slot)
+                del _found[id(slot.parameter)]
+    # In reverse, because a compiled module has the mode of the module inside it.
+    for module in reversed(modules):
+        _unpin(module, holder)
 
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        add_part = getattr(function, "_add_part", None)
-        if add_part is not None:  # a training step: this joins its plan
-            return add_part(self)  # type: ignore[no-any-return]
-        is_part = hasattr(function, "plan") or hasattr(function, "around_step")
-        if not callable(function) or isinstance(function, nn.Module) or is_part:
-            raise TypeError(
-                f"frozen decorates functions, got {function!r}: `with frozen(model, layers):`"
-            )
-        if (
-            inspect.isgeneratorfunction(function)
-            or inspect.iscoroutinefunction(function)
-            or inspect.isasyncgenfunction(function)
-        ):
-            raise TypeError(_TOO_LATE.format(function))
 
-        @functools.wraps(function)
-        def with_frozen(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self:
-                value = function(*args, **kwargs)
-            if (
-                inspect.isgenerator(value)
-                or inspect.iscoroutine(value)
-                or inspect.isasyncgen(value)
-            ):
-                getattr(value, "close", bool)()  # a coroutine would warn that nobody awaited it
-                raise TypeError(_TOO_LATE.format(function))
-            return value
+class _Found:
+    """Flag and gradient of a parameter before the first of the blocks that hold it."""
 
-        # A step made of this function freezes around backward and update too.
-        parts = (*getattr(function, "__trainkit_parts__", ()), self)
-        with_frozen.__trainkit_parts__ = parts  # type: ignore[attr-defined]
-        return with_frozen
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.requires_grad, self.grad = parameter.requires_grad, parameter.grad
+        self.holders: set[object] = set()
+
+    def restore(self, slot: Slot) -> None:
+        name, owner, parameter = slot
+        try:
+            parameter.requires_grad = self.requires_grad
+            parameter.grad = self.grad
+        except RuntimeError:  # after a cast or a move inside, the gradient does not fit
+            parameter.grad = None
+        # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
+        other = owner._parameters.get(name.rpartition(".")[2])
+        if other is not None:
+            other = _found.get(id(other), other)
+            other.requires_grad = other.requires_grad or self.requires_grad
+
+
+# By id of the parameter; not an attribute of it, which copies and files would have too.
+_found: dict[int, Any] = {}
 
 
 def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
-    """Freezes layers for good, or until ``unfreeze``: the permanent form of ``frozen``, with the same ``layers``.
+    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same ``layers``.
 
-    Equivalent to ``requires_grad = False`` and ``grad = None`` for each selected parameter, and ``eval()`` of the modules that
-    own a selected buffer, which ``model.train()`` does not undo. Inside a ``frozen`` block it holds from its end on.
+    Equivalent to this; inside a ``frozen`` block it holds from its end on::
+
+        for parameter in selected:
+            parameter.requires_grad, parameter.grad = False, None
+        for module in owners_of_selected_buffers:
+            module.eval()  # and model.train() does not undo it
 
     Returns:
-        The names of the parameters frozen; a tied parameter appears under all its names.
+        The names of the frozen parameters. A tied parameter appears under all its names.
 
     Raises:
         TypeError, ValueError: as ``frozen`` does.
@@ -154,32 +142,34 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         >>> import torch
         >>> from trainkit import freeze, frozen_parameters
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-        >>> freeze(model, "[0]")
-        ['0.weight', '0.bias']
+        >>> freeze(model, "[0]") == frozen_parameters(model)
+        True
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    _check_module("freeze(model, 'embeddings')", module)
+    check_module(module, "freeze(model, 'embeddings')")
     selection = select(module, normalise(layers))
-    for parameter in selection.parameters:
-        if hold := _hold_of(parameter):
-            hold.requires_grad, hold.grad = False, None
+    for *_, parameter in selection.slots:
+        if found := _found.get(id(parameter)):
+            found.requires_grad, found.grad = False, None
         parameter.requires_grad, parameter.grad = False, None
     for owner in selection.buffer_owners:
-        stay = _Stay.of(owner)
-        stay.for_good = True
-        stay.begin()
-    return _names(module, selection.parameters)
+        _pin(owner, "freeze")
+    return [slot.name for slot in selection.slots]
 
 
 def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     """Makes layers trainable: the inverse of ``freeze``, with the same ``layers``.
 
-    Equivalent to ``requires_grad = True`` for each selected parameter. Modules that ``freeze`` keeps in evaluation mode take
-    up the mode that they were last asked for. Inside a ``frozen`` block it holds from its end on.
+    Equivalent to this; inside a ``frozen`` block it holds from its end on::
+
+        for parameter in selected:
+            parameter.requires_grad = True
+        for module in modules_that_freeze_keeps_in_evaluation_mode:
+            module.train(mode_last_asked_for)
 
     Returns:
-        The names of the parameters that are trainable now; a tied parameter appears under all its names.
+        The names of the trainable parameters. A tied parameter appears under all its names.
 
     Raises:
         TypeError, ValueError: as ``frozen`` does.
@@ -194,27 +184,26 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    _check_module("unfreeze(model, 'embeddings')", module)
+    check_module(module, "unfreeze(model, 'embeddings')")
     selection = select(module, normalise(layers))
-    # Quantised weights are integers, and have no gradient.
-    parameters = [p for p in selection.parameters if p.is_floating_point() or p.is_complex()]
-    for parameter in parameters:
-        if hold := _hold_of(parameter):
-            hold.requires_grad = True
-        else:
-            parameter.requires_grad = True
-    for owner in {*selection.modules, *selection.buffer_owners}:
-        stay = owner.__dict__.get("train")
-        if isinstance(stay, _Stay):
-            stay.for_good = False
-            stay.end()
-    return _names(module, parameters)
+    # Integers, as quantised weights are, have no gradient.
+    slots = [
+        s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
+    ]
+    for *_, parameter in slots:
+        (_found.get(id(parameter)) or parameter).requires_grad = True
+    for owner in (*selection.modules, *selection.buffer_owners):
+        _unpin(owner, "freeze")
+    return [slot.name for slot in slots]
 
 
 def frozen_parameters(module: nn.Module) -> list[str]:
-    """The names of the parameters of a module that do not require a gradient; a tied one appears under all its names.
+    """Names of the parameters that do not require a gradient; a tied one has all its names.
 
-    Equivalent to ``[name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]``.
+    Equivalent to::
+
+        named = module.named_parameters(remove_duplicate=False)
+        [name for name, parameter in named if not parameter.requires_grad]
 
     Raises:
         TypeError: if module is not a torch.nn.Module.
@@ -227,14 +216,13 @@ def frozen_parameters(module: nn.Module) -> list[str]:
         >>> frozen_parameters(model)
         ['0.bias', '1.bias']
     """
-    _check_module("frozen_parameters(model)", module)
-    return [
-        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
-    ]
+    check_module(module, "frozen_parameters(model)")
+    named = module.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if not parameter.requires_grad]
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that require a gradient, each once: what an optimizer is to be given.
+    """Parameters that require a gradient, each once: what an optimizer is given.
 
     Equivalent to ``[p for p in module.parameters() if p.requires_grad]``.
 
@@ -249,160 +237,52 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
         [(1, 2), (1,)]
     """
-    _check_module("trainable_parameters(model)", module)
+    check_module(module, "trainable_parameters(model)")
     return [p for p in module.parameters() if p.requires_grad]
 
 
-_TOO_LATE = (
-    "{} only starts to run after its call, and would do so outside of the frozen block: hand frozen over as a part, "
-    "`train_step(optimizer, frozen(model, layers))`"
-)
+class _Pin:
+    """Replaces ``module.train``: the module stays in evaluation mode, and this notes other modes.
 
-
-class _Hold:
-    """What a frozen parameter gets back at the end of the last context that holds it. On the parameter, where steps find it."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.requires_grad, self.grad = parameter.requires_grad, parameter.grad
-        self.holders: set[int] = set()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            OrderedDict,
-            (),
-        )  # a pickled copy of the parameter is in no context; and torch.load knows this for nothing
-
-    def end(self, parameter: nn.Parameter) -> None:
-        """Gives back what still fits: inside, the parameter may have been cast, moved, resized or quantised."""
-        parameter.__dict__.pop("_trainkit_hold", None)
-        can_have_one = parameter.is_floating_point() or parameter.is_complex()
-        if can_have_one and parameter.requires_grad != self.requires_grad:
-            parameter.requires_grad = self.requires_grad
-        grad = self.grad
-        if grad is not None:
-            dtype = (
-                getattr(parameter, "grad_dtype", None) or parameter.dtype
-            )  # sums of an open window may be wider
-            grad = (
-                grad.to(parameter.device, dtype)
-                if can_have_one and grad.shape == parameter.shape
-                else None
-            )
-        parameter.grad = grad
-
-
-def _hold_of(parameter: nn.Parameter) -> _Hold | None:
-    return getattr(parameter, "_trainkit_hold", None) or None
-
-
-@contextmanager
-def _holding(slots: list[Slot], modules: list[nn.Module]) -> Iterator[None]:
-    held: list[tuple[Slot, _Hold]] = []
-    staying: list[_Stay] = []
-    try:
-        # An interruption may come between any two of these: whatever is changed is first written down.
-        for slot in slots:
-            parameter = slot.parameter
-            hold = _hold_of(parameter) or _Hold(parameter)
-            held.append((slot, hold))
-            hold.holders.add(id(held))
-            parameter._trainkit_hold = hold  # type: ignore[attr-defined]
-            parameter.requires_grad, parameter.grad = False, None
-        for module in modules:
-            stay = _Stay.of(module)
-            staying.append(stay)
-            stay.holders.add(id(held))
-            stay.begin()
-        yield
-    finally:
-        try:
-            _release(held, staying)
-        except BaseException:
-            _release(held, staying)  # what an interruption has left of it
-            raise
-
-
-def _release(held: list[tuple[Slot, _Hold]], staying: list[_Stay]) -> None:
-    for (owner, name, parameter), hold in held:
-        hold.holders.discard(id(held))
-        if not hold.holders:
-            hold.end(parameter)
-            # What was put in its place inside, as load_state_dict(assign=True) does, has its flag from there.
-            if (
-                name in owner._parameters
-                and (other := owner._parameters[name]) is not parameter
-                and other is not None
-            ):
-                other.requires_grad = other.requires_grad or (
-                    hold.requires_grad and _hold_of(other) is None
-                )
-    for stay in reversed(
-        staying
-    ):  # inside out: the mode of a compiled module is that of the one it wraps
-        stay.holders.discard(id(held))
-        stay.end()
-
-
-class _Stay:
-    """Stands in for ``module.train`` while the module is to stay in evaluation mode, and remembers the mode asked for.
-
-    On the instance, where torch.compile notices it; it does not notice hooks that are added to a compiled model.
+    On the instance, where torch.compile notices it. Compiled models ignore hooks added later.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.found = module.__dict__.get("train")  # people put a train of their own there, too
-        self.asked = module.training
-        self.holders: set[int] = set()
-        self.for_good = False
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Stay:
-        """The one that is there, or a new one, which is to ``begin``."""
-        found = module.__dict__.get("train")
-        return found if isinstance(found, cls) else cls(module)
-
-    def begin(self) -> None:
-        """From here on the module is in evaluation mode."""
-        self.module.__dict__["train"] = self
-        self.module.training = False
+        self.module, self.asked = module, module.training
+        self.train = vars(module).get("train")  # the user's own, on the instance
+        self.holders: set[object] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        train = self.found or functools.partial(type(self.module).train, self.module)
+        train = self.train or functools.partial(type(self.module).train, self.module)
         try:
             self.module.training = self.asked
             train(*args, **kwargs)
             self.asked = self.module.training
-        finally:  # also where it was asked for what there is not, as `train("yes")`
+        finally:
             self.module.training = False
         return self.module
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the module is in no context, and stays as it is until ``unfreeze``."""
-        return {**self.__dict__, "holders": set(), "for_good": True}
+        """A copy of the module stays in evaluation mode until ``unfreeze``."""
+        return {**vars(self), "holders": {"freeze"}}
 
-    def end(self) -> None:
-        """Gives the module its ``train`` and its mode back, unless somebody still holds it."""
-        if not self.holders and not self.for_good:
-            self.module.training = self.asked
-            if self.found is not None:
-                self.module.__dict__["train"] = self.found
+
+def _pin(module: nn.Module, holder: object) -> None:
+    pin = vars(module).get("train")
+    if not isinstance(pin, _Pin):
+        pin = _Pin(module)
+    pin.holders.add(holder)
+    vars(module)["train"] = pin
+    module.training = False
+
+
+def _unpin(module: nn.Module, holder: object) -> None:
+    pin = vars(module).get("train")
+    if isinstance(pin, _Pin):
+        pin.holders.discard(holder)
+        if not pin.holders:
+            module.training = pin.asked
+            if pin.train is None:
+                del vars(module)["train"]
             else:
-                self.module.__dict__.pop("train", None)
-
-
-def _names(module: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
-    chosen = {id(p) for p in parameters}
-    return [
-        name
-        for name, p in unwrapped(module).named_parameters(remove_duplicate=False)
-        if id(p) in chosen
-    ]
-
-
-def _check_module(call: str, module: Any) -> None:
-    if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
-        function, kind = call.partition("(")[0], type(module).__name__
-        raise TypeError(
-            f"{function} takes a torch.nn.Module, got an object of type {kind}: `{call}`"
-        )
+                vars(module)["train"] = pin.train

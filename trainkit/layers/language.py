@@ -1,9 +1,9 @@
-"""The layers language: a module and some words for parts of it in; the parameters and buffers meant out.
+"""The layers language: from a module and layers in words to parameters and modules.
 
     model.encoder.layer[:2]                  a submodule, or a slice of a ModuleList
-    "encoder.layer[:2]"                      the same as a dotted path, with Python's indices on containers
+    "encoder.layer[:2]"                      the same as a path, with Python's indices on containers
     "encoder.layer.*.attention"              `*` stands for anything within one component
-    "**.LayerNorm", "**.bias"                `**` for any number of components, none included
+    "**.LayerNorm", "**.bias"                `**` stands for any number of components, none included
     lambda name, parameter: ...              a predicate over the named parameters
     ["embeddings", "encoder.layer[:2]"]      several of these; [] is nothing
 
@@ -14,288 +14,193 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
-from operator import methodcaller
+from collections.abc import Callable, Iterable
+from itertools import chain, compress
+from operator import is_, methodcaller
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
 Layers = Layer | Iterable[Layer]
+_CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
+_COMPONENT = re.compile(
+    r"\*\*|\[-?\d+\]|\[(-?\d+)?:(-?\d+)?(:(-?0*[1-9]\d*)?)?\]|(?!.*\*\*)[^\[\]]+", re.DOTALL
+)
 
 
 class Slot(NamedTuple):
-    """A parameter, and where it is: in ``owner._parameters[name]``."""
+    """A parameter, its name and its module. A tied parameter has several."""
 
-    owner: nn.Module
     name: str
+    owner: nn.Module
     parameter: nn.Parameter
 
 
 class Selection(NamedTuple):
-    """What was meant, each once: parameters, modules as a whole, and modules that own a buffer that was meant."""
+    """Selected parameters, modules selected as a whole, and modules that own a selected buffer."""
 
     slots: list[Slot]
     modules: list[nn.Module]
     buffer_owners: list[nn.Module]
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [slot.parameter for slot in self.slots]
-
 
 class Chosen:
-    """Layers of a module, for a context that is entered again and again: what they mean is found again where it may differ."""
+    """The selection of a context that is entered many times: computed again when modules change."""
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
-        self.layers = normalise(layers)
-        self._module = module
-        self._known: list[Any] | None = None
-        self._empty: list[Any] = []
-        self.now()  # whatever is wrong with the layers is wrong here
+        self._module, self.layers = module, normalise(layers)
+        self._known, self._empty = list[Any](), list[Any]()
+        self._members, self._buffers = list[Any](), list[Any]()
+        self.now()
 
     def now(self) -> Selection:
-        """What the layers mean, anew where modules, parameters or buffers were added or replaced since."""
-        if self._known is None or any(self._empty) or self._structure() != self._known:
+        """Select anew if modules, parameters or buffers were added or replaced."""
+        now, known = self._structure(), self._known
+        if any(self._empty) or len(now) != len(known) or not all(map(is_, now, known)):
+            self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
-            parts = [parts for m in modules for parts in (m._modules, m._parameters)]
+            members = [own for m in modules for own in (m._modules, m._parameters)]
             buffers = [m._buffers for m in modules]
-            self._empty = [members for members in parts + buffers if not members]
-            self._parts, self._buffers = (
-                [members for members in found if members] for found in (parts, buffers)
-            )
-            self.selection = select(self._module, self.layers)
+            self._members, self._buffers = list(filter(None, members)), list(filter(None, buffers))
+            self._empty = [own for own in members + buffers if not own]
             self._known = self._structure()
-            self._kept = [
-                part for members in parts for part in members.values()
-            ]  # or their ids could come again
-        return self.selection
+        return self._selection
 
     def _structure(self) -> list[Any]:
-        """Every module and parameter, and which buffers there are: a step asks for each micro-batch, so no loop in Python."""
-        parts, buffers = (
-            chain.from_iterable(map(methodcaller("values"), found))
-            for found in (self._parts, self._buffers)
-        )
-        return [*map(id, parts), *map(type, buffers)]
+        # A step asks for every micro-batch, so without a loop in Python. Many modules replace their
+        # buffers in every forward; only the type of a buffer counts, which is another for None.
+        members = chain.from_iterable(map(methodcaller("values"), self._members))
+        buffers = chain.from_iterable(map(methodcaller("values"), self._buffers))
+        return [self._module, *members, *map(type, buffers)]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
-    """One or several words for layers as a tuple, to be used again and again; TypeError for what is none."""
-    if _is_layer(layers):
-        return (layers,)
-    if not isinstance(layers, Iterable):
-        raise TypeError(
-            f"layers are patterns, submodules, parameters or a predicate, got {layers!r}: `'**'` is all, `[]` nothing"
-        )
-    words = tuple(layers)
+    """Return layers as a tuple of single ones, which can be used many times."""
+    words = tuple(layers) if isinstance(layers, Iterable) and not _is_layer(layers) else (layers,)
     for word in words:
         if not _is_layer(word):
             raise TypeError(
-                f"a layer is a pattern, a submodule, a parameter or a predicate, got {word!r}: `model.head`"
+                f"a layer is a pattern, a submodule, a parameter or a predicate, got {word!r}: "
+                "`model.head`, or `'**'` for all and `[]` for none"
             )
     return words
 
 
 def _is_layer(word: Any) -> bool:
-    if isinstance(word, nn.Module):
-        return hasattr(word, "_modules")  # or its __init__ has not run
-    return isinstance(word, (str, nn.Parameter)) or (
-        callable(word) and not isinstance(word, (type, Iterable))
-    )
+    is_predicate = callable(word) and not isinstance(word, (type, Iterable))
+    return is_predicate or isinstance(word, (str, nn.Module, nn.Parameter))
+
+
+def check_module(module: Any, call: str) -> None:
+    """Raise a TypeError that names the right ``call`` unless this is an initialised module."""
+    if not isinstance(module, nn.Module) or not hasattr(module, "_modules"):
+        raise TypeError(f"module is a torch.nn.Module, got a {type(module).__name__}: `{call}`")
 
 
 def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
-    """What ``layers``, as ``normalise`` returns them, mean in ``module`` as it is now; ValueError where one means nothing."""
+    """Select the layers that ``normalise`` returned; ValueError if one of them matches nothing."""
     module = unwrapped(module)
-    _reshard(module)
-    parameters: dict[int, nn.Parameter] = {}
-    modules: dict[int, nn.Module] = {}
-    owners: dict[int, nn.Module] = {}
-    for layer in layers:
-        for owner, found in _find(module, layer):
-            if isinstance(found, nn.Module):
-                modules.update((id(m), m) for m in found.modules())
-                parameters.update((id(p), p) for p in found.parameters())
-            elif isinstance(found, nn.Parameter):
-                parameters[id(found)] = found
-            elif _moves(found):
-                owners[id(owner)] = owner
-    # Whoever lists all parameters of a module, as a predicate does, means its buffers too.
-    whole = dict(modules)
-    for candidate in module.modules():
-        inside = [] if id(candidate) in whole else list(candidate.parameters())
-        if inside and all(id(p) in parameters for p in inside):
-            whole.update((id(m), m) for m in candidate.modules())
-    owners.update(
-        (key, m) for key, m in whole.items() if any(map(_moves, m.buffers(recurse=False)))
-    )
-    slots = {
-        id(p): Slot(m, name, p)
-        for m in module.modules()
-        for name, p in m._parameters.items()
-        if p is not None
-    }
-    return Selection(
-        [slots[key] for key in parameters], list(modules.values()), list(owners.values())
-    )
-
-
-def _reshard(module: nn.Module) -> None:
-    """Puts sharded parameters of FSDP2 back in place: an evaluation leaves gathered ones there, which are other objects."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
-    for part in module.modules() if fsdp else ():
-        if isinstance(part, getattr(fsdp, "FSDPModule", ())):
-            part.reshard()  # type: ignore[operator]
+    for part in module.modules():
+        if hasattr(type(part), "set_reshard_after_backward"):
+            part.reshard()  # type: ignore[operator]  # FSDP2 leaves it gathered after an evaluation
+    parts = [part for layer in layers for part in _find(module, layer)]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    inside = [(*m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
+    chosen = set(map(id, chain(parts, *inside)))
+    for m in module.modules():
+        own = set(map(id, m.parameters()))
+        if own and own <= chosen:  # all parameters of a module mean its buffers too
+            chosen.update(map(id, m.buffers()))
+    slots = [
+        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in chosen
+    ]
+    # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
+    moving = chosen.intersection(id(b) for b in module.buffers() if b.dtype != torch.bool)
+    owns_one = [not moving.isdisjoint(map(id, m.buffers(recurse=False))) for m in module.modules()]
+    return Selection(slots, modules, list(compress(module.modules(), owns_one)))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that the user wrote, inside of what torch.compile and data parallelism put around it."""
-    while "_orig_mod" in module._modules or isinstance(
-        module, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    ):
+    """The user's module, inside the wrappers of torch.compile and data parallelism."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while "_orig_mod" in module._modules or isinstance(module, wrappers):
         (module,) = module.children()
     return module
 
 
-def _moves(buffer: Tensor) -> bool:
-    # A bool is a mask and never moves; the attention that owns it has dropout to keep.
-    return buffer.dtype != torch.bool
-
-
-def _find(module: nn.Module, layer: Any) -> list[tuple[nn.Module, Any]]:
-    """(owner, module or parameter or buffer) for everything that one word means."""
+def _find(module: nn.Module, layer: Any) -> list[Any]:
     if isinstance(layer, str):
-        found = list(_match(module, _parse(layer)))
+        found = _match(module, layer)
         if not found:
             raise ValueError(_no_match(module, layer))
     elif isinstance(layer, (nn.Module, nn.Parameter)):
+        inside = set(map(id, (*module.modules(), *module.parameters())))
         layer = unwrapped(layer) if isinstance(layer, nn.Module) else layer
-        inside = {id(part) for part in (*module.modules(), *module.parameters())}
-        # A slice of a container is a new container of the same parts.
-        sliced = isinstance(layer, (nn.ModuleList, nn.Sequential, nn.ParameterList))
-        if id(layer) not in inside and not (sliced and all(id(part) in inside for part in layer)):
-            raise ValueError(
-                f"the {type(layer).__name__} is not in the {type(module).__name__}: give a part of it, `model.head`"
-            )
-        found = [(module, layer)]
+        is_slice = id(layer) not in inside and isinstance(layer, _CONTAINERS)
+        found = list(layer) if is_slice else [layer]  # a slice is a new container of the same parts
+        if not inside.issuperset(map(id, found)):
+            raise ValueError(f"the {type(layer).__name__} is not in the module: try `model.head`")
     else:
-        found = [
-            (module, p)
-            for name, p in module.named_parameters(remove_duplicate=False)
-            if _says_yes(layer, name, p)
-        ]
+        named = module.named_parameters(remove_duplicate=False)
+        found = [parameter for name, parameter in named if layer(name, parameter)]
         if not found:
-            raise ValueError(
-                "the predicate given for layers is true for no parameter; `[]` means nothing"
-            )
+            raise ValueError("the predicate is true for no parameter: `[]` selects nothing")
     return found
 
 
-def _says_yes(predicate: Any, name: str, parameter: nn.Parameter) -> bool:
-    answer = predicate(name, parameter)
-    try:
-        return bool(answer)
-    except (
-        Exception
-    ) as error:  # a tensor of several numbers raises a RuntimeError, an array a ValueError
-        raise TypeError(
-            f"the predicate given for layers answers for {name!r} with an object of type {type(answer).__name__}, which is "
-            "neither yes nor no: `lambda name, parameter: parameter.ndim == 1`"
-        ) from error
+def _match(module: nn.Module, pattern: str) -> list[Any]:
+    found: list[Any] = [module]
+    for component in _components(pattern):
+        modules = [part for part in found if isinstance(part, nn.Module)]
+        if component == "**":
+            found = [inner for m in modules for inner in m.modules()]
+        elif component.startswith("["):
+            found = [item for m in modules for item in _at(m, component[1:-1])]
+        else:
+            name = re.compile(re.escape(component).replace(r"\*", ".*"))
+            found = [member for m in modules for key, member in _members(m) if name.fullmatch(key)]
+    return found
 
 
-class _Component(NamedTuple):
-    """One component of a pattern: ``layer[:2][0]`` is a name and two indices; None for a name is ``**``."""
-
-    name: re.Pattern[str] | None
-    indices: tuple[int | slice, ...]
-
-
-def _parse(pattern: str) -> list[_Component]:
-    components = []
-    for text in pattern.split("."):
-        parsed = re.fullmatch(
-            r"([^\[\]]*)((?:\[(?:-?\d+|(?:-?\d+)?:(?:-?\d+)?(?::(?:-?0*[1-9]\d*)?)?)\])*)", text
-        )
-        if not text or parsed is None or ("**" in text and text != "**"):
+def _components(pattern: str) -> list[str]:
+    """Split ``layer[:2].*.bias`` into ``layer``, ``[:2]``, ``*`` and ``bias``."""
+    components = re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split(".")
+    for component in components:
+        if not _COMPONENT.fullmatch(component):
             raise ValueError(
-                f"the pattern {pattern!r} cannot be read at {text!r}; it is made of names, `*`, `**` and indices, with dots "
-                "between: 'encoder.layer[:2].attention', '**.bias'"
+                f"the pattern {pattern!r} cannot be read at {component!r}: it takes names, `*`, "
+                "`**` and indices, with dots between, `'encoder.layer[:2].attention'`, `'**.bias'`"
             )
-        name, brackets = parsed.groups()
-        indices = tuple(_index(inside) for inside in re.findall(r"\[(.*?)\]", brackets))
-        regex = None if text == "**" else re.compile(re.escape(name).replace(r"\*", ".*"))
-        components.append(_Component(regex, indices))
     return components
 
 
-def _index(text: str) -> int | slice:
-    if ":" not in text:
-        return int(text)
-    return slice(*(int(bound) if bound else None for bound in text.split(":")))
+def _at(container: nn.Module, index: str) -> list[Any]:
+    items: list[Any] = list(container) if isinstance(container, _CONTAINERS) else []
+    if ":" not in index:  # i is i:i+1, and -1 is -1:
+        index = f"{index}:{int(index) + 1 or ''}"
+    return items[slice(*(int(bound) if bound else None for bound in index.split(":")))]
 
 
-def _match(module: nn.Module, components: list[_Component]) -> Iterator[tuple[nn.Module, Any]]:
-    component, rest = components[0], components[1:]
-    if component.name is None:
-        if not rest:
-            yield module, module
-        for inner in module.modules() if rest else ():
-            yield from _match(inner, rest)
-        return
-    # A component of indices alone, "[0]", is about the module itself.
-    found = (
-        [module]
-        if not component.name.pattern
-        else [m for name, m in _members(module) if component.name.fullmatch(name)]
-    )
-    for index in component.indices:
-        found = [item for container in found for item in _at(container, index)]
-    for item in found:
-        if not rest:
-            yield module, item
-        elif isinstance(item, nn.Module):
-            yield from _match(item, rest)
-
-
-def _members(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for members in (module._modules, module._parameters, module._buffers):
-        yield from ((name, member) for name, member in members.items() if member is not None)
-    if parametrize.is_parametrized(module):
-        # `weight` is computed now, from parameters that live in here.
-        yield from module.parametrizations.items()  # type: ignore[union-attr, operator]
-
-
-def _at(container: Any, index: int | slice) -> list[Any]:
-    items = (
-        list(container)
-        if isinstance(container, (nn.ModuleList, nn.Sequential, nn.ParameterList))
-        else []
-    )
-    if isinstance(index, slice):
-        return items[index]
-    return [items[index]] if -len(items) <= index < len(items) else []
+def _members(module: nn.Module) -> list[tuple[str, Any]]:
+    groups: list[Any] = [module._modules, module._parameters, module._buffers]
+    if parametrize.is_parametrized(module):  # `weight` is computed from the parameters in here
+        groups.append(module.parametrizations)
+    return [(key, part) for group in groups for key, part in group.items() if part is not None]
 
 
 def _no_match(module: nn.Module, pattern: str) -> str:
-    names = [name for name, _ in module.named_modules() if name] + [
-        name for name, _ in module.named_parameters()
-    ]
-    if next(_match(module, _parse(f"**.{pattern}")), None):
-        hint = f"did you mean '**.{pattern}'?"
-    else:
-        anywhere, path = ("**.", pattern[3:]) if pattern.startswith("**.") else ("", pattern)
-        # At any depth it is the last component that was mistaken.
-        known = [name.rpartition(".")[2] if anywhere else name for name in names]
-        spelled = {name.lower(): name for name in reversed(known)}
-        near = difflib.get_close_matches(re.sub(r"\[.*?\]", "", path).lower(), spelled, 3, 0.5)
-        near = [anywhere + spelled[name] for name in near] or [
-            name for name in names if "." not in name
-        ][:8]
-        hint = "the nearest names are " + ", ".join(map(repr, near))
-    return f"the pattern {pattern!r} matches nothing in the {type(module).__name__}; {hint}"
+    names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
+    ends = ["**." + name.rpartition(".")[2] for name in names]
+    spelled = {name.lower(): name for name in reversed(names + ends)}
+    near = difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)
+    hints = [spelled[name] for name in near] or [name for name in names if "." not in name][:8]
+    if _match(module, f"**.{pattern}"):
+        hints = [f"**.{pattern}"]
+    found = f"the pattern {pattern!r} matches nothing in the {type(module).__name__}"
+    return f"{found}; try {', '.join(map(repr, hints))}"

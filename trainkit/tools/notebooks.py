@@ -1,29 +1,30 @@
-"""What a notebook gets by ``%load_ext trainkit``: the commands of ``python -m trainkit`` as a magic."""
+"""``%load_ext trainkit``: the commands of ``python -m trainkit`` as the magic ``%trainkit``.
+
+``%trainkit lift accumulate amp`` fills the next cell; ``%trainkit doctor`` prints its report.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from importlib import import_module
 from typing import Any
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Adds ``%trainkit``: ``%trainkit lift accumulate amp`` fills the next cell, ``%trainkit doctor`` prints its report."""
+    """Add ``%trainkit`` to a notebook."""
     shell.register_magic_function(lambda line: _trainkit(shell, line), "line", "trainkit")
 
 
 def _trainkit(shell: Any, line: str) -> None:
-    words, printed = line.split(), io.StringIO()
-    # What is lifted makes the next cell; all else is shown as it comes, also where it ends in an exception.
-    kept = (
-        contextlib.redirect_stdout(printed) if words[:1] == ["lift"] else contextlib.nullcontext()
-    )
+    from trainkit.tools.commands import main  # not needed by ``import trainkit``
+
+    words, cell = line.split(), io.StringIO()
+    is_lift = words[:1] == ["lift"]  # anything else is shown while it runs
     try:
-        with kept:
-            import_module("trainkit.tools.commands").main(words)
-    except SystemExit:  # it has said what is wrong, or how it is used, and a notebook goes on
-        print(printed.getvalue(), end="")
+        with contextlib.redirect_stdout(cell) if is_lift else contextlib.nullcontext():
+            main(words)
+    except SystemExit:  # argparse has printed an error or the help; the notebook continues
+        print(cell.getvalue(), end="")
     else:
-        if printed.getvalue():
-            shell.set_next_input(printed.getvalue())
+        if cell.getvalue():
+            shell.set_next_input(cell.getvalue())

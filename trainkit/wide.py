@@ -31,11 +31,10 @@ class WideWindow(Window):
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Lend the sums, to parameters whose gradients are float32 meanwhile."""
-        for parameter in parameters:
-            if _is_half(parameter) and parameter.requires_grad:
-                if parameter.grad is None or parameter.grad.dtype != torch.float32:
-                    parameter.grad = None
-                    parameter.grad_dtype = torch.float32
+        for p in filter(_is_half, parameters):
+            if p.requires_grad and (p.grad is None or p.grad.dtype != torch.float32):
+                p.grad = None
+                p.grad_dtype = torch.float32
         super().lend(parameters)
 
     def dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
@@ -45,29 +44,27 @@ class WideWindow(Window):
     def take(self) -> None:
         """Take the sums, and let other gradients have their own dtype again."""
         super().take()
-        self._restore()
+        _restore(self.parameters)
 
     def narrow(self) -> None:
         """Round the true sums to the dtype of their parameters, which optimizers require."""
-        narrow = [p.grad.to(p.dtype) if p.grad is not None else None for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, narrow, strict=True):
-            if _is_half(parameter):
-                parameter.grad = None
-                parameter.grad_dtype = None  # any: its own would stay if the model is cast later
-                parameter.grad = gradient
+        for p in filter(_is_half, self.parameters):
+            if p.grad is not None:
+                gradient, p.grad = p.grad.to(p.dtype), None
+                p.grad_dtype = None  # any: its own would stay if the model is cast later
+                p.grad = gradient
 
     def drop(self) -> None:
         """Forget the sums, and let other gradients have their own dtype again."""
         parameters = self.parameters
         super().drop()
-        self.parameters = parameters
-        self._restore()
-        self.parameters = []
+        _restore(parameters)
 
-    def _restore(self) -> None:
-        for parameter in self.parameters:
-            if _is_half(parameter) and parameter.grad is None:
-                parameter.grad_dtype = None
+
+def _restore(parameters: list[nn.Parameter]) -> None:
+    for p in filter(_is_half, parameters):
+        if p.grad is None:
+            p.grad_dtype = None
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -1,0 +1,45 @@
+"""The result of one call of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from trainkit.core.window import Window
+
+
+class StepResult:
+    """The result of one call of a step.
+
+    Attributes:
+        loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
+        complete: whether this call closed a window.
+        grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
+            on the device. None where no norm was computed.
+    """
+
+    # On the class: a result is made for every micro-batch, and most of them keep most of these.
+    loss: Tensor | None = None
+    complete = False
+    grad_norm: Tensor | None = None
+    _skipped: bool | Tensor = False
+    _settle: Callable[[], None] | None = None
+    _window: Window | None = None
+    _count = 0
+
+    @property
+    def window_loss(self) -> Tensor | None:
+        """The weighted mean of the window's losses up to this call: 0-d, computed when read."""
+        return None if self._window is None else self._window.mean_loss(self._count)
+
+    @property
+    def updated(self) -> bool:
+        """Whether this call applied an update. Reading it, and nothing else here, may wait."""
+        if self._settle is not None:
+            self._settle()
+        return self.complete and not self._skipped
+
+    def __repr__(self) -> str:
+        shown = f"loss={self.loss}, complete={self.complete}, updated={self.updated}"
+        return f"StepResult({shown}, grad_norm={self.grad_norm})"
