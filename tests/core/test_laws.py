@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import (
     OPTIMIZERS,
@@ -270,6 +270,7 @@ def test_law_7_stopping_anywhere_changes_nothing(sizes, n, kind, stop, weighted,
         assert torch.equal(ours.window_loss, theirs.window_loss)
 
 
+@settings(max_examples=settings.default.max_examples // 3)
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=8),
     st.integers(1, 3),
