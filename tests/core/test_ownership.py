@@ -252,7 +252,7 @@ def undisturbed(setup):
     return World(setup).train()
 
 
-@settings(max_examples=3 * settings.default.max_examples)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(setups(), st.lists(GAP, min_size=4, max_size=8), st.booleans())
 def test_nothing_between_two_micro_batches_changes_anything(setup, gaps, at_the_top):
     """The top of a step function, before any loss, is between two micro-batches, too."""
