@@ -31,7 +31,7 @@ from torch import nn
 
 from trainkit import accumulate, amp, freeze, frozen, microbatch, train_step, unfreeze
 
-HAS_CHUNKS = False  # until the folder has landed
+HAS_CHUNKS = True  # until the folder has landed
 HAS_WIDE_SUMS = hasattr(torch.Tensor, "grad_dtype")
 FULL_SIZES = [4, 3, 2, 4, 3, 4, 2]  # rows of each micro-batch
 
