@@ -56,7 +56,7 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
             "would be clipped and checked: wrap with FSDP2, `fully_shard(model)`"
         )
     if ranks.count > 1 and ranks.device.type != "cpu":
-        updater.streak.lag = 16
+        updater.lag = 16
     if ranks.count > 1 and deliver is mark_last:
         deliver = functools.partial(
             lockstep,
