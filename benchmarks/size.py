@@ -24,47 +24,50 @@ from trainkit.tools.lift import lift
 
 PACKAGE = Path(trainkit.__file__).parent
 CELLS = ("accumulate", "amp"), ("frozen",), ("freeze",)
-NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
 def code_lines(source: str) -> set[int]:
-    """The numbers of the lines that hold code."""
+    """Return the numbers of the lines that hold code."""
     lines = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in NOT_CODE and token.string:
+        if token.type != tokenize.COMMENT and token.string.strip():
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            text = body[0].value
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                lines.difference_update(range(text.lineno, (text.end_lineno or 0) + 1))
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            lines.difference_update(lines_of(node))
     return lines
 
 
+def lines_of(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
 def package_sizes() -> tuple[dict[str, int], dict[str, int]]:
-    """Lines of code of each folder, and of each class."""
-    folders, classes = collections.Counter[str](), {}
+    """Return the lines of code of each folder, and of each class."""
+    folders, classes = collections.Counter[str](), collections.Counter[str]()
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         lines = code_lines(source)
-        folders[path.relative_to(PACKAGE).parts[0].removesuffix(path.name)] += len(lines)
+        folders["/".join(path.parts[len(PACKAGE.parts) - 1 : -1][:2])] += len(lines)
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef):
-                inside = lines.intersection(range(node.lineno, (node.end_lineno or 0) + 1))
-                classes[f"{path.stem}.{node.name}"] = len(inside)
-    return dict(folders), classes
+                classes[f"{path.stem}.{node.name}"] = len(lines.intersection(lines_of(node)))
+    return folders, classes
 
 
 def cell_size(*names: str) -> tuple[int, int]:
-    """Lines of code and all lines of a lifted cell."""
+    """Return the lines of code and all lines of a lifted cell."""
     cell = lift(names)
     return len(code_lines(cell)), len(cell.splitlines())
 
 
 def calls() -> list[tuple[int, int]]:
-    """Python calls and their files: in a micro-batch that leaves its window open, that closes it."""
-    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    """Count the Python calls of a micro-batch, and their files.
+
+    First where the window stays open, then where it closes; with a weight, float16, clipping and
+    ``after``.
+    """
+    model, x, files = nn.Linear(4, 4), torch.randn(3, 4), list[str]()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     after = torch.optim.lr_scheduler.ConstantLR(optimizer).step
     parts = accumulate(2), amp(dtype=torch.float16, device="cpu")
@@ -73,33 +76,25 @@ def calls() -> list[tuple[int, int]]:
     def step(x):
         return model(x).float().square().mean(), len(x)
 
-    def traced() -> tuple[int, int]:
-        files: list[str] = []
+    def record(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            files.append(frame.f_code.co_filename)
 
-        def record(frame, event, arg):
-            if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-                files.append(frame.f_code.co_filename)
-
+    counts = []
+    for _ in range(8):
+        files.clear()
         sys.setprofile(record)
-        try:
-            step(x)
-        finally:
-            sys.setprofile(None)
-        return len(files), len(set(files))
-
-    for _ in range(6):
         step(x)
-    return [traced(), traced()]
+        sys.setprofile(None)
+        counts.append((len(files), len(set(files))))
+    return counts[-2:]
 
 
 if __name__ == "__main__":
     folders, classes = package_sizes()
-    for folder, lines in folders.items():
-        print(f"{lines:6,}  trainkit/{folder}")
-    print(f"{sum(folders.values()):6,}  in all; the longest class is", end=" ")
-    print(max((lines, name) for name, lines in classes.items()))
+    for folder, lines in [*folders.items(), ("in all", folders.total()), *classes.most_common(1)]:
+        print(f"{lines:6,} {folder}")
     for names in CELLS:
-        code, lines = cell_size(*names)
-        print(f"{code:6,}  lift {' '.join(names)}, a cell of {lines:,} lines")
-    for window, (count, files) in zip(("stays open", "closes"), calls(), strict=True):
-        print(f"{count:6,}  Python calls in {files} files where the window {window}")
+        print("{:6,} of {:,} lines: lift".format(*cell_size(*names)), *names)
+    for window, count in zip(("open", "closed"), calls(), strict=True):
+        print("{:6,} calls in {} files, window".format(*count), window)

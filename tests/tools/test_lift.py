@@ -67,7 +67,7 @@ def unbound(code):
 FILES = {
     "__init__": """
         from trainkit.core.loop import loop, twice
-        from trainkit.saving.save import save
+        from trainkit.saving.disk import save
         from trainkit.tools.magic import load as load
 
         __all__ = ["loop", "save", "twice"]
@@ -86,7 +86,7 @@ FILES = {
         if TYPE_CHECKING:
             from decimal import Decimal
 
-            from trainkit.saving.save import save
+            from trainkit.saving.disk import save
 
         T = TypeVar("T")
         # Why it is two.
@@ -151,7 +151,7 @@ FILES = {
 
             def store(self):
                 """Store it."""
-                from trainkit.saving.save import save
+                from trainkit.saving.disk import save
 
                 return save(mathematics.pi)
 
@@ -171,6 +171,7 @@ FILES = {
 
 
         def join(x: T) -> T:
+            """Join."""
             return twice(x) + 1
 
 
@@ -178,13 +179,19 @@ FILES = {
             return [x]
         ''',
     "saving/state": '"""State."""\n\ndef state_of(x):\n    return {"state": type(x).__name__}\n',
-    "saving/save": '"""Saving."""\n\ndef save(x):\n    return round(x)\n',
+    "saving/disk": '"""Saving."""\n\ndef save(x):\n    return round(x)\n',
     "tools/magic": '"""Magic."""\n\ndef load():\n    from trainkit.tools.gone import gone\n',
 }
 
 
+@pytest.fixture
+def small(small_package, monkeypatch):
+    monkeypatch.setattr("trainkit.tools.lift.this_package", lambda: small_package)
+    return small_package
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small_package(tmp_path_factory):
     root = tmp_path_factory.mktemp("small") / "trainkit"
     for file, text in FILES.items():
         path = root / f"{file}.py"
@@ -195,51 +202,53 @@ def small(tmp_path_factory):
 
 
 def test_an_import_in_a_function_is_an_error_that_names_the_word_to_add(small):
-    cell = run(code := lift(["loop"], package=small))
+    cell = run(code := lift(["loop"]))
     assert cell.loop().go(3) == 6
     for word, options in (("ranks", {"ranks": True}), ("bar", {"bar": True})):
         with pytest.raises(ImportError, match=f"`python -m trainkit lift loop {word}`"):
             cell.loop().go(3, **options)
     with pytest.raises(ImportError, match=r"`python -m trainkit lift loop --bare ranks`"):
-        run(lift(["loop"], bare=True, package=small)).loop().go(3, ranks=True)
+        run(lift(["loop"], bare=True)).loop().go(3, ranks=True)
     assert "json" not in code and "def show" not in code  # only code behind the import needs them
     assert not unbound(code)
 
 
 def test_the_word_opens_it(small):
-    cell = run(lift(["loop", "ranks"], package=small))
+    cell = run(lift(["loop", "ranks"]))
     assert cell.loop().go(3, ranks=True) == [7] and cell.__all__ == ["loop"]
     with pytest.raises(ImportError, match="`python -m trainkit lift loop ranks bar`"):
         cell.loop().go(3, ranks=True, bar=True)
-    cell = run(lift(["loop", "bar", "ranks"], package=small))
+    cell = run(lift(["loop", "bar", "ranks"]))
     assert cell.loop().go(3, bar=True) == "[3]" and cell.loop().go(3, True, True) == [7]
 
 
 def test_a_public_name_opens_what_it_needs(small):
-    with pytest.raises(ImportError, match="lift loop save`"):
-        run(lift(["loop"], package=small)).loop().store()
-    assert run(lift(["loop", "save"], package=small)).loop().store() == 3
+    with pytest.raises(ImportError, match="lift loop disk`"):
+        run(lift(["loop"])).loop().store()
+    assert run(lift(["loop", "save"])).loop().store() == 3
 
 
 def test_state_and_advice_are_in_every_cell_that_uses_them(small):
-    cell = run(lift(["loop"], package=small))
+    cell = run(lift(["loop"]))
     assert cell.loop().state() == {"state": "loop"}
     with pytest.raises(ValueError, match="None is not a number"):
         cell.loop().go(None)
-    assert "explain" not in lift(["twice"], package=small)
+    assert "explain" not in lift(["twice"])
 
 
 def test_the_words_are_folders_without_a_public_name_and_else_files(small):
-    assert small.words == ["bar", "ranks"]
-    with pytest.raises(ValueError, match=r"no 'rank' to lift: `lift ranks`; it has loop, .*ranks"):
-        lift(["loop", "rank"], package=small)
+    assert small.words == ["bar", "disk", "ranks"]
+    with pytest.raises(
+        ValueError, match=r"no 'rank' to lift: `lift ranks`; there is loop, .*ranks"
+    ):
+        lift(["loop", "rank"])
     with pytest.raises(ValueError, match=r"no public name in \['ranks'\]: `lift accumulate ranks`"):
-        lift(["ranks"], package=small)
+        lift(["ranks"])
 
 
 def test_docstrings_end_after_their_law(small):
     def docstrings(**options):
-        code = lift(["loop", "twice"], package=small, **options)
+        code = lift(["loop", "twice", "ranks"], **options)
         found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
         kinds = (ast.FunctionDef, ast.ClassDef)
         return {node.name: ast.get_docstring(node) for node in found if isinstance(node, kinds)}
@@ -250,16 +259,17 @@ def test_docstrings_end_after_their_law(small):
     assert law["loop"] == f"Go over a loader.\n\n{block}"
     assert whole["loop"].startswith(law["loop"]) and ">>> loop().go(3)" in whole["loop"]
     assert whole["twice"].endswith("x: a number.") and whole["go"] == law["go"] == "Go."
+    assert whole["join"] == "Join." and law["join"] is None  # it is not public
     assert set(docstrings(bare=True).values()) == {None}
 
 
 @pytest.mark.parametrize("options", [{}, {"docs": True}, {"bare": True}])
 def test_statements_are_printed_once_in_order_and_with_their_comments(small, options):
-    code = lift(["loop", "ranks", "bar"], package=small, **options)
+    code = lift(["loop", "ranks", "bar"], **options)
     assert code.count('T = TypeVar("T")') == 1 and "# Why it is two.\nTWO = 2\n" in code
     assert code.index("# core/loop.py: The loop.") < code.index("# ranks/join.py: Ranks.")
-    assert "import json\nfrom typing import Any, TypeVar\n" in code
-    assert "import math as mathematics\n" in lift(["loop", "save"], package=small)
+    assert "from typing import Any, TypeVar\n" in code
+    assert "import math as mathematics\n" in lift(["loop", "save"])
     assert "Decimal" not in code.replace("hint: Decimal", "") and "trainkit." not in code.replace(
         "trainkit.py", ""
     )
@@ -267,7 +277,7 @@ def test_statements_are_printed_once_in_order_and_with_their_comments(small, opt
 
 @pytest.mark.parametrize("form", ["file", "pasted"])
 def test_a_warning_points_at_the_line_of_the_user(form, small, tmp_path, monkeypatch):
-    code = lift(["loop"], inline=form == "pasted", package=small)
+    code = lift(["loop"], inline=form == "pasted")
     (tmp_path / "lifted.py").write_text(code)
     script = ("from lifted import loop" if form == "file" else code) + "\nloop().complain()"
     monkeypatch.syspath_prepend(tmp_path)
@@ -301,13 +311,55 @@ class Refuse(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 module = sys.modules["cell"] = types.ModuleType("cell")
-for names, code in json.load(open(sys.argv[1])):
+for names, code, use in json.load(open(sys.argv[1])):
     vars(module).clear()
     module.__name__ = "cell"
     exec(compile(code, "cell", "exec"), vars(module))
     missing = [name for name in module.__all__ if not callable(vars(module)[name])]
     assert set(module.__all__) <= set(names) and not missing, missing
+    exec(compile(use, str(names), "exec"), vars(module))
 """
+START = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+batches = [torch.ones(4, 2)] * 3
+def loss(x): return model(x).sum()
+def train(step):
+    for x in step.over(batches): step(x)
+    step.load_state_dict(step.state_dict())
+    assert step.updates > 0
+"""
+USES = {
+    "accumulate": """
+@accumulate(2, module=model)
+def step(x):
+    yield loss(x)
+    optimizer.step()
+train(step)""",
+    "amp": "train(amp(optimizer, dtype=torch.bfloat16)(loss))",
+    "frozen": "with frozen(model, '0'): assert not model[0].weight.requires_grad",
+    "freeze": "freeze(model, '0')",
+    "microbatch": "microbatch(2)",
+    "recompute": "with recompute(model, '0'): loss(batches[0]).backward()",
+    "train_step": "train(train_step(optimizer, max_norm=1.0)(loss))",
+    "accumulate train_step": "train(train_step(optimizer, accumulate(2))(loss))",
+    "microbatch train_step": "train(train_step(optimizer, microbatch(2))(loss))",
+    "History train_step": """
+step = train_step(optimizer)(loss)
+history = History(step)
+train(step)
+assert len(history["loss"]) == 3""",
+    "resumable train_step": """
+import tempfile
+step = train_step(optimizer)(loss)
+folder = tempfile.mkdtemp()
+for _ in 1, 2:
+    with resumable(folder, model=model, optimizer=optimizer, step=step) as run:
+        for epoch in run.epochs(1):
+            train(step)
+assert step.updates == 3""",
+}
 
 
 def test_every_two_names_run_without_the_package_and_bind_all_they_use(tmp_path):
@@ -316,10 +368,11 @@ def test_every_two_names_run_without_the_package_and_bind_all_they_use(tmp_path)
         code = lift(names)
         body = code[code.index("from __future__") : code.index("__all__ =")]
         body = re.sub("raise ImportError\\(\n.*\n", "", body)  # it has the names
-        if body not in found:
-            found[body] = names, code
+        uses = [START + USES[use] for use in USES if use.split() == sorted(names)]
+        if (body, *uses) not in found:
+            found[(body, *uses)] = names, code, "".join(uses)
             assert not unbound(code), names
-    assert len(found) > 15
+    assert sum(bool(use) for _, _, use in found.values()) == len(USES)
     (tmp_path / "cells.json").write_text(json.dumps(list(found.values())))
     done = python("-c", ALONE, str(tmp_path / "cells.json"), cwd=tmp_path, path="")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -409,7 +462,7 @@ def test_the_tests_of_the_package_pass_against_the_cell(tmp_path):
     (tmp_path / "alone.py").write_text(
         f"import trainkit\nassert trainkit.__file__ == {str(tmp_path / 'trainkit.py')!r}\n"
     )
-    options = ["-p", "alone", "-p", "no:cacheprovider", "-x", *map(str, paths)]
+    options = ["-p", "alone", "-p", "no:cacheprovider", "--numprocesses=0", *map(str, paths)]
     done = python("-m", "pytest", *options, cwd=tmp_path, path=tmp_path, HYPOTHESIS_PROFILE="brief")
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -456,7 +509,7 @@ def test_the_options_of_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["acumulate"], "trainkit has no 'acumulate' to lift: `lift accumulate`; it has "),
+        (["acumulate"], "no 'acumulate' to lift: `lift accumulate`; there is "),
         ([], "give either names, `lift accumulate amp`, or `lift --all`"),
         (["--all", "amp"], "give either names"),
         (["--docs", "--bare", "amp"], "not allowed with"),

@@ -28,7 +28,7 @@ from trainkit.core.plan import Plan, Surrounding, check, check_length, check_pla
 from trainkit.core.result import StepResult
 from trainkit.core.update import Answer, Updater
 from trainkit.core.warning import warn
-from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed
+from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed, versions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Step(Generic[P]):
     def __enter__(self) -> StepResult:
         running = self._begin()
         try:
-            running.left = Window.versions(self._plan.parameters())
+            running.watch(self._window)
             running.autocast = self._autocast
             if self._autocast is not None:
                 self._autocast.__enter__()  # type: ignore[no-untyped-call]
@@ -133,7 +133,7 @@ class Step(Generic[P]):
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         detached = loss.detach()
         running.backward(loss, weight)
-        running.watch()
+        running.watch(running.lent)
         if running.result.loss is None:
             running.result.loss = detached
 
@@ -432,10 +432,10 @@ class MicroBatch:
         if autocast is not None:
             autocast.__exit__(None, None, None)
 
-    def watch(self) -> None:
-        """Remember the gradients of the window as an explicit backward left them."""
-        if self.lent is not None and self.lent.can_watch:
-            self.left = Window.versions(self.lent.parameters)
+    def watch(self, window: Window | None) -> None:
+        """Remember the gradients as they are: inside a block only ``step.backward`` changes them."""
+        if window is not None and window.can_watch:
+            self.left = versions(self.step._plan.parameters())
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""

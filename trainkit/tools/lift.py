@@ -2,7 +2,8 @@
 
 The package is parsed, not imported. A top-level statement binds names and uses names. Statements
 that the names asked for reach are printed unchanged, in the order in which the files import each
-other, and imports of trainkit fall away.
+other, and imports of trainkit fall away. Docstrings of public names are cut to
+their law, and others are dropped.
 
 An import of trainkit inside a function is a seam. It marks code that many users never run, such as
 the code for several ranks. If the cell has the target, the import falls away. If not, the import
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALWAYS = ("advice", "state")  # words in every cell: long error messages, and `state_dict`
+ALWAYS = ("advice", "language", "state")  # words that go without saying
 Name = tuple[str, str]  # a file, such as "core/step", and a name in it
 Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
 Missing = Callable[["Seam"], str | None]  # the word of a seam whose target is not in the cell
@@ -42,13 +43,13 @@ class Seam(NamedTuple):
     def file(self) -> str:
         return min(self.targets)[0]
 
-    def edit(self, lines: list[str], error: str | None) -> Edit:
+    def edit(self, lines: list[str], missing: str | None, error: str) -> Edit:
         """Remove the import, or replace it and the rest of its block by an error."""
-        if error is None:
+        if missing is None:
             return self.begin, self.end + (not lines[self.end]), []
         indent = " " * (len(lines[self.begin]) - len(lines[self.begin].lstrip()))
-        raised = [f"{indent}raise ImportError(", f'{indent}    "{error}"', f"{indent})"]
-        return self.begin, self.block_end, raised
+        message = f'{indent}    "{error.format(name=missing)}"'
+        return self.begin, self.block_end, [f"{indent}raise ImportError(", message, f"{indent})"]
 
 
 class Statement:
@@ -68,8 +69,7 @@ class Statement:
     def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
         """The lines of this statement after some edits, with an error for what is missing."""
         result, line = list[str](), self.begin
-        words = ((seam, missing(seam)) for seam in self.seams)
-        of_seams = [seam.edit(self.lines, word and error.format(name=word)) for seam, word in words]
+        of_seams = [seam.edit(self.lines, missing(seam), error) for seam in self.seams]
         for begin, end, replacement in sorted([*edits, *of_seams]):
             if begin >= line:  # not in lines that are gone
                 result += self.lines[line:begin] + replacement
@@ -169,7 +169,7 @@ class Package:
         """The folder of the target of a seam if nothing in there is public, else the file."""
         folder, _, file = seam.file.rpartition("/")
         is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
-        return file if is_public else folder
+        return file if is_public or not folder else folder
 
     def missing(self, names: Sequence[str]) -> Missing:
         """What tells the word of a seam if its target is not in a cell of some names."""
@@ -206,12 +206,7 @@ def this_package() -> Package:
 
 
 def lift(
-    names: Sequence[str],
-    *,
-    docs: bool = False,
-    bare: bool = False,
-    inline: bool = False,
-    package: Package | None = None,
+    names: Sequence[str], *, docs: bool = False, bare: bool = False, inline: bool = False
 ) -> str:
     """Return the code of some public names as one file that needs only torch.
 
@@ -219,10 +214,10 @@ def lift(
 
     Args:
         names: public names, such as "accumulate", and words of optional code, such as "ranks".
-        docs: keep docstrings whole. By default they end after their law.
+        docs: keep docstrings whole. By default those of public names end after their law, and
+            others are dropped.
         bare: drop docstrings.
         inline: make code to paste among other code, instead of a file ``trainkit.py``.
-        package: lift from another copy of the package.
 
     Raises:
         ValueError: for a name that the package does not have, or if no name is public.
@@ -230,16 +225,15 @@ def lift(
     Example:
         >>> from trainkit.tools.lift import lift
         >>> code = lift(["frozen"])
-        >>> "class frozen:" in code, "class Step" in code, "from trainkit" in code
+        >>> "class frozen" in code, "class Step" in code, "from trainkit" in code
         (True, False, False)
     """
-    package, names = package or this_package(), list(dict.fromkeys(names))
+    package, names = this_package(), list(dict.fromkeys(names))
     known = [*package.public, *package.words]
     for name in names:
         if name not in known and name not in ALWAYS:
             near = (difflib.get_close_matches(name, known, n=1) or known)[0]
-            listed = ", ".join(known)
-            raise ValueError(f"trainkit has no {name!r} to lift: `lift {near}`; it has {listed}")
+            raise ValueError(f"no {name!r} to lift: `lift {near}`; there is {', '.join(known)}")
     exported = [name for name in names if name in package.public]
     if not exported:
         raise ValueError(f"no public name in {names}: `lift {' '.join(['accumulate', *names])}`")
@@ -251,7 +245,8 @@ def lift(
     head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
     cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
     for above, statement in _statements(package, reached):
-        edits = [] if docs else _docstrings(statement, bare)
+        drop = bare or statement.binds.isdisjoint(package.public)
+        edits = [] if docs else _docstrings(statement, drop)
         cell += above + statement.code(missing, error, edits)
     listed = ", ".join(f'"{name}"' for name in exported)
     cell += ["", "", f"__all__ = [{listed}]"]
@@ -292,7 +287,7 @@ def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str
     printed = set[str]()
     for source in package.sources.values():
         title = f"# {source.file}.py: {source.doc.partition(chr(10))[0]}"
-        above, end = ["", "", title, ""], -1
+        above, end = ["", "", title], -1
         for statement in source.statements:
             needed = any((source.file, name) in reached for name in statement.binds)
             if needed and statement.text not in printed:  # two files may have the same TypeVar
@@ -301,14 +296,14 @@ def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str
                 above, end = ["", ""], statement.end
 
 
-def _docstrings(statement: Statement, bare: bool) -> Iterator[Edit]:
-    """Cut the docstrings in a statement to their law, or drop them."""
+def _docstrings(statement: Statement, drop: bool) -> Iterator[Edit]:
+    """Drop the docstrings in a statement, or cut them to their law."""
     lines = statement.lines
     for block in _blocks(statement.node):
         first = block[0]
         if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
             begin, end = first.lineno - 1, first.end_lineno or first.lineno
-            if not bare:
+            if not drop:
                 yield begin, end, _law(lines[begin:end])
             elif len(block) == 1:
                 yield begin, end, [" " * first.col_offset + "..."]
