@@ -273,7 +273,9 @@ class Step(Generic[P]):
         return MicroBatch(self)
 
     def _add_part(self, part: Surrounding) -> Step[P]:
-        return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
+        plan = self._plan + Plan(surroundings=(part,))
+        kind = plan.step if self._function is not None else None
+        return (kind or type(self))(plan, self._function)
 
 
 class MicroBatch:
@@ -403,8 +405,9 @@ class MicroBatch:
 
                 step._updater.forgive()
                 raise too_many_skips(step, count)
-            if own is None or verdict.skipped is True:
-                window.drop()
+            if own is not None and verdict.skipped is not True:
+                window.parameters = []  # what becomes of ``.grad`` is up to the update code
+            window.drop()
             if owed is not None and owed.known():
                 step.settle()
 
