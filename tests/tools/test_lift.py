@@ -440,9 +440,15 @@ def test_files_import_names_from_the_files_that_bind_them():
             assert len(block) > 1, f"{file}: an import alone in its block"
 
 
+SLOW = {"test_compile.py", "test_fuzz.py", "test_interruption.py"}
+
+
 def public_tests():
-    """The tests of core and layers that import public names alone."""
+    """The tests of core and layers that import public names alone; the slow ones in deep runs."""
+    skipped = set() if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else SLOW
     for path in sorted([*TESTS.glob("core/test_*.py"), *TESTS.glob("layers/test_*.py")]):
+        if path.name in skipped:
+            continue
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
