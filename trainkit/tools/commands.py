@@ -41,11 +41,10 @@ def _add_doctor(commands: Any) -> None:
 def _run_doctor(options: argparse.Namespace) -> int:
     """Print the result; return 1 if training on the accelerator cannot work, else 0."""
     if options.target is None:
-        found = examine()
-        text = report(found)
+        found, show = examine(), report
     else:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
             found = run_trial(options.target, options.steps, options.device, options.layers)
-        text = table(found)
-    print(json.dumps(found, default=vars, indent=2) if options.json else text)
+        show = table
+    print(json.dumps(found, default=vars, indent=2) if options.json else show(found))
     return int(any(finding["level"] == "error" for finding in found.get("findings", [])))

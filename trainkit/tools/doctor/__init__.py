@@ -1,1 +1,1 @@
-"""``python -m trainkit doctor``: ``machine`` has facts, rules and report; ``trial`` runs a model."""
+"""``python -m trainkit doctor``: facts, rules and report in ``machine``; a model in ``trial``."""

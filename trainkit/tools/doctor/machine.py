@@ -86,8 +86,8 @@ def _read(path: str) -> str:
 
 def advise(m: SimpleNamespace) -> dict[str, Any]:
     """Return what to use on the first device; float32 means no ``amp()``."""
-    # Condition, whether amp() pays, why: the first rule that applies counts. Source: throughput of
-    # float16, https://docs.nvidia.com/cuda/archive/12.6.0/cuda-c-programming-guide/#arithmetic-instructions
+    # Condition, whether amp() pays, why: the first rule that applies counts. Source:
+    # https://docs.nvidia.com/cuda/archive/12.6.0/cuda-c-programming-guide/#arithmetic-instructions
     rules = (
         (m.native_bfloat16, True, "this device computes in it; no loss scale needed"),
         (m.kind == "cpu", False, "this CPU emulates bfloat16: no AVX512_BF16, no AMX"),
@@ -145,9 +145,8 @@ def find_faults(m: SimpleNamespace) -> list[dict[str, str]]:
 
 def report(found: dict[str, Any]) -> str:
     """Return the result of ``examine`` as text."""
-    machine, advice = vars(found["machine"]), found["advice"]
-    rows = [*machine["devices"].items()]
-    rows += [(name, value) for name, value in machine.items() if name != "devices"]
+    machine, advice = dict(vars(found["machine"])), found["advice"]
+    rows = [*machine.pop("devices").items(), *machine.items()]
     rows += [("", ""), ("use", f"{advice['amp_dtype']}: {advice['reason']}")]
     rows += [("", line) for line in advice["code"]]
     for finding in found["findings"]:
