@@ -13,11 +13,9 @@ from trainkit.layers.freezing import (
 )
 from trainkit.layers.recomputation import recompute
 from trainkit.layers.summary import model_summary
-
-# from trainkit.saving.checkpointing import resumable
+from trainkit.saving.resumable import resumable
 from trainkit.tools.notebooks import load_ipython_extension as load_ipython_extension
-
-# from trainkit.watch.history import History
+from trainkit.watch.history import History
 
 __all__ = [
     "History",

@@ -30,8 +30,9 @@ _CAUSES = {
 
 def explain(error: RuntimeError) -> None:
     """Add to an error of backward what usually causes it in a step; torch's advice fits a loop."""
-    causes = [cause for said, cause in _CAUSES.items() if said in str(error)]
-    error.args = (*error.args, *(f"In a step function, {cause}." for cause in causes))
+    for said, cause in _CAUSES.items():
+        if said in str(error):
+            error.args = (f"{error}\nIn a step function, {cause}.",)
 
 
 def warn_of_missing(received: int, parameters: list[nn.Parameter]) -> None:

@@ -13,11 +13,9 @@ class WideWindow(Window):
     """Has autograd add up half-precision gradients in float32, and rounds the sum once.
 
     In bfloat16 a sum of 256 equal gradients no longer grows. Nothing is divided before it is
-    summed, since a third would be rounded. The true sum, not the scaled one, is rounded: a scaled
-    sum in float32 may be too large for float16, so no fused kernel divides it.
+    summed, since a third would be rounded. A scaled sum in float32 may be too large for float16:
+    there no fused kernel divides it, and the true sum is rounded.
     """
-
-    can_fuse = False
 
     def __init__(self, length: int, reference: Weight | None) -> None:
         check(
@@ -31,6 +29,7 @@ class WideWindow(Window):
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Lend the sums, to parameters whose gradients are float32 meanwhile."""
+        self.can_fuse = all(p.dtype != torch.float16 for p in parameters)
         for p in filter(_is_half, parameters):
             if p.requires_grad and (p.grad is None or p.grad.dtype != torch.float32):
                 p.grad = None
@@ -47,7 +46,7 @@ class WideWindow(Window):
         _restore(self.parameters)
 
     def narrow(self) -> None:
-        """Round the true sums to the dtype of their parameters, which optimizers require."""
+        """Round the sums to the dtype of their parameters, which optimizers require."""
         for p in filter(_is_half, self.parameters):
             if p.grad is not None:
                 gradient, p.grad = p.grad.to(p.dtype), None

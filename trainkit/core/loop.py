@@ -10,11 +10,11 @@ from trainkit.core.warning import warn
 
 
 class Delivery(NamedTuple):
-    """A batch on its way to a step. ``position`` counts the batches of this pass before it."""
+    """A batch on its way to a step. ``number`` counts the batches of this pass before it."""
 
     batch: Any
     is_last: bool
-    position: int = 0
+    number: int = 0
 
 
 def over(loader: Iterable[Any], steps: tuple[Any, ...]) -> Iterator[Any]:
@@ -42,15 +42,15 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...]) -> Iterator[Any]:
 
 def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
     """Yield every batch, and whether it is the last. A loader with a length is not read ahead."""
-    size, index = length_of(loader), 0
+    size, number = length_of(loader), 0
     iterator = iter(loader)
-    for index, batch in enumerate(itertools.islice(iterator, size), 1):
-        yield Delivery(batch, index == size, index - 1)
+    for number, batch in enumerate(itertools.islice(iterator, size), 1):
+        yield Delivery(batch, number == size, number - 1)
     for batch in iterator:  # past its length, or without one, only the batch after it tells
         for following in iterator:
-            yield Delivery(batch, False, index)
-            batch, index = following, index + 1
-        yield Delivery(batch, True, index)
+            yield Delivery(batch, False, number)
+            batch, number = following, number + 1
+        yield Delivery(batch, True, number)
 
 
 def length_of(loader: Iterable[Any]) -> int:

@@ -52,11 +52,9 @@ class Part(Step[[Any]]):
         return step
 
     def __enter__(self) -> StepResult:
-        remedy = "`train_step(optimizer, ...)(function)`"
-        cuts = "a block has no arguments to cut into chunks"
-        check(self._plan.step is None, ValueError, f"{cuts}: {remedy}")
-        updates = "nothing updates after this block: `train_step(optimizer, ...)`"
-        check(bool(self._plan.optimizers), ValueError, updates)
+        cut = "a block has no arguments to cut: `train_step(optimizer, ...)(function)`"
+        check(self._plan.step is None, ValueError, cut)
+        check(bool(self._plan.optimizers), ValueError, "no optimizer: `train_step(optimizer)`")
         return super().__enter__()
 
 
@@ -71,35 +69,28 @@ def train_step(
 ) -> Part:
     """Make a training step of a function that computes a loss, or a context for one by hand.
 
-    With ``accumulate(n), amp(), max_norm=m, after=scheduler.step`` equivalent to, per n batches::
+    ``train_step(opt, accumulate(n), amp(), max_norm=m, after=scheduler.step)(f)`` is this loop::
 
-        for batch in window:
+        for batch in window:  # of n micro-batches
             with autocast():
                 loss = f(*batch)
             scaler.scale(loss * weight / sum(weights)).backward()
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(parameters, m)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()  # if the update was not skipped
-        optimizer.zero_grad()
+        scaler.unscale_(opt), clip_grad_norm_(parameters, m)
+        scaler.step(opt), scaler.update()
+        scheduler.step(), opt.zero_grad()  # the scheduler only if the update was not skipped
 
     Args:
         optimizer: one, or several: one norm over all of them, and all of them step or none.
-        parts: for example ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``, in any order.
-        module: the module in its DistributedDataParallel or FSDP wrapper, for several ranks.
+        parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``..., in any order.
+        module: the module in its DistributedDataParallel or FSDP wrapper, on several ranks.
         max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
-        max_skips: this many skipped updates in a row are a FloatingPointError; None is 25.
+        max_skips: so many skipped updates in a row are a FloatingPointError; None is 25.
         after: called after each applied update, at the latest before the next update.
 
     Example:
-        >>> import torch
-        >>> from trainkit import accumulate, train_step
-        >>> model = torch.nn.Linear(3, 1)
-        >>> @train_step(torch.optim.SGD(model.parameters()), accumulate(2))
-        ... def step(x):
-        ...     return model(x).mean()
-        >>> [step(x).updated for x in step.over([torch.ones(4, 3)] * 3)]
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(2))(lambda x: (weight * x)[0])
+        >>> [step(x).updated for x in step.over([1.0, 2.0, 3.0])]
         [False, True, True]
     """
     calls = tuple(after) if isinstance(after, (list, tuple)) else (after,)
@@ -141,9 +132,8 @@ def accumulate(
         TypeError, ValueError: for another n, module or dtype.
 
     Example:
-        >>> from trainkit import accumulate, train_step
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        >>> step = train_step(optimizer, accumulate(4))
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = train_step(torch.optim.SGD([weight]), accumulate(4))
 
     Source: https://github.com/huggingface/transformers/issues/34242
     """
@@ -210,8 +200,8 @@ def amp(
         scaler.step(optimizer)
         scaler.update()
 
-    ``amp()`` is a part; ``with amp():`` is autocast alone, for an evaluation. An update whose
-    gradients are not finite is skipped, in every dtype.
+    ``amp()`` is a part; ``with amp():`` is autocast alone. An update whose gradients are not finite
+    is skipped, in every dtype.
 
     Args:
         dtype: torch.bfloat16, float16 or float32. None picks bfloat16 where the device computes it
@@ -220,24 +210,27 @@ def amp(
         max_norm, norm_type, max_skips: see ``train_step``.
         init_scale, growth_interval: see ``torch.amp.GradScaler``.
 
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> step = amp(torch.optim.SGD([weight]), max_norm=1.0)(lambda x: (weight * x).sum())
+
     Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
     """
     known = any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32))
     check(known, ValueError, f"no autocast in {dtype!r}: `amp(dtype=torch.float16)`")
-    is_number = isinstance(init_scale, (int, float)) and not isinstance(init_scale, bool)
-    fits = is_number and 0 < init_scale <= torch.finfo(torch.float32).max
-    wanted = "init_scale must be a finite float32 above 0"
-    check(fits, ValueError, f"{wanted}, got {init_scale!r}: `amp(init_scale=65536.0)`")
+    fits = type(init_scale) in (int, float) and 0 < init_scale <= torch.finfo(torch.float32).max
+    came = f"init_scale must be a float32 above 0, got {init_scale!r}"
+    check(fits, ValueError, f"{came}: `init_scale=65536.0`")
     fits = type(growth_interval) is int and 1 <= growth_interval < 2**31
-    wanted = "growth_interval counts updates, an int32 of at least 1"
-    check(fits, ValueError, f"{wanted}, got {growth_interval!r}: `amp(growth_interval=2000)`")
+    came = f"growth_interval counts updates, an int32, got {growth_interval!r}"
+    check(fits, ValueError, f"{came}: `growth_interval=2000`")
     try:
         kind = None if device is None else torch.device(device).type
         has_autocast = kind is None or torch.amp.is_autocast_available(kind)
     except (RuntimeError, TypeError):
         has_autocast = False
-    wanted = f"device must be a type of device that has autocast, got {device!r}"
-    check(has_autocast, ValueError, f"{wanted}: `amp(device='cuda')`")
+    came = f"device must be a type of device that has autocast, got {device!r}"
+    check(has_autocast, ValueError, f"{came}: `amp(device='cuda')`")
     precision = Precision(dtype, kind, float(init_scale), growth_interval)
     options = options_of(None, max_norm, norm_type, max_skips)
     part = Autocast(Plan(precision=precision, **options))
@@ -249,8 +242,7 @@ def _plan_of(part: Any) -> Plan:
         return part._plan
     if isinstance(part, Surrounding) and not isinstance(part, type):
         return Plan(surroundings=(part,))
-    shown = type(part).__name__ if isinstance(part, (Optimizer, nn.Module)) else f"{part!r:.60}"
     raise TypeError(
-        f"{shown} is not a part: give parts one by one, `accumulate(4), amp(), frozen(module)`, "
-        "several optimizers in one list, the rest by name, `module=model, after=scheduler.step`"
+        f"{part!r:.60} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
+        "one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
     )

@@ -51,11 +51,11 @@ class Plan:
             a, b = getattr(self, name), getattr(other, name)
             if name in ("modules", "lengths", "after", "surroundings"):
                 both[name] = a + b
-            elif a == unset or b == unset:
-                both[name] = b if a == unset else a
-            else:
-                given = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
-                raise ValueError(f"{given}: keep one of them")
+                continue
+            twice = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
+            fits = unset in (a, b) or (name == "window" and a is b)
+            check(fits, ValueError, f"{twice}: keep one of them")
+            both[name] = b if a == unset else a
         return Plan(**both)
 
     def optimized(self) -> list[list[nn.Parameter]]:

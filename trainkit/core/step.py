@@ -8,6 +8,7 @@ given in, a micro-batch runs in this one::
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import types
@@ -396,17 +397,17 @@ class MicroBatch:
         forget(step._plan.optimizers)
         result._skipped, result.grad_norm = verdict.skipped, verdict.norm
         result._settle = step.settle
-        streak = 0 if verdict.found_inf is None else step._updater.learn(verdict.found_inf)
-        for watcher in step._watchers:
-            watcher.after_update(step, window, verdict)
-        if streak:
-            from trainkit.advice import too_many_skips
+        with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
+            for watcher in reversed(step._watchers):
+                watching.callback(watcher.after_update, step, window, verdict)
+            if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):
+                from trainkit.advice import too_many_skips
 
-            raise too_many_skips(step, streak)
-        if own is None or verdict.skipped is True:
-            window.drop()
-        if owed is not None and owed.known():
-            step.settle()
+                raise too_many_skips(step, count)
+            if own is None or verdict.skipped is True:
+                window.drop()
+            if owed is not None and owed.known():
+                step.settle()
 
     def leave(self) -> None:
         """Leave what surrounds the micro-batch. May be called again if it was interrupted.

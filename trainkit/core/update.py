@@ -105,6 +105,7 @@ class Updater:
         if own is None and window.can_fuse and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
             verdict = Verdict(told.get("found_inf", False), found_inf, norm)
+            window.narrow()
             return verdict, functools.partial(step_all, optimizers, told)
         factor = self._factor(divisor, norm)
         if factor is None:
@@ -142,8 +143,7 @@ class Updater:
             value, by = norm.item(), divisor
         if not (value < math.inf and 0 < by < math.inf):
             return None
-        clip = min(1.0, self.max_norm / (value + 1e-6))
-        return clip / by
+        return min(1.0, self.max_norm / (value + 1e-6)) / by
 
     def learn(self, found_inf: Tensor) -> int:
         """Move the loss scale by the rule of ``GradScaler``: halved by an overflow, doubled after

@@ -119,7 +119,7 @@ class Window:
         return gradients
 
     def narrow(self) -> None:
-        """Give the true gradients the dtype of their parameters, just before an update."""
+        """Give the gradients the dtype of their parameters, just before an update."""
 
     def drop(self) -> None:
         """Forget the sums, and clear ``.grad`` where they are lent."""

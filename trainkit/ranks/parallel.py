@@ -5,7 +5,6 @@ The wrappers of PyTorch do the work. They are told which backward is a window's 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,14 +15,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.ranks.collectives import all_gather_ints as tell_all
+from trainkit.ranks.collectives import all_gather_objects as everyone
+from trainkit.ranks.collectives import cpu_group as cpu_group
+from trainkit.ranks.collectives import rank as this_rank
+from trainkit.ranks.collectives import world_size as count_ranks
 
-def count_ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def this_rank() -> int:
-    return dist.get_rank() if count_ranks() > 1 else 0
+__all__ = ["count_ranks", "cpu_group", "everyone", "tell_all", "this_rank"]
 
 
 class Wrappers:
@@ -274,35 +272,3 @@ def over_ranks(
 
 def _full(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def tell_all(group: Any, *numbers: int) -> Tensor:
-    """What every rank of a group has to say, int64, one row for each; over the CPU, where nobody waits for an accelerator."""
-    mine = torch.tensor(numbers)
-    on_cpu = _on_cpu(group or dist.group.WORLD)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(on_cpu))]
-    dist.all_gather(everyone, mine, on_cpu)
-    return torch.stack(everyone)
-
-
-def everyone(value: Any) -> list[Any]:
-    """What every rank gives here, in their order; waits for all of them."""
-    values: list[Any] = [value] * count_ranks()
-    if len(values) > 1:
-        dist.all_gather_object(values, value, cpu_group())
-    return values
-
-
-def cpu_group() -> Any:
-    """All ranks, over the CPU; None where torch.distributed is not in use."""
-    return _on_cpu(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
-
-
-@functools.lru_cache(maxsize=4)
-def _on_cpu(group: Any) -> Any:
-    """A group of the same ranks that carries tensors of the CPU."""
-    if "gloo" in dist.get_backend_config(group):
-        return group
-    return dist.new_group(
-        dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
-    )

@@ -1,8 +1,8 @@
-"""The objects of a run: what each of them keeps, and how that is put back."""
+"""The objects of a run: what each of them keeps, and how it is put back."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -10,187 +10,170 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from trainkit.core.plan import check
 from trainkit.core.step import Step
 from trainkit.core.warning import warn
-from trainkit.layers.language import unwrapped
-from trainkit.ranks.parallel import Wrappers
 from trainkit.saving.randomness import is_source
 
 T = TypeVar("T")
 
 
 class Objects:
-    """Objects by name; modules without what data parallelism and torch.compile have put around them.
+    """Objects by name; modules without what data parallelism and torch.compile put around them.
 
     Raises:
         TypeError: for an object without a state.
-        ValueError: where no step is among them, or a module is wrapped in FSDP1.
+        ValueError: without a step, or for a module in FSDP1.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
+        from trainkit.layers.language import unwrapped
+
         for name, thing in given.items():
             _check_object(name, thing)
         self.steps = [thing for thing in given.values() if isinstance(thing, Step)]
-        if not self.steps:
-            raise ValueError(
-                f"got {', '.join(given) or 'no objects'}, and no step, which knows the places between two micro-batches: "
-                "`resumable(path, model=model, optimizer=optimizer, step=step)`"
-            )
+        advice = "`resumable(path, model=model, optimizer=optimizer, step=step)`"
+        message = (
+            f"got {', '.join(given) or 'no objects'}, and no step, between whose calls to save"
+        )
+        check(bool(self.steps), ValueError, f"{message}: {advice}")
+        self.names = set(given)
         self.sources = {name: thing for name, thing in given.items() if is_source(thing)}
-        self.others = {
+        self.stateful = {
             name: unwrapped(thing) if isinstance(thing, nn.Module) else thing
             for name, thing in given.items()
             if name not in self.sources
         }
-        self.names = set(given)
+
+    def of(self, kind: type[T]) -> dict[str, T]:
+        """The objects of a kind."""
+        return {name: thing for name, thing in self.stateful.items() if isinstance(thing, kind)}
 
     def warn_of_missing(self) -> None:
-        """Warns where a step changes what is not among them."""
-        known = {id(thing) for thing in self.others.values()}
+        """Warn if a step changes what is not among the objects."""
+        given = {id(thing) for thing in self.stateful.values()}
+        given |= {id(p) for module in self.of(nn.Module).values() for p in module.parameters()}
         plans = [step._plan for step in self.steps]
-        called = (getattr(call, "__self__", None) for plan in plans for call in plan.after)
-        used = chain(
-            (o for plan in plans for o in plan.optimizers),
-            (thing for thing in called if hasattr(thing, "state_dict")),
-        )
-        missing = [type(thing).__name__ for thing in used if id(thing) not in known]
-        parameters = {id(p) for module in self.of(nn.Module).values() for p in module.parameters()}
-        if unknown := sum(id(p) not in parameters for plan in plans for p in plan.parameters()):
+        owners = [getattr(call, "__self__", None) for plan in plans for call in plan.after]
+        used: list[Any] = [optimizer for plan in plans for optimizer in plan.optimizers]
+        used += [owner for owner in owners if hasattr(owner, "state_dict")]
+        missing = [type(thing).__name__ for thing in used if id(thing) not in given]
+        if unknown := sum(id(p) not in given for plan in plans for p in plan.parameters()):
             missing.append(f"{unknown} parameters")
         if missing:
             warn(
-                f"the step changes what is not among the objects, and would not go on from where it was: {', '.join(missing)}; "
-                "give it, `resumable(path, model=model, optimizer=optimizer, schedule=schedule, step=step)`"
+                f"the step changes {', '.join(missing)}, which would not be saved: give all of it, "
+                "`resumable(path, model=model, optimizer=optimizer, schedule=schedule, step=step)`"
             )
 
     def not_finite(self) -> str:
-        """The first parameter that is not finite, or buffer with a nan; else "". A mask may hold -inf."""
+        """The first parameter that is not finite, or buffer with a nan; "" if there is none."""
         for name, module in self.of(nn.Module).items():
-            buffers = (
-                (key, ~found.isnan())
-                for key, buffer in module.named_buffers()
-                if (found := _floats(buffer)) is not None
-            )
-            parameters = (
-                (key, found.isfinite())
-                for key, p in module.named_parameters()
-                if (found := _floats(p)) is not None
-            )
-            for key, good in chain(parameters, buffers):
-                if not good.all():
+            buffers = {id(buffer) for buffer in module.buffers()}
+            for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    continue
+                local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                if local.element_size() == 1:  # float8 has no isnan
+                    local = local.float()
+                # A buffer may be a mask of -inf.
+                if (local.isnan() if id(tensor) in buffers else ~local.isfinite()).any():
                     return f"{name}.{key}"
         return ""
 
-    def of(self, kind: type[T]) -> dict[str, T]:
-        """Those of a kind."""
-        return {name: thing for name, thing in self.others.items() if isinstance(thing, kind)}
+    def states(self, positioned: Container[str]) -> dict[str, Any]:
+        """The states by name; None for generators, for ``positioned`` and for unread loaders."""
+        states: dict[str, Any] = dict.fromkeys(self.names)
+        for name, thing in self._kept(positioned):
+            states[name] = thing if type(thing) in (list, dict) else thing.state_dict()
+        return states
 
-    def states(self, placed: Container[str]) -> dict[str, Any]:
-        """The states by name; None for those that ``placed`` has, for generators, and for loaders nobody has read yet."""
-        found: dict[str, Any] = dict.fromkeys(self.names)
-        for name, thing in self.others.items():
-            if name not in placed and not isinstance(
-                thing, DataLoader
-            ):  # asking one that is not read would disturb it
-                found[name] = thing if type(thing) in (list, dict) else thing.state_dict()
+    def shared(self, states: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors in ``states`` that all ranks share: parameters, states of optimizers."""
+        found: dict[str, Tensor] = {}
+        for name in self.of(Optimizer):
+            found.update(_tensors(name, states[name]))
+        for name, module in self.of(nn.Module).items():
+            known = {f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)}
+            found.update((key, t) for key, t in _tensors(name, states[name]) if key in known)
+        return {key: tensor for key, tensor in found.items() if tensor.dim() > 0}
+
+    def patterns(self) -> dict[str, Tensor]:
+        """Parameters, by their keys in states, or by the beginning of the keys of their states."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.of(nn.Module).items():
+            found.update(_tensors(name, module.state_dict()))
+        for name, optimizer in self.of(Optimizer).items():
+            parameters = (p.detach() for group in optimizer.param_groups for p in group["params"])
+            found.update((f"{name}.state.{i}", p) for i, p in enumerate(parameters))
         return found
 
-    def shared(self) -> set[str]:
-        """The keys of states, ``"model.0.weight"``, and names, below which all ranks have the same. Buffers need not be."""
-        modules = self.of(nn.Module).items()
-        return set(self.of(Optimizer)) | {
-            f"{name}.{key}"
-            for name, module in modules
-            for key, _ in module.named_parameters(remove_duplicate=False)
-        }
-
-    def sharded(self) -> dict[str, Tensor]:
-        """DTensors: by the key of a parameter, and by the key below which an optimizer keeps what is of the same shape."""
-        found: dict[str, Any] = {}
-        for name, thing in self.others.items():
-            if isinstance(thing, nn.Module):
-                found.update({f"{name}.{key}": value for key, value in thing.state_dict().items()})
-            elif isinstance(thing, Optimizer):
-                parameters = (p for group in thing.param_groups for p in group["params"])
-                found.update({f"{name}.state.{i}": p.detach() for i, p in enumerate(parameters)})
-        return {key: value for key, value in found.items() if hasattr(value, "full_tensor")}
-
     def misfit(self, states: Mapping[str, Any]) -> str:
-        """How the states of models and optimizers do not fit, or ""; the others see to it themselves."""
-        for name, thing in self.others.items():
-            if not isinstance(thing, (nn.Module, Optimizer)):
-                continue
-            was, now = _forms(thing, states[name]), _forms(thing, thing.state_dict())
-            for key in {**was, **now}:
-                if was.get(key) != now.get(key):
-                    return f"{name}.{key} was {was.get(key, 'not there')}, and is {now.get(key, 'not there')}"
+        """How states do not fit names, modules and optimizers, or ""; others check theirs."""
+        was, now = (", ".join(sorted(names)) for names in (states, self.names))
+        if was != now:
+            return f"it is of {was}, and the objects are {now}"
+        things: dict[str, Any] = {**self.of(nn.Module), **self.of(Optimizer)}
+        for name, thing in things.items():
+            there, here = _forms(name, thing, states[name]), _forms(name, thing, thing.state_dict())
+            for key in {**there, **here}:
+                was, now = there.get(key, "missing"), here.get(key, "missing")
+                if was != now:
+                    return f"{key} was {was} and is {now}"
         return ""
 
-    def load(self, states: Mapping[str, Any], placed: Mapping[str, Any]) -> None:
-        """Puts back what ``states`` gave."""
-        for name, thing in self.others.items():
-            state = states[name]
-            if name in placed or isinstance(thing, DataLoader):
-                continue
+    def load(self, states: Mapping[str, Any], positioned: Container[str]) -> None:
+        """Put back what ``states`` returned."""
+        for name, thing in self._kept(positioned):
             if type(thing) is list:
-                thing[:] = state
+                thing[:] = states[name]
             elif type(thing) is dict:
                 thing.clear()
-                thing.update(state)
+                thing.update(states[name])
             else:
-                if isinstance(thing, nn.Module) and hasattr(
-                    fresh := thing.state_dict(), "_metadata"
-                ):
-                    state._metadata = (
-                        fresh._metadata
-                    )  # the versions of its modules, which this one has, too
-                thing.load_state_dict(state)
+                thing.load_state_dict(states[name])
+
+    def _kept(self, positioned: Container[str]) -> Iterator[tuple[str, Any]]:
+        for name, thing in self.stateful.items():
+            # To ask a loader that is not being read for its state would start it.
+            if name not in positioned and not isinstance(thing, DataLoader):
+                yield name, thing
 
 
 def _check_object(name: str, thing: Any) -> None:
-    is_stateful = (
-        hasattr(thing, "state_dict")
-        and hasattr(thing, "load_state_dict")
-        and not isinstance(thing, type)
-    )
-    if not (is_stateful or is_source(thing) or type(thing) in (list, dict)):
+    has_state = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    is_kept = has_state or is_source(thing) or type(thing) in (list, dict)
+    if isinstance(thing, type) or not is_kept:
         raise TypeError(
-            f"{name} is {thing!r}, and has no state_dict and load_state_dict: objects are models, optimizers, schedulers, steps, "
-            "generators of random numbers, lists, dicts and whatever has these two"
+            f"{name}={thing!r} has no state_dict and load_state_dict: give models, optimizers, "
+            f"schedulers, steps, generators, lists or dicts, `{name}=[...]`"
         )
-    if isinstance(thing, nn.Module) and Wrappers((thing,)).shard_norms:
-        raise ValueError(
-            f"{name} is wrapped in FullyShardedDataParallel, whose state is of one number of ranks: wrap with FSDP2, "
-            "`torch.distributed.fsdp.fully_shard(model)`"
-        )
+    parts = thing.modules() if isinstance(thing, nn.Module) else ()
+    is_fsdp1 = any(type(part).__name__ == "FullyShardedDataParallel" for part in parts)
+    advice = "use FSDP2, `torch.distributed.fsdp.fully_shard(model)`"
+    check(
+        not is_fsdp1, ValueError, f"the state of {name}, in FSDP1, fits these ranks only: {advice}"
+    )
 
 
-def _forms(thing: nn.Module | Optimizer, state: Mapping[str, Any]) -> dict[str, str]:
-    """What of a state must fit the object: shapes and dtypes of a module; of an optimizer, how many parameters, with what set."""
-    if isinstance(thing, Optimizer):
-        # A step of AdamW fails without the betas that SGD has not. Flags are more from version to version, and torch adds them.
-        known = [
-            key
-            for key, value in thing.defaults.items()
-            if not (value is None or isinstance(value, bool))
-        ]
-        groups = (
-            [f"of {len(group['params'])} parameters", *(k for k in known if k in group)]
-            for group in state["param_groups"]
-        )
-        return {f"param_groups.{i}": ", ".join(words) for i, words in enumerate(groups)}
-    tensors = ((key, value) for key, value in state.items() if isinstance(value, Tensor))
-    return {
-        key: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        for key, value in tensors
-    }
+def _tensors(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, by their keys."""
+    if isinstance(state, Tensor):
+        yield key, state
+    elif isinstance(state, dict):
+        for name, part in state.items():
+            yield from _tensors(f"{key}.{name}", part)
 
 
-def _floats(tensor: Tensor) -> Tensor | None:
-    """What this rank has of a tensor of floats; None for another."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return (
-        local.float() if local.element_size() == 1 else local
-    )  # float8 knows neither inf nor how to be asked
+def _forms(name: str, thing: nn.Module | Optimizer, state: Mapping[str, Any]) -> dict[str, str]:
+    """What must fit: dtypes and shapes; of an optimizer, parameters and options of each group."""
+    if isinstance(thing, nn.Module):
+        found = _tensors(name, state)
+        return {k: f"{t.dtype}{list(t.shape)}".removeprefix("torch.") for k, t in found}
+    # Without flags: new versions of PyTorch add some, and fill them in.
+    options = [k for k, v in thing.defaults.items() if not (v is None or isinstance(v, bool))]
+    forms = {}
+    for i, group in enumerate(state.get("param_groups", ())):
+        known = [f"{len(group['params'])} parameters", *(k for k in options if k in group)]
+        forms[f"{name}.param_groups.{i}"] = ", ".join(known)
+    return forms

@@ -1,157 +1,113 @@
-"""A bar for a loop over a loader, with the numbers of the windows that close in it: ``step.over(loader, progress=True)``."""
+"""The progress bar of ``step.over(loader, progress=True)``."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from trainkit.chunks.batches import tensors
-from trainkit.core.loaders import length_of
-from trainkit.ranks.parallel import this_rank
+from torch import Tensor, distributed
+
+from trainkit.core.loop import length_of
+from trainkit.core.plan import check
+from trainkit.watch.optional import optional
 from trainkit.watch.readings import Readings, Smoothed
 
 T = TypeVar("T")
-_BAR_EXAMPLE = (
-    "`step.over(loader, progress=True)`, or with arguments for tqdm, `progress={'desc': 'epoch 3'}`"
-)
+_CALL = "`step.over(loader, progress=True)` or `step.over(loader, progress={'desc': 'epoch 3'})`"
+_COLUMNS = {"loss": "loss", "norm": "grad_norm", "lr": "lr", "scale": "loss_scale"}
 
 
 def with_progress(
     batches: Iterator[T], loader: Iterable[T], steps: Sequence[Any], progress: Any
 ) -> Iterator[T]:
-    """The batches of a loop over ``loader``, with a bar; on rank 0 alone. See ``Step.over``."""
-    if progress is not True and not isinstance(progress, Mapping):
-        raise TypeError(f"progress is True, False or a mapping, got {progress!r}: {_BAR_EXAMPLE}")
-    try:
-        tqdm = importlib.import_module("tqdm.auto").tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress shows a bar of tqdm, which is not installed: `pip install tqdm`"
-        ) from error
-    if this_rank() > 0:
+    """Iterate over ``batches`` and show a bar of tqdm, on rank 0 alone. See ``Step.over``."""
+    is_known = progress is True or isinstance(progress, Mapping)
+    check(is_known, TypeError, f"progress is a bool or a mapping, got {progress!r}: {_CALL}")
+    tqdm = optional("tqdm.auto", "progress").tqdm
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return batches
     options = {"total": length_of(loader) or None} | ({} if progress is True else dict(progress))
     return _with_bar(batches, functools.partial(tqdm, **options), steps)
 
 
-def _with_bar(batches: Iterator[T], make_bar: Any, steps: Sequence[Any]) -> Iterator[T]:
-    resumable = steps[0]._resumable
-    outer = None if resumable is None else resumable._place.current
+def _with_bar(
+    batches: Iterator[T], make_bar: Callable[[], Any], steps: Sequence[Any]
+) -> Iterator[T]:
     try:
         bar = make_bar()
-    except KeyError as error:  # so tqdm says it
-        raise TypeError(f"progress has what tqdm does not take, {error}: {_BAR_EXAMPLE}") from error
+    except KeyError as error:
+        raise TypeError(f"progress has an argument that tqdm refuses, {error}: {_CALL}") from error
     if bar.disable:
         yield from batches
         return
-    numbers = _Numbers(bar, steps)
+    shown = [_StepNumbers(step) for step in steps]
+    seen = rows = 0
     try:
         for batch in batches:
-            if (
-                resumable is not None
-                and not numbers.batches
-                and resumable._place.current is not outer
-            ):
-                # Resuming has passed over these, and they took no time.
-                bar.initial = bar.n = bar.last_print_n = (
-                    bar.initial + resumable._place.current.delivered - 1
-                )
+            if seen == 0 and (index := steps[0]._delivery.number):
+                # Resuming passed over batches that were trained before, and took no time now.
+                bar.initial = bar.n = bar.last_print_n = bar.initial + index
                 bar.unpause()
-            numbers.count(batch)
+            seen, rows = seen + 1, rows + _rows(batch)
             yield batch
-            if (
-                time.time() - bar.last_print_t >= bar.mininterval
-            ):  # and not every time that it will not be seen
-                numbers.ask()
-                numbers.show()
+            if time.time() - bar.last_print_t >= bar.mininterval:  # the bar is about to be drawn
+                for numbers in shown:
+                    numbers.readings.ask()
+                bar.set_postfix_str(", ".join(_texts(bar, shown, seen, rows)), refresh=False)
             bar.update()
     finally:
         try:
-            batches.close()  # type: ignore[attr-defined]  # which waits for the last numbers
+            batches.close()  # type: ignore[attr-defined]  # a generator that flushes the readings
         finally:
-            numbers.close()
+            for numbers in shown:
+                numbers.readings.close()
+            bar.set_postfix_str(", ".join(_texts(bar, shown, seen, rows)), refresh=False)
+            if seen == 0:  # a resumed run had finished this pass before
+                bar.leave = False
+            bar.close()
 
 
-class _Numbers:
-    """What a bar says behind it: the latest numbers that have arrived, of all steps that go over the loader."""
+class _StepNumbers:
+    """What a bar shows of one step: its latest window that has arrived, and sums over windows."""
 
-    def __init__(self, bar: Any, steps: Sequence[Any]) -> None:
-        self.batches = 0
-        self._bar = bar
-        self._rows = 0
-        self._weight = 0.0  # of windows that have arrived
-        self._losses = [Smoothed(0.1) for _ in steps]
-        self._latest: list[dict[str, float]] = [{} for _ in steps]
-        self._skipped = [0] * len(steps)
-        self._readings = [
-            Readings(step, functools.partial(self._take, i), least=256)
-            for i, step in enumerate(steps)
-        ]
+    def __init__(self, step: Any) -> None:
+        self.readings = Readings(step, self._take, least=256)
+        self.latest: dict[str, float] = {}
+        self.skipped, self.weight = 0, 0.0
+        self._loss = Smoothed(0.1)
 
-    def count(self, batch: Any) -> None:
-        self.batches += 1
-        self._rows += next(map(len, tensors(batch)), 0)
-
-    def close(self) -> None:
-        """Watches no longer, and leaves the bar as it is now."""
-        for readings in self._readings:
-            readings.close()
-        self.show()
-        if not self.batches:
-            self._bar.leave = False  # nothing came: an epoch that was over before a run was stopped
-        self._bar.close()
-
-    def _take(self, i: int, numbers: dict[str, float]) -> None:
-        self._latest[i] = numbers | {"loss": self._losses[i].add(numbers["loss"])}
-        self._skipped[i] += bool(numbers["skipped"])
-        if i == 0:
-            self._weight += numbers.get("weight", 0.0)
-
-    def ask(self) -> None:
-        """Takes what has arrived, and has the device send what is new."""
-        for readings in self._readings:
-            readings.ask()
-
-    def show(self) -> None:
-        """Has the bar say them when it is drawn next."""
-        self._bar.set_postfix_str(", ".join(self._texts()), refresh=False)
-
-    def _texts(self) -> Iterator[str]:
-        rates = dict.fromkeys(name for readings in self._readings for name in readings.rates)
-        for name, columns in (
-            ("loss", ["loss"]),
-            ("norm", ["grad_norm"]),
-            ("lr", rates),
-            ("scale", ["loss_scale"]),
-        ):
-            form = ".6g" if name == "scale" else ".4g"
-            values = [
-                format(latest[column], form)
-                for latest in self._latest
-                for column in columns
-                if column in latest
-            ]
-            if values:
-                yield f"{name} {'/'.join(values)}"
-        if any(self._skipped):
-            yield f"skipped {'/'.join(map(str, self._skipped))}"
-        state = self._bar.format_dict
-        done = self._bar.n - (self._bar.initial or 0)
-        rate = state["rate"] or (done / state["elapsed"] if state["elapsed"] else 0)
-        # Weights may be rows, and windows lag behind batches.
-        amount, unit = (
-            (self._weight, "tokens") if self._weight > self._rows else (self._rows, "rows")
-        )
-        if rate and amount:
-            yield f"{_short(amount / self.batches * rate)} {unit}/s"
+    def _take(self, numbers: dict[str, float]) -> None:
+        self.latest = numbers | {"loss": self._loss.add(numbers["loss"])}
+        self.skipped += int(numbers["skipped"])
+        self.weight += numbers.get("weight", 0.0)
 
 
-def _short(value: float) -> str:
-    """Three digits: 12.3, 1.23k, 45.6M."""
-    value = float(f"{value:.3g}")
-    power = min(int(math.log10(value)) // 3, 4) if value >= 1 else 0
-    return f"{value / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"
+def _texts(bar: Any, shown: Sequence[_StepNumbers], seen: int, rows: int) -> Iterator[str]:
+    """What a bar shows behind its counts, after ``seen`` batches with ``rows`` rows in all."""
+    latest = [item for numbers in shown for item in numbers.latest.items()]
+    for title, column in _COLUMNS.items():
+        form = ".6g" if title == "scale" else ".4g"
+        values = [format(x, form) for name, x in latest if name.partition("/")[0] == column]
+        if values:
+            yield f"{title} {'/'.join(values)}"
+    if any(numbers.skipped for numbers in shown):
+        yield f"skipped {'/'.join(str(numbers.skipped) for numbers in shown)}"
+    state = bar.format_dict
+    batches_per_second = state["rate"] or (bar.n - bar.initial) / (state["elapsed"] or math.inf)
+    # A weight may count rows, or tokens, which are more. It arrives later than its batch.
+    tokens = shown[0].weight
+    amount, unit = (tokens, "tokens") if tokens > rows else (rows, "rows")
+    if batches_per_second and amount:
+        yield f"{bar.format_sizeof(amount / seen * batches_per_second)} {unit}/s"
+
+
+def _rows(batch: Any) -> int:
+    """The length of the first tensor in a batch; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    return next(filter(None, map(_rows, batch)), 0) if isinstance(batch, (tuple, list)) else 0

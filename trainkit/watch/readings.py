@@ -1,182 +1,143 @@
-"""What each window of a step came to, in numbers that nobody waits for: what ``History`` keeps and a progress bar shows."""
+"""The numbers of every window that a step closes, read without waiting for the device."""
 
 from __future__ import annotations
 
 import math
+import operator
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainkit.core.answer import Answer
+from trainkit.core.update import Answer, Verdict
 from trainkit.core.window import Window
+
+# The numbers of a window by name; None for a number that is still on the device.
+Row = list[tuple[str, float | None]]
 
 
 class Readings:
-    """Watches a step, and hands the numbers of every window that it closes to ``take``, in order, as they arrive.
+    """A watcher of a step that hands the numbers of every window to ``take``, in order.
 
-    A window leaves its numbers on the device. When those of ``least`` windows are there and no others are on their way, all of
-    them are copied together, without waiting; the end of the first window that finds a copy arrived hands it over. ``flush``
-    waits. From a CPU they arrive at once.
+    Numbers stay on the device until ``least`` windows are waiting and no earlier copy is under way.
+    Then all of them are copied together without blocking, and the first window that closes after
+    their arrival hands them over. ``flush`` waits for them. From a CPU they arrive at once.
 
-    ``take`` gets a dict, without what a step does not have: ``update``, the number of the window, skipped ones counted; ``loss``,
-    the weighted mean of the window; ``grad_norm``, as ``StepResult`` has it; ``lr`` or ``lr/0``, ``lr/1``, of the first group of
-    each optimizer, and ``loss_scale``: both as this update was made with them; ``skipped``; ``weight``, the sum of the weights;
-    ``seconds`` since this was made; ``peak_memory``, in bytes, when the copy was asked for.
+    ``take`` receives a dict of floats with the names of ``History.columns``, apart from those that
+    the window has no number for.
     """
 
     def __init__(self, step: Any, take: Callable[[dict[str, float]], None], least: int) -> None:
         count = len(step._plan.optimizers)
         self.rates = ["lr"] if count == 1 else [f"lr/{i}" for i in range(count)]
-        self._step, self._take, self.least = step, take, least
-        self._began = time.perf_counter()
-        self._used: dict[str, Any] = {}
-        # A row has numbers, and tensors of one dimension or none in the place of numbers that have not arrived.
-        self._waiting: list[dict[str, Any]] = []
-        self._coming: deque[dict[str, Any]] = deque()
-        self._answers: list[tuple[Answer, list[tuple[dict[str, Any], str, int]]]] = []
+        self.began = time.perf_counter()
+        self._step, self._take, self._least = step, take, least
+        self._settings: dict[str, Any] = {}
+        self._waiting: list[tuple[Row, Tensor]] = []
+        self._copy: Answer | None = None
+        self._copied: list[Row] = []
+        self._arrived: deque[dict[str, float]] = deque()
         step._watchers = [*step._watchers, self]
 
-    def before_update(self) -> None:
-        """Notes what the update is made with: the scale moves in place after it, a learning rate in the code of a generator."""
-        groups, scale = (
-            (o.param_groups[0] for o in self._step._plan.optimizers),
-            self._step._scaler.loss_scale,
-        )
-        self._used = {
-            name: _kept(group["lr"])
-            for name, group in zip(self.rates, groups, strict=True)
-            if "lr" in group
+    def before_update(self, step: Any) -> None:
+        """Note the learning rates and the loss scale that the update is made with."""
+        rates = [optimizer.param_groups[0].get("lr") for optimizer in step._plan.optimizers]
+        settings = dict(zip(self.rates, rates, strict=True), loss_scale=step._updater.scale)
+        # Schedulers change a learning rate in place, and the loss scale moves in place.
+        self._settings = {
+            name: value.clone().reshape(()) if isinstance(value, Tensor) else value
+            for name, value in settings.items()
         }
-        if scale is not None:
-            self._used["loss_scale"] = _kept(scale.value)
 
-    def after_update(self, window: Window, skipped: bool | Tensor, norm: Tensor | None) -> None:
-        """Notes what the update came to."""
-        # A copy now: the output of a CUDA graph is another at its next run.
-        losses, weights = torch.stack(window.losses), window.weights
-        row = self._used | {
-            "update": self._step._closed,
-            "losses": losses,
-            "weights": _stacked(weights, losses.device)
-            if any(isinstance(weight, Tensor) for weight in weights)
-            else weights,
-            "is_weighted": window.weighted,
-            "skipped": skipped,
-            "seconds": time.perf_counter() - self._began,
-        }
-        if norm is not None:
-            row["grad_norm"] = norm
-        self._waiting += [row]
+    def after_update(self, step: Any, window: Window, verdict: Verdict) -> None:
+        """Note the numbers of the window, and hand over what has arrived."""
+        seconds = time.perf_counter() - self.began
+        found = {"update": step._closed, "weighted": window.weighted, "seconds": seconds}
+        found |= {"skipped": verdict.skipped, "grad_norm": verdict.norm, **self._settings}
+        pairs = [(name, value) for name, value in found.items() if value is not None]
+        pairs += [("losses", loss) for loss in window.losses]
+        pairs += [("weights", weight) for weight in window.weights]
+        row = [(name, None if isinstance(value, Tensor) else value) for name, value in pairs]
+        self._waiting += [(row, _joined([x for _, x in pairs if isinstance(x, Tensor)]))]
+        self.ask(self._least)
 
     def ask(self, least: int = 1) -> None:
-        """Hands over what has arrived, and has what waits copied, if that is so many windows; waits for nothing."""
+        """Hand over what has arrived, and start a copy if ``least`` windows wait; never blocks."""
         self._hand_over()
-        if not self._answers and len(self._waiting) >= least:
-            self._send()
+        if self._copy is None and len(self._waiting) >= least:
+            self._start_copy()
             self._hand_over()
 
     def flush(self) -> None:
-        """Hands over all there is; waits for it."""
-        while self._answers or self._waiting or self._coming:
+        """Hand over the numbers of all windows, waiting for the device if necessary."""
+        self._hand_over(wait=True)
+        if self._waiting:
+            self._start_copy()
             self._hand_over(wait=True)
-            self._send()
-
-    def restart(self, seconds: float) -> None:
-        """Forgets what was not handed over, and goes on counting time from there."""
-        self._waiting, self._answers, self._began = [], [], time.perf_counter() - seconds
-        self._coming.clear()
 
     def close(self) -> None:
-        """Watches no longer."""
+        """Stop watching the step."""
         self._step._watchers = [watcher for watcher in self._step._watchers if watcher is not self]
 
     @property
     def pending(self) -> int:
-        """How many windows were not handed over."""
-        return len(self._waiting) + len(self._coming)
+        """The number of windows that were not handed over."""
+        return len(self._waiting) + len(self._copied) + len(self._arrived)
 
-    def _send(self) -> None:
-        """Has the numbers of all windows that wait copied from the device: as a rule, in one piece."""
-        rows = self._waiting
-        if not rows:
-            return
-        memory = _peak_memory(rows[-1]["losses"].device)
-        pieces: dict[Any, list[tuple[dict[str, Any], str, Tensor]]] = {}
-        for row in rows:
-            row.update(memory)
-            for name, value in row.items():
-                if isinstance(value, Tensor):
-                    pieces.setdefault((value.device, value.dtype), []).append(
-                        (row, name, value.reshape(-1))
-                    )
-        answers = [
-            (
-                Answer(torch.cat([part for *_, part in found])),
-                [(row, name, part.numel()) for row, name, part in found],
-            )
-            for found in pieces.values()
-        ]
-        # In one assignment, which no signal comes between.
-        self._answers, self._coming, self._waiting = answers, deque(rows), []
+    def _start_copy(self) -> None:
+        numbers = torch.cat([tensor for _, tensor in self._waiting])
+        rows = [row for row, _ in self._waiting]
+        if numbers.is_cuda:  # once for all rows: this call takes as long as a small window
+            peak = torch.cuda.max_memory_allocated(numbers.device)
+            rows = [[*row, ("peak_memory", peak)] for row in rows]
+        # One statement, so that Ctrl-C cannot lose or repeat a window. The same below.
+        self._copy, self._copied, self._waiting = Answer(numbers), rows, []
 
     def _hand_over(self, wait: bool = False) -> None:
-        if self._answers and (wait or all(answer.known() for answer, _ in self._answers)):
-            for answer, places in self._answers:
-                numbers = iter(answer.read().tolist())  # type: ignore[union-attr]
-                for row, name, count in places:
-                    row[name] = [next(numbers) for _ in range(count)]
-            self._answers = []
-        while self._coming and not self._answers:
-            self._take(_numbers(self._coming.popleft()))
+        if self._copy is not None and (wait or self._copy.known()):
+            numbers = iter(self._copy.read().tolist())  # type: ignore[union-attr]
+            arrived = deque([_completed(row, numbers) for row in self._copied])
+            self._copy, self._copied, self._arrived = None, [], arrived
+        while self._arrived:
+            self._take(self._arrived.popleft())
 
 
-def _kept(value: Any) -> Any:
-    """A number as it is now: tensors change in place."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _joined(numbers: list[Tensor]) -> Tensor:
+    """A copy of 0-d tensors in one tensor, on the accelerator if one of them is there.
+
+    It must be a copy: the next run of a CUDA graph writes its loss to the same memory.
+    """
+    device = next((x.device for x in numbers if not x.is_cpu), numbers[0].device)
+    here = [x if x.device == device else x.to(device, non_blocking=True) for x in numbers]
+    return torch.stack(here).detach()
 
 
-def _stacked(weights: Sequence[Any], device: torch.device) -> Tensor:
-    # A number goes to the device as an operation, which nothing waits for, as for a copy.
-    return torch.stack(
-        [w if isinstance(w, Tensor) else torch.full((), w, device=device) for w in weights]
-    )
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    # Once for all windows of a copy: asking takes as long as a small window.
-    return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row that has arrived, as ``take`` gets it."""
-    losses, weights, is_weighted = row.pop("losses"), row.pop("weights"), row.pop("is_weighted")
-    numbers = {
-        name: float(value[0] if isinstance(value, list) else value) for name, value in row.items()
-    }
-    total = float(sum(weights))
-    numbers["loss"] = (
-        sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / total
-        if total
-        else math.nan
-    )
-    if is_weighted:
+def _completed(row: Row, arrived: Iterator[float]) -> dict[str, float]:
+    """The numbers of a window with those that have arrived, and with the mean of its losses."""
+    values = defaultdict(list)
+    for name, value in row:
+        values[name].append(float(next(arrived) if value is None else value))
+    losses, weights, (weighted,) = (values.pop(n) for n in ("losses", "weights", "weighted"))
+    numbers = {name: value for name, (value,) in values.items()}
+    total = sum(weights)
+    numbers["loss"] = sum(map(operator.mul, losses, weights)) / total if total else math.nan
+    if weighted:
         numbers["weight"] = total
     return numbers
 
 
 class Smoothed:
-    """A moving average of finite numbers, each of which takes the share ``share``; from the first on without a bias."""
+    """A moving average without bias at its start, in which a new number has the share ``share``."""
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._sum = self._total = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more number; or this itself where it is not finite, and then it is left out."""
+        """Add a number and return the average; a number that is not finite is returned as it is."""
         if not math.isfinite(value):
             return value
         self._sum += self._share * (value - self._sum)

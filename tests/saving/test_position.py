@@ -1,0 +1,284 @@
+"""Stopping at any moment and running the script again gives the same bits as not stopping."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from saving_runs import (
+    ALWAYS,
+    LOADERS,
+    Killed,
+    Rows,
+    batches,
+    run_small,
+    same,
+    same_when_killed,
+    small,
+    train,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from trainkit import accumulate, resumable, train_step
+
+cases = pytest.mark.filterwarnings("ignore:the last batch did not reach a step")
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
+    # Persistent workers draw a random number when they start, which is once in a process.
+    expected, total = train(tmp_path / "whole" if kind == "persistent" else None, kind)
+    for stop in (1, 6, 7, 13) if kind == "shuffled" else (2, 7):
+        with pytest.raises(Killed):
+            train(tmp_path / str(stop), kind, stop)
+        states, count = train(tmp_path / str(stop), kind)
+        assert same(states, expected) and count == total - stop, stop
+
+
+def test_a_run_at_its_end_may_be_made_longer(tmp_path):
+    train(tmp_path, "persistent", epochs=1)
+    assert same(train(tmp_path, "persistent")[0], train(tmp_path / "whole", "persistent")[0])
+    assert train(tmp_path, "persistent")[1] == 0
+
+
+def looped(path, stop, *loops, epochs=3, more=None):
+    """Loops over loaders in epochs; returns what the batches were, and the parameters."""
+    objects, seen = small(), []
+    with resumable(path, every=ALWAYS, seen=seen, **(more or {}), **objects) as run:
+        for epoch in run.epochs(epochs):
+            for loop in loops:
+                loop(objects["step"], epoch, seen, stop)
+            torch.randn(3)  # an evaluation
+    return seen, objects["model"].state_dict(), torch.rand(())
+
+
+def over(loader):
+    def loop(step, epoch, seen, stop):
+        for x in step.over(loader() if callable(loader) else loader):
+            if len(seen) == stop:
+                raise Killed
+            step(x[0] if isinstance(x, (tuple, list)) else x)
+            seen.append(float(sum(part.sum() for part in x)))
+
+    return loop
+
+
+def with_generator(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(batches(count), shuffle=True, generator=generator)
+
+
+def test_a_generator_waits_for_its_loader_while_the_workers_of_another_start(tmp_path):
+    def loops(path, stop):
+        workers = DataLoader(batches(2), num_workers=1, persistent_workers=True)
+        return looped(path, stop, over(workers), over(with_generator(1, 4)))
+
+    same_when_killed(loops, tmp_path, (6, 12))
+
+
+@cases
+def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
+    """Two loaders with generators of their own, whose states wait until they are read."""
+
+    def loops(path, stop):
+        a = with_generator(0, 6)
+
+        def left_early(step, epoch, seen, stop):
+            for x in step.over(a):
+                if len(seen) == stop:
+                    raise Killed
+                for inner in step.over([x[0], x[0] + 1]):
+                    step(inner)
+                seen.append(x.sum().item())
+                if len(seen) % 10 == 4:
+                    break
+
+        return looped(path, stop, left_early, over(with_generator(1, 6)), epochs=2)
+
+    expected = same_when_killed(loops, tmp_path, (4, 14))
+    assert len(expected[0]) < 2 * 12
+
+
+@cases
+def test_a_loader_that_is_made_with_random_numbers_in_every_epoch(tmp_path):
+    """By hand, of a part of the rows; and of two loaders whose workers are seeded before."""
+
+    def permuted():
+        return [batches()[i] for i in torch.randperm(8).tolist()[:3]]
+
+    def zipped():
+        loaders = (DataLoader(batches(3), shuffle=True, num_workers=1) for _ in range(2))
+        return zip(*loaders, strict=True)
+
+    def loops(path, stop):
+        return looped(path, stop, over(permuted), over(zipped), epochs=2)
+
+    same_when_killed(loops, tmp_path, (2, 3, 8))
+
+
+def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
+    def loops(path, stop):
+        objects, seen = small(), []
+        with resumable(path, every=ALWAYS, seen=seen, **objects):
+            for i in range(3):
+                over(batches(3, seed=i))(objects["step"], 0, seen, stop)
+        return seen, objects["model"].state_dict()
+
+    same_when_killed(loops, tmp_path, (3, 5))
+
+
+def test_a_number_of_updates_over_a_loader_again_and_again(tmp_path):
+    """Each loop counts its own; the windows from before the stop count."""
+
+    def loops(path, stop):
+        objects, seen = small(), []
+        loaders = (DataLoader(batches(5), shuffle=True), batches(3), [])
+        with resumable(path, every=ALWAYS, seen=seen, **objects):
+            for loader, updates in zip(loaders, (4, 3, 2), strict=True):
+                for x in objects["step"].over(loader, updates=updates):
+                    if len(seen) == stop:
+                        raise Killed
+                    objects["step"](x)
+                    seen.append(x.sum().item())
+        assert objects["step"].updates == 4 + 3
+        return seen, objects["model"].state_dict(), torch.rand(())
+
+    assert len(same_when_killed(loops, tmp_path, (5, 6, 8))[0]) == 14
+
+
+def test_two_loops_side_by_side_are_refused(tmp_path):
+    objects, other = small(), {f"other_{name}": thing for name, thing in small().items()}
+    step, other_step = objects["step"], other["other_step"]
+    with (
+        pytest.raises(RuntimeError, match=r"two loops of `over` .*`step\.over\(zip\(a, b\)"),
+        resumable(tmp_path, **objects, **other),
+    ):
+        for x, _ in zip(step.over(batches()), other_step.over(batches()), strict=True):
+            step(x)
+
+
+def test_two_steps_and_a_step_by_hand(tmp_path):
+    """A GAN's steps with windows of other lengths; killed between two micro-batches of both."""
+
+    def loops(path, stop):
+        torch.manual_seed(0)
+        D, G, count = nn.Linear(8, 1), nn.Linear(8, 8), 0
+        a = torch.optim.Adam(D.parameters())
+        b = torch.optim.SGD(G.parameters(), lr=0.1, momentum=0.9)
+        step_d = train_step(a, accumulate(2))(
+            lambda x: D(x).mean() + D(G(x).detach()).square().mean()
+        )
+        step_g = train_step(b, accumulate(3))
+        objects = {"D": D, "G": G, "a": a, "b": b, "step_d": step_d, "step_g": step_g}
+        with resumable(path, every=ALWAYS, **objects) as run:
+            for _ in run.epochs(2):
+                for x in step_d.over(batches(7), step_g):
+                    if count == stop:
+                        raise Killed
+                    step_d(x)
+                    with step_g:
+                        step_g.backward((G(x) - torch.randn(8)).square().mean())
+                    count += 1
+        return [thing.state_dict() for thing in objects.values()]
+
+    same_when_killed(loops, tmp_path, (2, 11))
+
+
+def test_an_open_window_with_the_sparse_gradients_of_an_embedding(tmp_path):
+    def loops(path, stop):
+        model = nn.Embedding.from_pretrained(torch.ones(5000, 4), freeze=False, sparse=True)
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+        step = train_step(optimizer, accumulate(3))(lambda ids: model(ids).square().mean())
+        with resumable(path, every=ALWAYS, model=model, optimizer=optimizer, step=step):
+            for i, ids in enumerate(step.over([torch.arange(3000) + i for i in range(5)])):
+                if i == stop:
+                    raise Killed
+                step(ids)
+        return model.weight.detach()
+
+    same_when_killed(loops, tmp_path, (1, 2, 4))  # after two the gradient has rows twice
+
+
+def test_generators_of_random_numbers_are_given_or_found_in_the_loader(tmp_path):
+    class Sampler(torch.utils.data.Sampler):
+        def __init__(self):
+            self.numbers = random.Random(1)
+
+        def __iter__(self):
+            return iter(self.numbers.sample(range(8), 8))
+
+        def __len__(self):
+            return 8
+
+    def loops(path, stop):
+        a, b = torch.Generator().manual_seed(1), random.Random(2)
+        c, d = np.random.default_rng(3), np.random.RandomState(4)
+
+        def draw(step, epoch, seen, stop):
+            for x in step.over(loader):
+                if len(seen) == stop:
+                    raise Killed
+                step(x)
+                drawn = b.random(), c.normal(), d.rand(), torch.rand((), generator=a)
+                seen.append((x.sum().item(), *map(float, drawn)))
+
+        loader = DataLoader(batches(), sampler=Sampler())
+        return looped(path, stop, draw, epochs=2, more={"a": a, "b": b, "c": c, "d": d})
+
+    same_when_killed(loops, tmp_path, (8, 13))
+
+
+class StatefulRows(Rows):
+    """Only its presence counts: `over` has to find that it is in the loader."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):
+    loader, objects = DataLoader(StatefulRows(), 3), small()
+    with (
+        pytest.raises(ValueError, match=r"data is a part of the loader.*`data=loader`"),
+        resumable(tmp_path, data=loader.dataset, **objects),
+    ):
+        next(objects["step"].over(loader))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "error", "words"),
+    [
+        (batches, lambda: batches(4), ValueError, "over 8 batches .* over 4 batches"),
+        (batches, lambda: iter(batches(2)), ValueError, "over 8 batches .* over 0 batches"),
+        (lambda: iter(batches()), lambda: iter(batches(2)), RuntimeError, "after 5 .* has 2"),
+    ],
+)
+def test_another_loader_than_the_checkpoint_was_written_with(before, now, error, words, tmp_path):
+    def kill(count):
+        if count == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_small(tmp_path, loader=before(), at_batch=kill, every=ALWAYS)
+    with pytest.raises(error, match=words):
+        run_small(tmp_path, loader=now())
+
+
+def test_a_bar_begins_where_the_run_was_resumed(tmp_path, capsys):
+    def loops(stop):
+        objects = small()
+        with resumable(tmp_path, every=ALWAYS, **objects):
+            for i, x in enumerate(objects["step"].over(batches(), progress={"mininterval": 0})):
+                if i == stop:
+                    raise Killed
+                objects["step"](x)
+
+    with pytest.raises(Killed):
+        loops(3)
+    capsys.readouterr()
+    loops(None)
+    shown = capsys.readouterr().err
+    assert "4/8" in shown and "2/8" not in shown

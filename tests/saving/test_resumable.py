@@ -1,0 +1,312 @@
+"""When resumable saves, how it is stopped, and what it refuses."""
+
+import errno
+import os
+import signal
+import threading
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+from saving_runs import ALWAYS, batches, names, run_small, same, small, train
+from torch import nn
+
+from trainkit import resumable, train_step
+from trainkit.core.update import Answer
+
+NEVER = 10**6
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Those of a program in the foreground; a shell has one in the background ignore SIGINT."""
+    found = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    found = {number: signal.signal(number, handler) for number, handler in found.items()}
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
+
+
+def raising(**signals):
+    """Raises signals at batches: ``raising(SIGINT=3)``."""
+    numbers = {count: getattr(signal, name) for name, count in signals.items()}
+    return lambda count: count in numbers and signal.raise_signal(numbers[count])
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", ["shuffled", "stream"])
+def test_a_signal_waits_for_the_next_moment_between_two_batches(name, kind, tmp_path):
+    expected, total = train(None, kind)
+    number = getattr(signal, name)
+    found = signal.getsignal(number)
+    for at in (0, 6):
+        path = tmp_path / str(at)
+        with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit) as stopped:
+            train(path, kind, every=NEVER, at_batch=raising(**{name: at}))
+        if name == "SIGINT":
+            assert str(path) in str(stopped.value)
+        else:
+            assert stopped.value.code == 128 + 15
+        assert signal.getsignal(number) is found
+        states, count = train(path, kind, every=NEVER)
+        assert same(states, expected) and count == total - at - 1, at
+
+
+def test_a_handler_of_a_signal_may_let_the_run_go_on(tmp_path):
+    handled = []
+    signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
+    expected, total = train(None)
+    for every in (3, 5):
+        states, count = train(tmp_path / str(every), at_batch=raising(SIGTERM=every), every=NEVER)
+        assert same(states, expected) and count == total
+    assert handled == [signal.SIGTERM] * 2
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with resumable(tmp_path, **small()):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
+    late = time.monotonic() + 1e4
+    after = []
+
+    def twice(count):
+        with monkeypatch.context() as patch:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # within a second: the same one, sent twice
+            patch.setattr("time.monotonic", lambda: late)
+            after.append("first")
+            signal.raise_signal(signal.SIGINT)
+            after.append("second")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_small(tmp_path, at_batch=twice, every=NEVER)
+    assert after == ["first"]
+    with resumable(tmp_path, every=NEVER, **(objects := small())):
+        try:
+            for x in objects["step"].over(batches()):
+                objects["step"](x)
+                twice(0)
+        except KeyboardInterrupt:
+            pass  # and where it came, a state is not whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not tmp_path.exists() or not names(tmp_path)
+
+
+def test_a_signal_between_two_epochs_and_one_after_the_last(tmp_path):
+    for at in (0, 1):
+        objects = small()
+        with pytest.raises(KeyboardInterrupt), resumable(tmp_path / str(at), **objects) as run:
+            for epoch in run.epochs(2):
+                for x in objects["step"].over(batches()):
+                    objects["step"](x)
+                if epoch == at:
+                    signal.raise_signal(signal.SIGINT)
+        assert run_small(tmp_path / str(at), epochs=2) == (8 if at == 0 else 0)
+
+
+def test_an_interrupt_that_the_block_catches_leaves_the_position(tmp_path):
+    objects, at_batch = small(), raising(SIGINT=2)
+    with resumable(tmp_path, every=2, **objects) as run:
+        try:
+            for _ in run.epochs(2):
+                for i, x in enumerate(objects["step"].over(batches())):
+                    objects["step"](x)
+                    at_batch(i)
+        except KeyboardInterrupt:
+            for x in objects["step"].over(batches(7)):
+                objects["step"](x)
+    assert names(tmp_path) == ["00000001"]
+    assert run_small(tmp_path, epochs=2) == 16 - 3
+
+
+def test_in_another_thread_signals_are_left_alone(tmp_path):
+    handlers = []
+
+    def in_thread():
+        with resumable(tmp_path, **small()):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]
+
+
+# When it saves.
+
+
+def test_an_interval_in_updates_or_time_and_how_many_are_kept(tmp_path, monkeypatch):
+    run_small(tmp_path / "updates", every=2, keep=10)  # four updates, and the end of the epoch
+    assert names(tmp_path / "updates") == ["00000001", "00000002", "00000003"]
+    run_small(tmp_path / "two", every=1)
+    assert names(tmp_path / "two") == ["00000004", "00000005"]
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    run_small(tmp_path / "time", every=timedelta(seconds=4), keep=10)
+    assert len(names(tmp_path / "time")) == 3
+
+
+def test_a_relative_path_is_that_of_where_the_block_was_made(tmp_path, monkeypatch):
+    """And not of where a loop has gone by the time of a save: the next run would not look there."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run_small("checkpoints", at_batch=lambda count: monkeypatch.chdir(tmp_path / "elsewhere"))
+    assert names(tmp_path) == ["checkpoints", "elsewhere"] and not names(tmp_path / "elsewhere")
+
+
+def test_after_an_exception_nothing_is_written(tmp_path):
+    def fail(count):
+        return 1 / (count - 2)
+
+    with pytest.raises(ZeroDivisionError):
+        run_small(tmp_path / "run", at_batch=fail)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_at_its_end_has_nothing_left_to_do_and_may_be_made_longer(tmp_path):
+    whole, parts, path = small(), small(), tmp_path / "parts"
+    run_small(tmp_path / "whole", 3, objects=whole)
+    assert run_small(path, 2) == 16
+    before = names(path)
+    assert run_small(path, 2) == 0
+    assert names(path) == before
+    for found, where in ((path / before[-1], path), (None, tmp_path / "new")):
+        with resumable(where, **small()) as run:
+            assert run.resumed_from == found
+    assert run_small(path, 3, objects=parts) == 8
+    assert same(parts["model"].state_dict(), whole["model"].state_dict())
+
+
+def test_nothing_is_written_while_a_parameter_is_not_finite(tmp_path):
+    objects = small()
+    model = objects["model"]
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def spoil(count):
+        if count == 2:
+            assert names(tmp_path) == ["00000001"]
+            with torch.no_grad():
+                model[0].bias[0] = torch.nan
+
+    with pytest.warns(UserWarning, match=r"model\.0\.\w+ is not finite"):
+        run_small(tmp_path, loader=batches(4), objects=objects, at_batch=spoil, every=1)
+    assert names(tmp_path) == ["00000001"]
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"every": 60.0}, TypeError, "60.0 `every=timedelta(minutes=10)`"),
+        ({"every": True}, TypeError, "True `every=1000`"),
+        ({"every": 0}, ValueError, "every=0 `every=1000`"),
+        ({"every": timedelta(seconds=-1)}, ValueError, "timedelta(days=-1 `every="),
+        ({"keep": 0}, ValueError, "keep=0 `keep=2`"),
+        ({"keep": 1.0}, TypeError, "keep=1.0 `keep=2`"),
+        ({"log": (1, 2)}, TypeError, "log=(1, 2) state_dict `log=[...]`"),
+        ({"model": nn.Linear}, TypeError, "model=<class state_dict"),
+        ({"step": []}, ValueError, "model, optimizer, step no step `resumable(path, model=model"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_refused_with_the_corrected_call(options, error, words):
+    with pytest.raises(error) as raised:
+        resumable("x", **{**small(), **options})
+    assert all(word in str(raised.value) for word in words.split())
+
+
+def test_a_block_is_entered_once_and_its_epochs_are_counted_in_it(tmp_path):
+    objects = small()
+    with pytest.raises(TypeError, match=r"2\.0.*`run\.epochs\(3\)`"):
+        resumable("x", **objects).epochs(2.0)
+    with pytest.raises(RuntimeError, match="`with resumable"):
+        resumable("x", **objects).epochs(2)
+    with (
+        resumable(tmp_path / "a", **objects) as run,
+        pytest.raises(RuntimeError, match=r"in the block of another.*`resumable"),
+    ):
+        resumable(tmp_path / "b", **objects).__enter__()
+    with pytest.raises(RuntimeError, match="make a new `resumable"), run:
+        pass
+    with resumable(tmp_path / "b", **objects):  # the step was given back
+        pass
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_loop(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/run .*\(Not a directory\): give a writable path"):
+        resumable(tmp_path / "file" / "run", **small()).__enter__()
+    run_small(tmp_path / "run")
+
+    def is_read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", is_read_only)
+    with pytest.raises(ValueError, match=r"run .*\(Read-only file system\).*`shutil\.copytree"):
+        run_small(tmp_path / "run")
+
+
+def test_what_the_step_changes_and_was_not_given_is_warned_of(tmp_path):
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    step = train_step(optimizer, after=[schedule.step, lambda: None])(lambda x: model(x).mean())
+    with pytest.warns(UserWarning, match="SGD, ExponentialLR, 2 parameters.*`resumable"):
+        resumable(tmp_path, step=step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumable(tmp_path, step=step, model=model, optimizer=optimizer, schedule=schedule)
+
+
+def with_another_group(objects):
+    objects["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def with_another_optimizer(objects):
+    objects["optimizer"] = torch.optim.SGD(objects["model"].parameters())
+
+
+@pytest.mark.filterwarnings("ignore:the step changes")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda o: o.update(ema=[]), "of model, optimizer, step, .* ema, model, optimizer, step"),
+        (lambda o: o.update(small(torch.float64)), r"weight was float32\[32, 8\] and is float64"),
+        (lambda o: o["model"].append(nn.Linear(8, 8)), r"model\.3\.weight was missing and is f"),
+        (with_another_group, r"optimizer\.param_groups\.1 was missing and is 1 parameters"),
+        (with_another_optimizer, "was 4 parameters, lr, weight_decay and is 4 .*momentum"),
+    ],
+)
+def test_a_checkpoint_of_something_else_changes_nothing(change, words, tmp_path):
+    run_small(tmp_path)
+    objects = small()
+    change(objects)
+    before = [p.clone() for p in objects["model"].parameters()]
+    with pytest.raises(ValueError, match=words), resumable(tmp_path, **objects):
+        pass
+    assert all(map(torch.equal, before, objects["model"].parameters()))
+    assert objects["step"].updates == 0
+
+
+def test_a_scheduler_that_an_update_still_owes_runs_first(tmp_path, monkeypatch):
+    """On an accelerator ``after`` runs late; the checkpoint has the update and what follows it."""
+    monkeypatch.setattr(Answer, "known", lambda answer: False)
+    for expected in (0, 8):
+        objects = small()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(objects["optimizer"], 0.9)
+        step = train_step(objects["optimizer"], after=schedule.step)(
+            lambda x, model=objects["model"]: model(x).mean()
+        )
+        with resumable(tmp_path, every=ALWAYS, schedule=schedule, **objects | {"step": step}):
+            assert schedule.last_epoch == step.updates == expected
+            for x in step.over(batches()):
+                step(x)

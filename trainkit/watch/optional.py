@@ -1,0 +1,16 @@
+"""Packages that trainkit uses where they are installed, and does not need otherwise."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def optional(module: str, needed_by: str) -> Any:
+    """Import and return a module; an ImportError names its package and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        advice = f"{needed_by} needs {package} ({error}): `pip install {package}`"
+        raise ImportError(advice) from error
