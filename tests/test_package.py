@@ -103,7 +103,9 @@ def test_an_import_against_the_promise_is_found(tmp_path):
         text = (copy / file).read_text()
         tried = f"{future}try:\n    {line}\nexcept Exception:\n    pass\n"
         (copy / file).write_text(tried + text.replace(future, ""))
-    expected = {(f.removesuffix(".py").replace("/", "."), m) for f, m in AGAINST_THE_PROMISE.items()}
+    expected = {
+        (f.removesuffix(".py").replace("/", "."), m) for f, m in AGAINST_THE_PROMISE.items()
+    }
     assert forbidden(tmp_path) == expected
 
 

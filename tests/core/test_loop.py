@@ -29,7 +29,7 @@ class Loader:
 def test_every_batch_comes_once_in_order_and_only_the_last_is_the_last(has, says):
     seen = list(mark_last(Loader(has, says)))
     assert [delivery.batch for delivery in seen] == list(range(has))
-    assert [delivery.position for delivery in seen] == list(range(has))
+    assert [delivery.number for delivery in seen] == list(range(has))
     lasts = [delivery.is_last for delivery in seen]
     if says in (None, 0, has, 10**30):
         assert lasts == [False] * (has - 1) + [True] * bool(has)

@@ -210,7 +210,9 @@ def test_discard_drops_the_window(model, optimizer):
 
 
 def test_window_loss_is_the_weighted_mean_so_far(model, optimizer):
-    step = train_step(optimizer, accumulate(3))(lambda batch: (loss_of(model, batch), len(batch[0])))
+    step = train_step(optimizer, accumulate(3))(
+        lambda batch: (loss_of(model, batch), len(batch[0]))
+    )
     results = [step(batch) for batch in BATCHES]
     a, b, c = (loss_of(make_model(), batch).item() for batch in BATCHES)
     expected = [a, (4 * a + 4 * b) / 8, (4 * a + 4 * b + 2 * c) / 10]

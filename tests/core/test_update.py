@@ -147,10 +147,11 @@ class Passes(TorchDispatchMode):
         arguments = {argument.name: argument for argument in func._schema.arguments}
         touched = [
             arguments[name]
-            for name, value in ({**dict(zip(arguments, args, strict=False)), **(kwargs or {})}).items()
+            for name, value in (
+                {**dict(zip(arguments, args, strict=False)), **(kwargs or {})}
+            ).items()
             for item in (value if isinstance(value, (list, tuple)) else [value])
-            if isinstance(item, torch.Tensor)
-            and item.untyped_storage().data_ptr() in self.watched
+            if isinstance(item, torch.Tensor) and item.untyped_storage().data_ptr() in self.watched
         ]
         if touched:
             writes = any(a.alias_info and a.alias_info.is_write for a in touched)
@@ -402,7 +403,9 @@ def test_a_gradient_of_nan_or_infinity_is_never_applied(value, norm_type, kind, 
     before = state_of(model, optimizer)[:4]
     result = step()
     assert result.complete and not result.updated and not result.grad_norm.isfinite()
-    assert same_bits(before, parameters_of(model)) and all(p.grad is None for p in model.parameters())
+    assert same_bits(before, parameters_of(model)) and all(
+        p.grad is None for p in model.parameters()
+    )
     assert (step.updates, step.skipped) == (0, 1)
 
 
@@ -487,7 +490,9 @@ def test_updates_skipped_in_a_row_are_an_error_that_says_where(kind, dtype):
     for words in ("3 updates in a row", "2 of 4 parameters", "'0.weight'", "number 2"):
         assert words in message
     assert ("the loss scale is 2048" in message) is (dtype == torch.float16)
-    assert same_bits(before, parameters_of(model)) and all(p.grad is None for p in model.parameters())
+    assert same_bits(before, parameters_of(model)) and all(
+        p.grad is None for p in model.parameters()
+    )
     assert (step.updates, step.skipped) == (2, 5)
     assert window(False)
 

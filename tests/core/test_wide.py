@@ -52,7 +52,12 @@ def summed_in_float32(model, optimizer, batches, n, max_norm=None):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "face"),
-    [("SGD", "return"), ("SGD", "yield"), ("AdamW fused", "return"), ("SGD momentum fused", "return")],
+    [
+        ("SGD", "return"),
+        ("SGD", "yield"),
+        ("AdamW fused", "return"),
+        ("SGD momentum fused", "return"),
+    ],
 )
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_half_precision_is_summed_in_float32_and_rounded_once(kind, face, dtype, max_norm):

@@ -42,7 +42,9 @@ def weighing(model, optimizer, *parts, as_tensor=False, **options):
 
 
 @given(weights, st.integers(1, 8), st.booleans(), st.none() | st.sampled_from([0.5, 1.0, 1024.0]))
-def test_shares_over_the_divisor_are_the_weights_over_their_sum(given, length, as_tensor, reference):
+def test_shares_over_the_divisor_are_the_weights_over_their_sum(
+    given, length, as_tensor, reference
+):
     window, shares, total = Window(length, reference), [], sum(given)
     for number in given:
         weight = as_weight(torch.tensor(number) if as_tensor else number, CPU)
@@ -133,7 +135,9 @@ def test_numbers_of_numpy_do_not_wrap_around(model, optimizer, kind, numbers):
     step.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     results += [step(*pair) for pair in zip(batches[2:], numbers[2:], strict=True)]
     theirs = make_model()
-    plain_loop(theirs, other := torch.optim.AdamW(theirs.parameters(), lr=0.01), batches, 4, numbers)
+    plain_loop(
+        theirs, other := torch.optim.AdamW(theirs.parameters(), lr=0.01), batches, 4, numbers
+    )
     assert distance(state_of(model, optimizer), state_of(theirs, other)) <= 1e-12
     losses = [loss_of(make_model(), batch).item() for batch in batches]
     mean = sum(x * n for x, n in zip(losses, numbers, strict=True)) / sum(numbers)
@@ -149,7 +153,9 @@ def test_real_weights_are_those_of_the_weighted_mean(model, optimizer, as_tensor
     for batch, number in zip(batches, numbers, strict=True):
         step(batch, number)
     theirs = make_model()
-    plain_loop(theirs, other := torch.optim.AdamW(theirs.parameters(), lr=0.01), batches, 2, numbers)
+    plain_loop(
+        theirs, other := torch.optim.AdamW(theirs.parameters(), lr=0.01), batches, 2, numbers
+    )
     tolerance = 1e-6 if as_tensor else 1e-12  # torch.tensor(0.3) is a float32
     assert distance(state_of(model, optimizer), state_of(theirs, other)) <= tolerance
 
