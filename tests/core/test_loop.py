@@ -34,7 +34,7 @@ def test_every_batch_comes_once_in_order_and_only_the_last_is_the_last(has, says
     if says in (None, 0, has, 10**30):
         assert lasts == [False] * (has - 1) + [True] * bool(has)
     elif says < has:  # the batch at its length is taken for the last one, and so is the last one
-        assert lasts == [i == says or i == has for i in range(1, has + 1)]
+        assert lasts == [i in (says, has) for i in range(1, has + 1)]
     else:
         assert lasts == [False] * has
 

@@ -41,17 +41,19 @@ def test_amp_alone_is_plain_autocast_for_evaluation():
     assert model(x).dtype == torch.float32
 
 
+seen = {}
+
+
 class Look(torch.autograd.Function):
-    seen: dict[str, bool] = {}
 
     @staticmethod
     def forward(ctx, x):
-        Look.seen["forward"] = is_on()
+        seen["forward"] = is_on()
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        Look.seen["backward"] = is_on()
+        seen["backward"] = is_on()
         return gradient
 
 
@@ -62,14 +64,14 @@ def test_forward_runs_under_autocast_and_nothing_else_does():
     @BFLOAT16
     def step(batch):
         yield Look.apply(loss_of(model, batch))
-        Look.seen["update"] = is_on()
+        seen["update"] = is_on()
 
     with torch.autocast("cpu", torch.bfloat16):  # of the code around
         step(BATCH)
         assert is_on()
-    assert Look.seen == {"forward": True, "backward": False, "update": True}
+    assert seen == {"forward": True, "backward": False, "update": True}
     step(BATCH)
-    assert Look.seen == {"forward": True, "backward": False, "update": False} and not is_on()
+    assert seen == {"forward": True, "backward": False, "update": False} and not is_on()
 
 
 @pytest.mark.parametrize("parts", [[], [BFLOAT16]])
@@ -89,7 +91,7 @@ def test_backward_in_a_block_leaves_autocast_as_it_was(enabled):
     with step, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         step.backward(Look.apply(model(BATCH[0]).float().mean()))
         assert model(BATCH[0]).dtype == (torch.bfloat16 if enabled else torch.float32)
-    assert Look.seen["backward"] is False and not is_on()
+    assert seen["backward"] is False and not is_on()
 
 
 def test_an_exception_in_a_block_ends_its_autocast():

@@ -507,7 +507,7 @@ def test_max_skips_is_25_unless_it_is_given_and_infinity_is_no_limit():
 
     for _ in range(24):
         step(math.nan)
-    with pytest.raises(FloatingPointError, match="25 updates .* of 2 parameters"):
+    with pytest.raises(FloatingPointError, match=r"25 updates .* of 2 parameters"):
         step(math.nan)
     bad.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="not finite itself"):

@@ -148,7 +148,7 @@ def test_sums_of_an_open_window_are_saved_loaded_frozen_and_dropped():
     summed_in_float32(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), batches[:3], 3)
     assert distance(list(model.parameters()), list(theirs.parameters())) < 1e-3
     narrow = train_step(optimizer, accumulate(3))(lambda batch: half_loss(model, batch))
-    with pytest.raises(ValueError, match="torch.float32"):
+    with pytest.raises(ValueError, match=r"torch\.float32"):
         narrow.load_state_dict(state)
 
 
