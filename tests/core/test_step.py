@@ -82,6 +82,7 @@ def test_every_face_takes_the_same_updates():
         results = face(model, optimizer)
         assert [r.complete for r in results] == [False, True, True]
         assert [r.updated for r in results] == [False, True, True]
+        assert not any(r.loss.requires_grad for r in results)
         numbers = [*(r.loss for r in results), *(r.grad_norm for r in results[1:])]
         seen.append((state_of(model, optimizer), numbers))
         assert no_gradients(model)
@@ -108,8 +109,9 @@ def test_attributes_of_the_function_do_not_get_into_the_step(model, optimizer):
     def step(batch):
         return loss_of(model, batch)
 
-    step._plan = step._window = step._function = "mine"
-    assert train_step(optimizer)(step)(BATCHES[0]).updated
+    step._plan = step.over = step.backward = "mine"
+    step = train_step(optimizer)(step)
+    assert [step(batch).updated for batch in step.over(BATCHES)] == [True] * 3
 
 
 def test_ordinary_decorators_in_between_work(model, optimizer):
@@ -402,7 +404,9 @@ def test_a_further_loss_counts_its_micro_batch_once(model, optimizer, weighted):
     for batch in BATCHES[:2]:
         weights = iter([3, None] if weighted else [None, None])
         with step as result:
+            expected = loss_of(model, batch)
             perturbed(model, batch, lambda loss, w=weights: step.backward(loss, next(w)))
+        assert torch.equal(result.loss, expected)  # the first loss
     assert result.updated
     expected = make_model()
     theirs = adamw(expected)

@@ -176,7 +176,7 @@ def passes(kind, *parts, face="return", weight=None, **options):
     with Passes() as log, pytest.MonkeyPatch.context() as patch:
         close = Window.close
         patch.setattr(Window, "close", lambda window, ps: log.watch(close(window, ps)))
-        # An accelerator waits once for a whole list. On a CPU it is no operation, so here it is one.
+        # An accelerator waits once for a whole list, and a CPU never: here it counts as one wait.
         patch.setattr(
             torch.Tensor,
             "tolist",
