@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import BATCHES, loss_of, make_batches, make_model, snapshot, unchanged
 
-from trainkit import accumulate, amp, train_step
+from trainkit import accumulate, amp
 
 
 def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model):
@@ -72,36 +72,6 @@ def test_a_mode_left_on_over_the_yield_is_an_error(mode, under_amp):
     with pytest.raises(RuntimeError, match="above `yield loss`"):
         step(make_batches([4], torch.float32)[0])
     assert modes() == found and unchanged(before, model, optimizer)
-
-
-def test_a_generator_yields_once(model):
-    @accumulate(1, model)
-    def nothing(batch):
-        if batch is None:
-            yield
-
-    @accumulate(1, model)
-    def twice(batch):
-        yield loss_of(model, batch)
-        yield loss_of(model, batch)
-
-    with pytest.raises(TypeError, match="`yield loss`"):
-        nothing(BATCHES[0])
-    with pytest.raises(ValueError, match="yielded twice"):
-        twice(BATCHES[0])
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_after_belongs_to_steps_that_return(model, optimizer):
-    log = []
-
-    def step(batch):
-        log.append("forward")
-        yield loss_of(model, batch)
-
-    with pytest.raises(ValueError, match="below the yield"):
-        train_step(optimizer, after=print)(step)(BATCHES[0])
-    assert not log
 
 
 def test_gradients_below_the_yield_are_true_whether_the_update_clears_them_or_not(model):

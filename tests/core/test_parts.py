@@ -88,16 +88,3 @@ def test_a_length_that_is_not_a_number_of_micro_batches_is_refused_at_the_call(r
     with pytest.raises((TypeError, ValueError), match=r"`accumulate\(4\)`"):
         step()
     assert model[0].weight.grad is None
-
-
-def test_what_is_given_twice_is_refused(optimizer):
-    for make in (
-        lambda: train_step(optimizer, amp(optimizer)),
-        lambda: train_step(optimizer)(amp(optimizer)(loss_of)),
-        lambda: train_step(optimizer, amp(), amp(dtype=torch.float16)),
-        lambda: train_step(optimizer, amp(max_norm=1.0), max_norm=2.0),
-        lambda: train_step(optimizer, amp(norm_type=1), norm_type=float("inf")),
-        lambda: train_step(optimizer, amp(max_skips=4), max_skips=3),
-    ):
-        with pytest.raises(ValueError, match="given twice"):
-            make()

@@ -45,7 +45,6 @@ seen = {}
 
 
 class Look(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x):
         seen["forward"] = is_on()

@@ -436,19 +436,6 @@ def test_a_further_loss_inside_a_step_function_is_added_to_the_one_returned(mode
     assert distance(state_of(model, optimizer), state_of(expected, theirs)) <= 1e-12
 
 
-def test_a_further_loss_below_the_yield_is_refused(model, optimizer):
-    """It would join gradients that are true and clipped already."""
-
-    @amp(optimizer, dtype=torch.float32)
-    def step(batch):
-        yield loss_of(model, batch)
-        step.backward(loss_of(model, batch))
-
-    with pytest.raises(RuntimeError, match=r"below a yield, `loss\.backward\(\)`"):
-        step(BATCHES[0])
-    assert no_gradients(model)
-
-
 @pytest.mark.parametrize("weight", [None, 2, torch.tensor(2)])
 @pytest.mark.parametrize("losses", [1, 3])
 def test_a_parameter_of_one_element_does_not_change_what_backward_starts_from(weight, losses):
@@ -550,18 +537,6 @@ def test_several_micro_batches_at_the_last_batch_are_warned_of(model, optimizer)
 
 
 # State.
-
-
-def test_state_holds_numbers_and_tensors_and_survives_a_safe_load(tmp_path):
-    model = make_model(torch.float32)
-    step = train_step(torch.optim.SGD(model.parameters()), accumulate(2), amp(dtype=torch.float16))(
-        lambda batch: (loss_of(model, batch), torch.tensor(2))
-    )
-    for batch in FLOAT32:
-        step(batch)
-    torch.save(step.state_dict(), tmp_path / "step.pt")
-    step.load_state_dict(torch.load(tmp_path / "step.pt", weights_only=True))
-    assert step.updates == 1 and len(step.state_dict()["window"]["losses"]) == 1
 
 
 def test_a_state_that_does_not_fit_is_refused_before_anything_changes(model, optimizer):

@@ -109,22 +109,6 @@ def test_clipping_is_that_of_torch_for_tiny_gradients_too(kind):
     assert distance(parameters_of(model), parameters_of(expected)) <= 1e-5
 
 
-def test_parameters_of_half_precision_take_the_fused_path_too():
-    model, expected = make_model(torch.bfloat16), make_model(torch.bfloat16)
-    batches = make_batches([4, 4, 4, 4], torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    theirs = torch.optim.AdamW(expected.parameters(), fused=True)
-    step = train_step(optimizer, accumulate(2), max_norm=0.1)(lambda b: loss_of(model, b))
-    for start in (0, 2):
-        for batch in batches[start : start + 2]:
-            step(batch)
-            (loss_of(expected, batch) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
-        theirs.step()
-        theirs.zero_grad()
-    assert step.updates == 2 and distance(parameters_of(model), parameters_of(expected)) <= 1e-2
-
-
 # Passes over the gradients.
 
 
@@ -355,17 +339,6 @@ def test_a_first_step_that_overflows_leaves_everything_usable(kind):
         theirs.step()
         theirs.zero_grad()
     assert distance(parameters_of(model), parameters_of(expected)) <= 1e-5
-
-
-def test_a_parameter_may_join_fused_sgd_with_momentum_later():
-    model = make_model(torch.float32)
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    step = train_step(optimizer, max_norm=1.0)(lambda b: loss_of(model, b))
-    step(BATCHES[0])
-    model[0].requires_grad_(True)
-    before = model[0].weight.clone()
-    assert step(BATCHES[1]).updated and not torch.equal(before, model[0].weight)
 
 
 # The norm.
@@ -606,11 +579,3 @@ def test_after_is_owed_until_the_wait_for_the_verdict_is_over(monkeypatch, model
     assert calls == []
     read(step, result)
     assert calls == [1] and step.updates == 1 and calls == [1]
-
-
-def test_an_exception_of_after_is_raised_once_and_the_update_is_counted(optimizer, model):
-    batch = make_batches([4])[0]
-    step = train_step(optimizer, after=lambda: 1 / 0)(lambda: loss_of(model, batch))
-    with pytest.raises(ZeroDivisionError):
-        step()
-    assert step.updates == 1 and all(p.grad is None for p in model.parameters())
