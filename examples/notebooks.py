@@ -1,4 +1,4 @@
-"""Lifts, runs and saves the notebooks of this folder anew, with outputs that are small: make notebooks
+"""Lift, run and save the notebooks of this folder again, with small outputs: make notebooks
 
 python examples/notebooks.py            all of them, in place
 python examples/notebooks.py tour       one of them
@@ -25,24 +25,26 @@ HEAD = "%%writefile trainkit.py\n"
 
 
 def lifted(source):
-    """A cell that writes trainkit.py, as the command that it names prints it now."""
+    """Return a cell; if it writes trainkit.py, what the command in its first line prints now."""
     if not source.startswith(HEAD):
         return source
-    words = re.search(r"`python -m trainkit lift ([^`]*)`", source)[1].split()
-    return HEAD + lift([word for word in words if word != "--bare"], bare="--bare" in words).rstrip(
-        "\n"
-    )
+    words = re.search(r"`python -m trainkit lift ([^`]*)` prints", source)[1].split()
+    names = [word for word in words if not word.startswith("--")]
+    return HEAD + lift(names, docs="--docs" in words, bare="--bare" in words).rstrip("\n")
 
 
 def smaller(picture):
-    """The same in at most 64 colours, which is a third of the size."""
+    """Return the same picture in at most 64 colours, which is a third of the size."""
     found = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(picture))).quantize(64).save(found, "png", optimize=True)
     return base64.b64encode(found.getvalue()).decode()
 
 
 def run(path, folder):
-    """The notebook, lifted and run in a folder that has nothing else; raises the exception of a cell that fails."""
+    """Return the notebook after its cells were lifted and run in an empty folder.
+
+    Raises the exception of a cell that fails.
+    """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.source = lifted(cell.source)

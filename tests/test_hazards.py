@@ -70,7 +70,7 @@ def test_fused_sgd_with_dampening_and_a_parameter_that_joins_later_is_refused():
     before = state_of(model, optimizer)
     with pytest.raises(
         ValueError,
-        match=r"2 of 4 parameters came to fused SGD with momentum and dampening=0.5.*`fused=False`",
+        match=r"2 of 4 parameters.*fused=False",
     ):
         step(BATCHES[1])
     assert same_bits(before, state_of(model, optimizer)) and model[0].weight.grad is None
@@ -292,9 +292,7 @@ def test_continue_before_the_step():
             continue
         step(batch)
     assert step.updates == 3
-    with pytest.warns(
-        UserWarning, match=r"2 micro-batch\(es\) wait in its open window: `step.discard\(\)`"
-    ):
+    with pytest.warns(UserWarning, match=r"2 micro-batch.*`step.discard\(\)`"):
         step = train_step(torch.optim.SGD(model.parameters()), accumulate(3))(
             lambda batch: loss_of(model, batch)
         )
@@ -389,13 +387,11 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step(torch.ones(2, 4))
-        said = [
-            str(w.message) for w in caught if "reentrant activation checkpointing" in str(w.message)
-        ]
+        said = [str(w.message) for w in caught if "use_reentrant=False" in str(w.message)]
         assert len(said) == bool(reentrant)
         if reentrant:
             assert said[0].startswith(
-                "only 2 of 6 trainable parameters got a gradient in the first window"
+                "only 2 of 6 trainable parameters received a gradient"
             )
             model[2].requires_grad_(False)
             with (
@@ -415,6 +411,7 @@ def test_every_hazard_in_the_document_has_its_test():
     named = re.findall(r"`(test_\w+\.py)`: `(\w+)`", text)
     assert len(named) > 50
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}: {test}"
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text(), f"{file}: {test}"
     here = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE))
     assert here - {test for _, test in named} == {"test_every_hazard_in_the_document_has_its_test"}

@@ -341,9 +341,7 @@ def test_the_layers_meant_stay_and_all_others_move(family, kind):
             assert {name for name, p in named if not torch.equal(p, halfway[name])} == trained
         else:  # the head is tied, and was all that would have been left
             assert family.tied
-            with pytest.raises(
-                ValueError, match=r"no graph.* not every parameter it depends on is frozen"
-            ):
+            with pytest.raises(ValueError, match=r"no graph.*frozen"):
                 step(batch)
 
     assert {name for name, p in named if not torch.equal(p, found[name][2])} == trained
@@ -424,7 +422,7 @@ def test_where_reentrant_checkpointing_loses_gradients_there_is_a_warning(family
         lambda batch: family.loss(model, batch)
     )
     by_trainkit, by_torch = (
-        "trainable parameters got a gradient.* reentrant",
+        "trainable parameters received a gradient.*reentrant",
         "None of the inputs have requires_grad=True",
     )
     with pytest.warns(

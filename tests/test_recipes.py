@@ -159,19 +159,14 @@ def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(
     assert (step_d.skipped > 0) == (step_g.skipped > 0) == (init_scale == 2.0**24)
 
 
-def test_backward_of_g_through_a_trainable_d_is_found_out():
+def test_backward_of_g_through_a_trainable_d_adds_nothing_to_the_window_of_d():
     batches = make_batches([4, 4, 2])
     g, d, optimizer_g, optimizer_d = networks(FULL)
     step_d = train_step(optimizer_d, accumulate(2))(lambda z, real: d_loss(d, real, g(z).detach()))
     step_g = train_step(optimizer_g, accumulate(3))(lambda z: g_loss(g, d, z))
-    step_d(*batches[0])
-    step_g(batches[0][0])
-    with pytest.raises(RuntimeError, match=r"changed from outside.*frozen\("):
-        step_d(*batches[1])
-
-    # Nothing of it is left in the window that follows, nor what G's backward leaves while none is open.
-    step_g(batches[0][0])
-    assert [step_d(*batch).updated for batch in batches[:2]] == [False, True]
+    for batch in batches[:2]:
+        step_d(*batch)
+        step_g(batch[0])
     _, expected, _, theirs = networks(FULL)
     for z, real in batches[:2]:
         (d_loss(expected, real, g(z).detach()) / 2).backward()

@@ -1,7 +1,7 @@
 """A differential fuzzer: any sequence of what a training loop may do, compared with plain torch after every operation.
 
 The oracle keeps a copy of the model, takes the gradient of each micro-batch by itself, and puts windows together from the
-definition: sum(w_i * g_i) / sum(w_i). Both sides start every operation from the same numbers, so that a difference is the fault
+definition: sum(w_i * g_i) / sum(w_i). What happens to `.grad` between micro-batches happens to our side only. Both sides start every operation from the same numbers, so that a difference is the fault
 of the operation after which it is seen. ``HYPOTHESIS_PROFILE=deep`` runs 20,000 operations.
 """
 
@@ -380,10 +380,11 @@ class Oracle:
         self.optimizers.step()
         self.optimizers.zero_grad()
 
-    def forward(self, batch):
-        """Of a micro-batch that is refused after it: only statistics move."""
-        self.set_flags(*self.setup.parts)
-        with torch.autocast("cpu", self.setup.autocast) if self.setup.half else nullcontext():
+    def forward(self, batch, *blocks, inside=False):
+        """Of a loss that the window does not take in: only statistics move."""
+        self.set_flags(*blocks, *self.setup.parts if inside else ())
+        half = torch.autocast("cpu", self.setup.autocast) if self.setup.half else nullcontext()
+        with torch.no_grad(), half if inside else nullcontext():
             loss_of(self.model, batch)
         self.set_flags()
 
@@ -439,6 +440,10 @@ JOBS = st.tuples(
     st.sampled_from([0, 0, 1]),
 )
 FACES = st.sampled_from(["call", "call", "call", "last", "block"])
+DISTURBANCES = [
+    *["zero_grad", "zeros", "backward", "backward of some", "written"],
+    *["another step", "another step that yields"],
+]
 MILD = [None, "nan gradient", "inf gradient", "nan loss"]
 
 
@@ -453,8 +458,7 @@ class Fuzz(RuleBasedStateMachine):
         self.model = setup.make_model()
         self.optimizers = setup.make_optimizers(self.model, setup.implementation)
         self.blocks = []
-        self.flags_changed = False  # in the open window
-        self.dropped = set()  # parameters whose gradients freeze dropped from it
+        self.others = {}
         self.step = self.make_step()
 
     def make_step(self):
@@ -592,22 +596,76 @@ class Fuzz(RuleBasedStateMachine):
         job = self.job(drawn, False, [])
         job.weight, job.as_tensor, job.penalty = 3 if job.weight is None else None, False, False
         self.compare(job, TypeError, self.step)
-        self.oracle.forward(job.batch)
+        self.oracle.forward(job.batch, inside=True)
 
-    @precondition(lambda self: self.oracle.jobs and not self.flags_changed)
-    @rule(drawn=JOBS, how=st.sampled_from(["None", "zeros", "backward"]))
-    def a_disturbed_window_is_refused(self, drawn, how):
+    @rule(drawn=JOBS, how=st.sampled_from(["zero_grad", "zeros", "backward"]))
+    def a_change_inside_a_micro_batch_is_refused(self, drawn, how):
+        """Between two losses. The window is dropped."""
         job = self.job(drawn, False, [])
         job.penalty = False
-        if how == "backward":
-            loss_of(self.model, job.batch).backward()
-            with torch.no_grad():
-                loss_of(self.oracle.model, job.batch)
+
+        def call(job):
+            with self.step:
+                self.step.backward(job.handed_over(loss_of(self.model, job.batch)))
+                self.disturb(how, job.batch, [])
+                self.step.backward(job.handed_over(penalty_of(self.model)))
+
+        if not self.setup.yields:
+            self.compare(job, RuntimeError, call)
+            self.oracle.forward(job.batch, inside=True)
+            if how == "backward":
+                self.oracle.forward(job.batch, inside=True)
+            self.oracle.discard()
+
+    def disturb(self, how, batch, layers):
+        """Do to `.grad` what a step must not notice between two micro-batches."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if how == "zero_grad":
+            self.optimizers.zero_grad()
+        elif how == "zeros":
+            self.optimizers.zero_grad(set_to_none=False)
+        elif how == "backward":
+            (100 * loss_of(self.model, batch)).backward()
+        elif how == "backward of some":
+            penalty_of(self.model).backward(inputs=parameters[::2])
+        elif how == "written":
+            for p in parameters:
+                p.grad = torch.full_like(p, math.nan)
         else:
-            self.optimizers.zero_grad(set_to_none=how == "None")
-        self.compare(job, RuntimeError, self.step)
-        self.oracle.forward(job.batch)
-        self.oracle.discard()
+            self.other_step(how)()
+
+    def other_step(self, kind):
+        """Another step over the same parameters, with a window of its own. It moves nothing."""
+        if kind not in self.others:
+            model, part = self.model, accumulate(2, self.model)
+            if kind == "another step":
+                part = train_step(torch.optim.SGD(model.parameters(), lr=0.0), accumulate(3))
+
+            def yielding():
+                yield penalty_of(model)
+
+            self.others[kind] = part(
+                (lambda: penalty_of(model)) if kind == "another step" else yielding
+            )
+        return self.others[kind]
+
+    @rule(
+        how=st.lists(st.sampled_from(DISTURBANCES), min_size=1, max_size=3),
+        rows=st.integers(2, 4),
+        seed=st.integers(0, 99),
+        block=st.none() | st.integers(0, 2),
+    )
+    def disturbances(self, how, rows, seed, block):
+        layers = LAYERS[self.setup.kind]
+        layers = None if block is None else layers[block % len(layers)]
+        if layers is None or self.leaves_something(layers):
+            with nullcontext() if layers is None else frozen(self.model, layers[0]):
+                for one in how:
+                    self.disturb(one, self.batch(rows, seed), layers)
+                    if one == "backward":  # statistics move
+                        self.oracle.forward(
+                            self.batch(rows, seed), *[layers] * (layers is not None)
+                        )
 
     @rule(rows=st.integers(1, 4), in_block=st.booleans())
     def evaluation(self, rows, in_block):
@@ -639,7 +697,6 @@ class Fuzz(RuleBasedStateMachine):
             block.__enter__()
             self.blocks.append(block)
             self.oracle.blocks.append(layers)
-            self.flags_changed = True
 
     def leaves_something(self, layers):
         names, _ = self.oracle.frozen_now(layers, *self.setup.parts)
@@ -651,14 +708,13 @@ class Fuzz(RuleBasedStateMachine):
         which %= len(self.blocks)
         self.blocks.pop(which).__exit__(None, None, None)
         self.oracle.blocks.pop(which)
-        self.flags_changed = True
 
     @rule(choice=st.integers(0, 2), thaw=st.booleans())
     def freeze_or_unfreeze(self, choice, thaw):
         pattern, names, modules = layers = LAYERS[self.setup.kind][
             choice % len(LAYERS[self.setup.kind])
         ]
-        if thaw and not names & self.dropped:
+        if thaw:
             unfreeze(self.model, pattern)
             self.oracle.for_good = [
                 self.oracle.for_good[0] - names,
@@ -670,10 +726,6 @@ class Fuzz(RuleBasedStateMachine):
                 self.oracle.for_good[0] | names,
                 self.oracle.for_good[1] | {*modules},
             ]
-            self.dropped |= names & set(self.oracle.gradients)
-            for name in self.dropped & set(self.oracle.gradients):
-                del self.oracle.gradients[name]
-        self.flags_changed = True
 
     @rule(wipe=st.booleans())
     def save_and_load(self, wipe):
@@ -701,8 +753,6 @@ class Fuzz(RuleBasedStateMachine):
         if not hasattr(self, "step"):
             return
         Fuzz.operations += 1
-        self.flags_changed = self.flags_changed and bool(self.oracle.jobs)
-        self.dropped = self.dropped if self.oracle.jobs else set()
         self.oracle.set_flags()
         assert (self.step.updates, self.step.skipped) == (self.oracle.updates, self.oracle.skipped)
         assert self.optimizers.rates() == self.oracle.optimizers.rates()

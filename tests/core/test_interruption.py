@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import settings
-from oracles import distance, make_batches, same_bits, state_of
+from oracles import distance, make_batches, same_bits, same_values, state_of
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -318,7 +318,6 @@ class World:
         setup = self.setup
         assert all(p.requires_grad for p in self.model.parameters())
         assert all(m.training and "train" not in m.__dict__ for m in self.model.modules())
-        assert True
         if setup.freezing:
             assert all(
                 p.grad is gradient and (gradient == 7.0).all() for p, gradient in self.found.items()
@@ -457,7 +456,7 @@ SETUPS = [
 ]
 
 
-STRIDE = 1 if DEEP else 23
+STRIDE = 1 if DEEP else 37
 
 
 @pytest.fixture(autouse=True)
@@ -469,7 +468,7 @@ def warnings_are_errors():
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_points_of_an_epoch(setup):
-    """Every 23rd point in every way; every point with HYPOTHESIS_PROFILE=deep."""
+    """Every 37th point in every way; every point with HYPOTHESIS_PROFILE=deep."""
     reference = Reference(setup)
     for i, way in enumerate(WAYS):
         k = (i + SETUPS.index(setup)) % STRIDE
@@ -479,10 +478,11 @@ def test_points_of_an_epoch(setup):
 
 @pytest.mark.parametrize("setup", [SETUPS[i] for i in (1, 8, 13)], ids=str)
 def test_every_operation_of_an_epoch(setup):
+    """The update and its surroundings are the last operations of a window."""
     reference = Reference(setup)
-    k = 0
+    k, stride = 0, 1 if DEEP else 3
     while check_point(setup, reference, WAYS["after operations"], k):
-        k += 1
+        k += stride
     assert k > 150
 
 
@@ -519,14 +519,6 @@ def opened(setup, micro_batches):
     return world
 
 
-def same_state(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def window_of(state):
     return {key: value for key, value in state.items() if key in ("window", "gradients")}
 
@@ -557,9 +549,9 @@ def test_an_interrupted_method_leaves_the_window_that_was_or_that_is_to_be_or_no
         after = world.step.state_dict()
         assert same_bits(world.weights_now(), weights)
         if method in ("state_dict", "settle"):
-            assert same_state(after, before)
+            assert same_values(after, before)
         windows = [window_of(before), {}] + [window_of(to_be)] * (method == "load_state_dict")
-        assert any(same_state(window_of(after), window) for window in windows)
+        assert any(same_values(window_of(after), window) for window in windows)
         twin = world.copy_of_what_is_there()
         if method == "load_state_dict":  # and so it is for who tries again
             world.step.load_state_dict(to_be)
@@ -574,7 +566,7 @@ def test_an_interrupted_method_leaves_the_window_that_was_or_that_is_to_be_or_no
             and world.step.state_dict() == twin.step.state_dict()
         )
         k += 1
-    assert k > 0 or method == "settle" or "operations" in way
+    assert k > 0 or method in ("settle", "discard") or "operations" in way
 
 
 @pytest.mark.parametrize("way", ["before operations", "signals"])
@@ -664,7 +656,7 @@ def test_an_exception_in_a_hook(setup, where):
 
 def test_an_exception_of_torch_while_a_step_is_entered_leaves_nothing_on(monkeypatch):
     world = World(SETUPS[13])
-    monkeypatch.setattr(type(world.step._gradients), "note", lambda self: 1 / 0)
+    monkeypatch.setattr(trainkit.core.window.Window, "versions", lambda parameters: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         world.run(range(1))
     monkeypatch.undo()
@@ -693,10 +685,7 @@ def test_an_interruption_of_freezing(call, way):
     """A block gives back everything. What is for good is so for some of it, and for all of it when it is called again."""
 
     def view(model):
-        flags = [
-            (p.requires_grad, p.grad is None, hasattr(p, "_trainkit_hold"))
-            for p in model.parameters()
-        ]
+        flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
         return flags, [(m.training, "train" in m.__dict__) for m in model.modules()]
 
     def model():

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import (
     OPTIMIZERS,
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from trainkit import accumulate, amp, frozen, train_step
 
+FEW = settings(max_examples=settings.default.max_examples // 3)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=9)
@@ -43,6 +44,7 @@ def made(kind, dtype=torch.float64):
     return model, OPTIMIZERS[kind](model.parameters())
 
 
+@FEW
 @given(sizes, dtypes, optimizers)
 def test_law_1_train_step_is_the_plain_loop(sizes, dtype, kind):
     batches = make_batches(sizes, dtype)
@@ -56,6 +58,7 @@ def test_law_1_train_step_is_the_plain_loop(sizes, dtype, kind):
         assert same_bits(state_of(model, optimizer), state_of(expected, theirs)), parts
 
 
+@FEW
 @given(sizes, st.integers(1, 3), st.integers(1, 3), optimizers)
 def test_law_2_accumulations_multiply(sizes, a, b, kind):
     batches = make_batches(sizes)
@@ -69,6 +72,7 @@ def test_law_2_accumulations_multiply(sizes, a, b, kind):
     assert same_bits(*states)
 
 
+@FEW
 @given(
     sizes,
     lengths,
@@ -103,6 +107,7 @@ def test_law_3_the_order_of_parts_does_not_matter(sizes, n, kind, dtype, order):
     assert all(same_bits(states[0], other) for other in states[1:])
 
 
+@FEW
 @given(sizes, lengths, dtypes, optimizers, norms, st.sampled_from([1.0, 2.0, float("inf")]))
 def test_law_4_a_window_is_one_batch(sizes, n, dtype, kind, max_norm, norm_type):
     """The last, short one too: Lightning#19987, transformers#38837."""
@@ -117,6 +122,7 @@ def test_law_4_a_window_is_one_batch(sizes, n, dtype, kind, max_norm, norm_type)
 
 
 @example([2, 1, 2], 3, torch.float64, "SGD", None, "either")
+@FEW
 @given(
     sizes, lengths, dtypes, optimizers, norms, st.sampled_from(["int", "tensor", "real", "either"])
 )
@@ -143,6 +149,7 @@ def test_law_4_with_weights(sizes, n, dtype, kind, max_norm, given_as):
         ) + [True]
 
 
+@FEW
 @given(sizes, lengths, st.integers(0, 2**31))
 def test_law_4_the_gradient_is_that_of_the_full_batch(sizes, n, seed):
     """Of unequal batches: transformers#24725, transformers#34242."""
@@ -160,6 +167,7 @@ def test_law_4_the_gradient_is_that_of_the_full_batch(sizes, n, seed):
         assert distance(gradients, full_batch_gradient(make_model(), window)) <= 1e-12
 
 
+@FEW
 @given(sizes, lengths, optimizers, st.sampled_from([None, 0.05]))
 def test_bfloat16_autocast_is_the_loop_with_autocast(sizes, n, kind, max_norm):
     """In full windows. In a short one the division comes later than by hand, and bfloat16 rounds otherwise in between."""
@@ -223,6 +231,7 @@ def test_float16_takes_the_same_trajectory_as_a_hand_written_scaler(
     assert distance([*model.parameters()], [*expected.parameters()]) <= 1e-5
 
 
+@FEW
 @given(
     sizes,
     lengths,
@@ -270,6 +279,7 @@ def test_law_7_stopping_anywhere_changes_nothing(sizes, n, kind, stop, weighted,
         assert torch.equal(ours.window_loss, theirs.window_loss)
 
 
+@FEW
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=8),
     st.integers(1, 3),

@@ -31,7 +31,7 @@ from trainkit import (
     freeze,
     frozen,
     microbatch,
-    resumable,
+
     train_step,
     trainable_parameters,
 )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
+import sys
+import traceback
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, ParamSpec
 
+import torch
 from torch import Tensor
 
 from trainkit.chunks.batches import Batch
 from trainkit.core.parts import Part
 from trainkit.core.plan import Plan, check
-from trainkit.core.step import Step, StepResult
-from trainkit.core.window import Weight, Window, weighted_mean
+from trainkit.core.result import StepResult
+from trainkit.core.step import MicroBatch, Step
+from trainkit.core.warning import warn
+from trainkit.core.window import Window, weighted_mean
 
 P = ParamSpec("P")
 
@@ -21,14 +28,14 @@ P = ParamSpec("P")
 def microbatch(size: int | Literal["auto"]) -> Part:
     """Take the batch of a call in chunks of ``size`` rows; "auto" takes as many as memory allows.
 
-    Equivalent to ``f(*batch)``, with memory for the activations of one chunk::
+    Equivalent to one backward of ``f(*batch)``, with memory for the activations of one chunk::
 
         for start in range(0, rows, size):
             chunk = [tensor[start : start + size] for tensor in batch]
-            (f(*chunk) * len(chunk) / rows).backward()
+            (f(*chunk) * len(chunk[0]) / rows).backward()
 
-    A loss that comes with a weight counts by it. Tensors are cut along their first dimension, in
-    tuples, lists and mappings at any depth; everything else goes whole to every chunk.
+    A loss that comes with a weight counts by its weight. Tensors are cut along their first
+    dimension, in tuples, lists and mappings at any depth; every chunk gets everything else whole.
 
     Args:
         size: rows of a chunk, an int of at least 1, or "auto".
@@ -38,65 +45,211 @@ def microbatch(size: int | Literal["auto"]) -> Part:
         torch.OutOfMemoryError: with "auto", if a single row does not fit.
 
     Example:
-        >>> import torch
-        >>> from trainkit import microbatch, train_step
-        >>> model = torch.nn.Linear(3, 1)
-        >>> step = train_step(torch.optim.SGD(model.parameters()), microbatch(4))(
-        ...     lambda x, y: torch.nn.functional.mse_loss(model(x), y)
-        ... )
-        >>> step(torch.ones(10, 3), torch.ones(10, 1)).updated  # chunks of 4, 4 and 2 rows
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> optimizer = torch.optim.SGD([weight])
+        >>> step = train_step(optimizer, microbatch(4))(lambda x: (x @ weight).mean())
+        >>> step(torch.ones(10, 3)).updated  # chunks of 4, 4 and 2 rows
         True
 
     Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
     """
-    is_int = isinstance(size, int) and not isinstance(size, bool)
-    remedy = "a chunk has a number of rows, an int of at least 1, or 'auto': `microbatch(8)`"
-    check(size == "auto" or is_int, TypeError, f"got {size!r:.60}; {remedy}")
-    check(size == "auto" or size >= 1, ValueError, f"got {size!r:.60}; {remedy}")
+    wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
+    check(size == "auto" or type(size) is int, TypeError, wanted)
+    check(size == "auto" or size >= 1, ValueError, wanted)
     return Part(Plan(step=functools.partial(ChunkedStep, None if size == "auto" else size)))
 
 
 class ChunkedStep(Step[P]):
     """A step whose calls take batches, each of them as several micro-batches.
 
-    ``chunk_sizes``: with "auto", the rows to take of a batch, by the numbers in a row, where more
-    rows ran out of memory. Longer rows need more. May be changed and cleared between two calls.
+    ``chunk_sizes``: with "auto", the rows of a chunk where more rows ran out of memory, by the
+    numbers in a row. It may be changed and cleared between two calls.
     """
 
-    def __init__(self, size: int | None, plan: Plan, function: Callable[P, Any]) -> None:
+    def __init__(self, rows: int | None, plan: Plan, function: Callable[P, Any]) -> None:
         super().__init__(plan, function)
         self.chunk_sizes: dict[int, int] = {}
-        self._rows = size  # None with "auto"
+        self._rows = rows  # None with "auto"
+        self._chunk: Chunk | None = None  # about to begin
         self._is_last_chunk = True
-        self._aside: Window | None = None  # with "auto", the window without the chunk under way
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        if self._result is not None:
+        if self._running is not None:
             return super().__call__(*args, **kwargs)  # which raises
         batch = Batch(args, kwargs)
         if self._updater is None:
             self._prepare()
-        if self._owed is not None and self._owed.known():
-            self.settle()  # here, where running out of memory is not that of a chunk
-        losses: list[Tensor] = []
-        weights: list[Weight] = []
-        result, start, is_begun = None, 0, False
+        self._window = self._window or self._new_window()
+        fillers, start = self._count_fillers(batch), 0
+        parts: list[Any] = []  # the losses of the chunks and their weights
         try:
-            for _ in iter(lambda: result is None or start < batch.rows, False):
+            while not parts or start < batch.rows:
                 stop = min(start + self._rows_for(batch), batch.rows)
-                self._size = Fraction(stop - start, batch.rows or 1) if batch.rows else 1
-                self._is_last_chunk = stop == batch.rows
-                result = self._try(batch, start, stop)
-                if result is not None and result.loss is not None:
-                    losses.append(result.loss)
-                    weights.append(float(self._size) if self._weight is None else self._weight)
-                    start, is_begun = stop, True
+                self._size = Fraction(stop - start or 1, batch.rows or 1)
+                self._is_last_chunk = stop == batch.rows and not fillers
+                if (chunk := self._try(batch, start, stop)) is not None:
+                    result, latest, start = chunk.result, start, stop
+                    weight = float(self._size) if chunk.weight is None else chunk.weight
+                    parts.append((result.loss, weight))
+            for left in reversed(range(fillers)):
+                self._size, self._is_last_chunk = 0, not left
+                args, kwargs = batch.chunk(latest, batch.rows)  # type: ignore[assignment]
+                result = super().__call__(*args, **kwargs)
         except BaseException:
-            if is_begun:  # a part of the batch is in
+            if parts:  # some rows of the batch are in
                 self.discard()
             raise
         finally:
-            self._size, self._is_last_chunk = 1, True
-        if len(losses) > 1:
-            result.loss = weighted_mean(losses, weights)
+            self._size, self._is_last_chunk, self._chunk = 1, True, None
+        losses, weights = map(list, zip(*parts, strict=True))
+        result.loss = losses[0] if len(parts) == 1 else weighted_mean(losses, weights)
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of a step, and ``chunk_sizes``; RuntimeError inside a batch."""
+        if self._window is not None:
+            inside = "step.state_dict() was called inside a batch: call it after `step(batch)`"
+            check(self._window.size.denominator == 1, RuntimeError, inside)
+            self._window.size = int(self._window.size)
+        return super().state_dict() | {"chunk_sizes": dict(self.chunk_sizes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of a step, and ``chunk_sizes``."""
+        super().load_state_dict(state)
+        self.chunk_sizes = dict(state.get("chunk_sizes", {}))
+
+    def _closes(self) -> bool:
+        return self._is_last_chunk and super()._closes()
+
+    def _micro_batch(self) -> MicroBatch:
+        chunk, self._chunk = self._chunk, None
+        return chunk or super()._micro_batch()
+
+    def _rows_for(self, batch: Batch) -> int:
+        """Return the rows of the next chunk. Too many rows are too many of longer ones as well."""
+        if self._rows is not None:
+            return self._rows
+        known = (rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row)
+        return max(1, min(known, default=batch.rows))
+
+    def _try(self, batch: Batch, start: int, stop: int) -> Chunk | None:
+        """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
+        if self._owed is not None and self._owed.known():
+            self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
+        rows, outer, (args, kwargs) = stop - start, sys.exc_info()[1], batch.chunk(start, stop)
+        self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
+        try:
+            super().__call__(*args, **kwargs)
+            return chunk
+        except Exception as error:
+            if not (chunk.is_revocable and is_out_of_memory(error)):
+                raise
+            chunk.revoke()
+            if rows <= 1:
+                error.args = (f"{error}\n{_ADVICE}",)
+                raise
+            _clear_frames(error, outer)
+        gc.collect()  # the error is gone: only cycles of the user's still hold activations
+        getattr(torch.get_device_module(self._updater.zero.device), "empty_cache", bool)()
+        size, rows = batch.size_of_row, rows // 2
+        if not self.chunk_sizes:
+            came = f"memory ran out with {stop - start} rows of {size} numbers"
+            warn(f"{came}: microbatch('auto') continues with {rows}, see `step.chunk_sizes`")
+        self.chunk_sizes[size] = rows
+        return None
+
+    def _count_fillers(self, batch: Batch) -> int:
+        """Return how many chunks follow the batch and count nothing: other ranks wait for them.
+
+        With "auto" ranks reduce gradients in a filler, because a rank that runs out of memory while
+        others wait for its gradients cannot try again. They exchange the sizes they found there.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0
+        from trainkit.ranks.collectives import all_gather_ints, world_size
+        from trainkit.ranks.join import group_of, needs_all_ranks
+
+        needs_all, group = needs_all_ranks(self._plan), group_of(self._plan)
+        if self._rows is not None:
+            count = -(-batch.rows // self._rows) or 1
+            return int(all_gather_ints(group, count).max()) - count if needs_all else 0
+        alone = "got 'auto' where a rank cannot try again alone, as under FSDP: `microbatch(8)`"
+        check(not needs_all, ValueError, alone)
+        if world_size() == 1 or not self._closes():
+            return 0
+        latest = next(reversed(self.chunk_sizes.items()), (0, 0))
+        for size, rows in all_gather_ints(group, *latest).tolist():
+            if rows:
+                self.chunk_sizes[size] = min(rows, self.chunk_sizes.get(size, rows))
+        return 1
+
+
+class Chunk(MicroBatch):
+    """A micro-batch that can be revoked until its update, wherever memory runs out.
+
+    Its backward finds the window without sums. They are added to its gradients once it has
+    succeeded, so a chunk that fails leaves nothing in them.
+    """
+
+    def __init__(self, step: Step[Any], is_revocable: bool) -> None:
+        super().__init__(step)
+        self.is_revocable = is_revocable
+        self.aside: tuple[Window, list[Tensor | None]] | None = None  # the window, and its sums
+
+    def backward(self, loss: Tensor, weight: Any) -> None:
+        """Run backward of a loss, without the sums of the window."""
+        window = self.step._window
+        if self.is_revocable and self.aside is None and window is not None:
+            self.aside = window, window.sums
+            window.sums, window.lent = [], []
+        super().backward(loss, weight)
+
+    def finish(self) -> None:
+        """Add the sums of the window to the gradients, and count the chunk."""
+        if self.aside is not None and self.aside[0] is self.lent:  # the function did not discard it
+            self.lent.take()
+            pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
+            self.lent.sums = [_added(gradient, total) for gradient, total in pairs]
+        self.aside, self.is_revocable = None, False
+        super().finish()
+
+    def leave(self) -> None:
+        """Leave the chunk. A window that is still open gets its sums back."""
+        super().leave()
+        if self.aside is not None and self.aside[0] is self.step._window:
+            self.revoke()
+
+    def revoke(self) -> None:
+        """Give the step its window as it was before the chunk."""
+        if self.aside is not None:
+            window, sums = self.aside
+            window.sums, window.lent = sums, [False] * len(sums)
+            self.step._window, self.aside = window, None
+
+
+def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:
+    """Return gradient + total in place of the gradient. The total does not change."""
+    if gradient is None or total is None:
+        return total if gradient is None else gradient
+    return total + gradient if gradient.is_sparse else gradient.add_(total)  # as autograd adds
+
+
+_ADVICE = "A single row does not fit into memory: `amp()`, `recompute(model, layers)` need less."
+
+
+def _clear_frames(error: BaseException | None, outer: BaseException | None) -> None:
+    """Have the frames of an error and of its causes forget their variables, up to ``outer``."""
+    while error is not None and error is not outer:
+        traceback.clear_frames(error.__traceback__)
+        context, error.__context__ = error.__context__, None  # chains may be cyclic
+        error = context
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the memory of a device has run out."""
+    # torch has no type for the errors of a CPU, of Apple's GPUs and of the libraries of CUDA.
+    is_said = isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return is_said or isinstance(error, torch.OutOfMemoryError)
+
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainkit.core.plan import (
-    Plan,
-    Surrounding,
-    check,
-    check_length,
-    check_optimizers,
-    options_of,
-)
+from trainkit.core.plan import Plan, Surrounding, check, check_length, optimizers_of, options_of
 from trainkit.core.precision import Precision, between_graphs, current_device
 from trainkit.core.result import StepResult
 from trainkit.core.step import Step
@@ -100,7 +93,7 @@ def train_step(
         came = f"after takes callables without arguments, got {call!r:.60}"
         check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
     options = options_of(module, max_norm, norm_type, max_skips)
-    plan = Plan(optimizers=check_optimizers(optimizer), after=calls, **options)
+    plan = Plan(optimizers=optimizers_of(optimizer), after=calls, **options)
     for part in parts:
         plan += _plan_of(part)
     return Part(plan)

@@ -51,11 +51,11 @@ class Plan:
             a, b = getattr(self, name), getattr(other, name)
             if name in ("modules", "lengths", "after", "surroundings"):
                 both[name] = a + b
-                continue
-            twice = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
-            fits = unset in (a, b) or (name == "window" and a is b)
-            check(fits, ValueError, f"{twice}: keep one of them")
-            both[name] = b if a == unset else a
+            elif unset in (a, b) or (name == "window" and a is b):
+                both[name] = b if a == unset else a
+            else:
+                twice = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
+                raise ValueError(f"{twice}: keep one of them")
         return Plan(**both)
 
     def optimized(self) -> list[list[nn.Parameter]]:
@@ -101,20 +101,17 @@ def check_length(n: Any) -> int:
     return int(n)
 
 
-def check_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """Return one or several optimizers as a tuple."""
+def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
+    """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        example = (
-            f"`amp(dtype={one})`" if isinstance(one, torch.dtype) else "`train_step(AdamW(...))`"
-        )
-        is_optimizer, name = isinstance(one, Optimizer), type(one).__name__
-        check(is_optimizer, TypeError, f"expected an optimizer, got {name} {one!r:.60}: {example}")
+        came = f"expected an optimizer, got {type(one).__name__} {one!r:.60}"
+        check(isinstance(one, Optimizer), TypeError, f"{came}: `AdamW(model.parameters())`")
         step = getattr(type(one), "step", None)  # a mock of an optimizer has none
         closure = None if step is None else inspect.signature(step).parameters.get("closure")
         needs_one = closure is not None and closure.default is inspect.Parameter.empty
-        remedy = "call `optimizer.step(closure)` yourself"
-        check(not needs_one, TypeError, f"{name}.step needs a closure to run the loss: {remedy}")
+        came = f"{type(one).__name__}.step needs a closure to run the loss again"
+        check(not needs_one, TypeError, f"{came}: call `optimizer.step(closure)` yourself")
     remedy = "`train_step([optimizer_a, optimizer_b])`"
     check(bool(found), ValueError, f"got no optimizer: {remedy}")
     is_once = len({id(one) for one in found}) == len(found)

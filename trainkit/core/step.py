@@ -12,7 +12,7 @@ import contextlib
 import functools
 import operator
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -145,9 +145,7 @@ class Step(Generic[P]):
         finally:
             self._delivery = found
 
-    def over(
-        self, loader: Iterable[T], *others: Step[Any], progress: bool | Mapping[str, Any] = False
-    ) -> Iterator[T]:
+    def over(self, loader: Iterable[T], *others: Step[Any], progress: Any = False) -> Iterator[T]:
         """Iterate over a loader, and let its last batch close the open windows of the steps.
 
         Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
@@ -157,7 +155,7 @@ class Step(Generic[P]):
         Args:
             loader: what a loop can iterate over.
             others: further steps whose windows end with the loader.
-            progress: True shows a bar of tqdm; a mapping has arguments for tqdm.
+            progress: True shows a bar of tqdm; a mapping of arguments is passed to tqdm.
 
         Raises:
             TypeError: for another loader, step or ``progress``.
@@ -403,6 +401,7 @@ class MicroBatch:
             if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):
                 from trainkit.advice import too_many_skips
 
+                step._updater.forgive()
                 raise too_many_skips(step, count)
             if own is None or verdict.skipped is True:
                 window.drop()

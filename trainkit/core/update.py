@@ -55,6 +55,10 @@ Apply = Callable[[], Any] | None
 class Updater:
     """``GradScaler`` and ``clip_grad_norm_`` in one, for any precision and several optimizers."""
 
+    skips: int  # in a row
+    latest: list[Tensor]  # verdicts on the last updates, until their skips are counted
+    asked: Answer | None  # verdicts on their way
+
     def __init__(self, plan: Plan, is_scaled: bool) -> None:
         device, precision = plan.parameters()[0].device, plan.precision
         self.plan = plan
@@ -69,7 +73,9 @@ class Updater:
         if precision is not None and is_scaled:
             self.scale = torch.full_like(self.zero, precision.init_scale)
             self.growth = torch.zeros((), dtype=torch.int32, device=device)
-        self.streak = Streak(plan.max_skips or 25)
+        self.max_skips = plan.max_skips or 25
+        self.lag = 0  # several ranks read the number of skips at the same update, so much later
+        self.forgive()
 
     def seed(self, loss: Tensor, share: Weight) -> Tensor:
         """Return what backward starts from in place of 1: the share, times the loss scale.
@@ -146,50 +152,31 @@ class Updater:
         return min(1.0, self.max_norm / (value + 1e-6)) / by
 
     def learn(self, found_inf: Tensor) -> int:
-        """Move the loss scale by the rule of ``GradScaler``: halved by an overflow, doubled after
-        ``growth_interval`` updates without one. Return the length of a streak that is too long.
+        """Take in a verdict without a wait. Return the number of skips in a row if it is too high.
+
+        The loss scale moves by the rule of ``GradScaler``: halved by an overflow, doubled after
+        ``growth_interval`` updates without one. Skips are counted when there may be too many.
 
         Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
         """
         if self.scale is not None and self.plan.precision is not None:
             interval = self.plan.precision.growth_interval
             torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, interval)
-        return self.streak.add(found_inf)
+        self.latest.append(found_inf)
+        if self.asked is None and len(self.latest) >= min(self.max_skips - self.skips, 256):
+            self.asked, self.latest = Answer(torch.stack(self.latest)), []
+        if self.asked is None or len(self.latest) < self.lag:
+            return 0
+        if not (self.lag or self.asked.known()):
+            return 0
+        skips = self.asked.read().tolist()
+        self.skips = self.skips + len(skips) if all(skips) else skips[::-1].index(0.0)
+        self.asked = None
+        return self.skips if self.skips >= self.max_skips else 0
 
-
-class Streak:
-    """Updates skipped in a row. Looked at only when there may be ``limit`` of them, without a wait.
-
-    Several ranks must learn of it at the same update: they read the answer ``lag`` updates later.
-    """
-
-    lag = 0
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.reset()
-
-    def reset(self) -> None:
+    def forgive(self) -> None:
         """Forget the skips so far."""
-        self._length, self._latest = 0, list[Tensor]()
-        self._asked: Answer | None = None
-
-    def add(self, found_inf: Tensor) -> int:
-        """Take in the verdict on an update. Return the length once it has reached the limit."""
-        self._latest.append(found_inf)
-        if self._asked is None and len(self._latest) >= min(self.limit - self._length, 256):
-            self._asked, self._latest = Answer(torch.stack(self._latest)), []
-        if self._asked is None or len(self._latest) < self.lag:
-            return 0
-        if not (self.lag or self._asked.known()):
-            return 0
-        skips = self._asked.read().tolist()
-        self._length = self._length + len(skips) if all(skips) else skips[::-1].index(0.0)
-        self._asked = None
-        if self._length < self.limit:
-            return 0
-        length, self._length = self._length, 0
-        return length
+        self.skips, self.latest, self.asked = 0, [], None
 
 
 def _times(divisor: Weight, factor: Tensor) -> Tensor:

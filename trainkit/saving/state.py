@@ -39,7 +39,7 @@ def load_into(step: Any, state: Any) -> None:
         raise ValueError(f"this state does not fit the step ({error!r:.150}): {remedy}") from None
     step.discard()
     step._owed = None
-    updater.streak.reset()
+    updater.forgive()
     if updater.scale is not None and "loss_scale" in state:
         updater.scale.fill_(scale)
         updater.growth.fill_(growth)

@@ -1,9 +1,14 @@
-"""Lifting: the code of some names, with all that it needs and nothing else, as one cell for a notebook.
+"""Print the code of some public names as one self-contained cell for a notebook.
 
-Every file of the package is parsed. A top-level statement binds names, and uses others; those that are reached from the names
-asked for are printed as they stand, in the order in which the files import each other, and imports of the package fall away.
-That takes two promises of the package, which the tests hold it to: it imports from its own files at the top only, and under the
-same name; and a name at the top of two files is the same thing in both.
+The package is parsed, not imported. A top-level statement binds names and uses names. Statements
+that the names asked for reach are printed unchanged, in the order in which the files import each
+other, and imports of trainkit fall away. Docstrings of public names are cut to
+their law, and others are dropped.
+
+An import of trainkit inside a function is a seam. It marks code that many users never run, such as
+the code for several ranks. If the cell has the target, the import falls away. If not, the import
+and the rest of its block become an ImportError that names the word to add:
+``python -m trainkit lift accumulate amp ranks``.
 """
 
 from __future__ import annotations
@@ -14,266 +19,344 @@ import difflib
 import functools
 import importlib.metadata
 import importlib.resources
+import re
 import symtable
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ALWAYS = ("advice", "language", "state")  # words that go without saying
+Name = tuple[str, str]  # a file, such as "core/step", and a name in it
+Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
+Missing = Callable[["Seam"], str | None]  # the word of a seam whose target is not in the cell
 
-class Statement(NamedTuple):
-    """One at the top of a file: its first line, counted with the comments above it, its last, and its names."""
 
-    node: ast.stmt
+class Seam(NamedTuple):
+    """An import of trainkit inside a function: its lines, and the end of its block."""
+
+    targets: frozenset[Name]
     begin: int
     end: int
-    binds: frozenset[str]
-    uses: frozenset[str]
+    block_end: int
+
+    @property
+    def file(self) -> str:
+        return min(self.targets)[0]
+
+    def edit(self, lines: list[str], missing: str | None, error: str) -> Edit:
+        """Remove the import, or replace it and the rest of its block by an error."""
+        if missing is None:
+            return self.begin, self.end + (not lines[self.end]), []
+        indent = " " * (len(lines[self.begin]) - len(lines[self.begin].lstrip()))
+        message = f'{indent}    "{error.format(name=missing)}"'
+        return self.begin, self.block_end, [f"{indent}raise ImportError(", message, f"{indent})"]
+
+
+class Statement:
+    """A top-level statement with the comments above it."""
+
+    def __init__(self, node: ast.stmt, lines: list[str], above: int) -> None:
+        self.node, self.lines, self.seams = node, lines, list(_seams(node))
+        self.begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
+        while self.begin > above and lines[self.begin - 1].startswith("#"):
+            self.begin -= 1
+        self.end = node.end_lineno or 0
+        self.text = "\n".join(lines[self.begin : self.end])
+        symbols = symtable.symtable(self.text, "cell", "exec").get_symbols()
+        bound = (s for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace())
+        self.binds = {symbol.get_name() for symbol in bound}
+
+    def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
+        """The lines of this statement after some edits, with an error for what is missing."""
+        result, line = list[str](), self.begin
+        of_seams = [seam.edit(self.lines, missing(seam), error) for seam in self.seams]
+        for begin, end, replacement in sorted([*edits, *of_seams]):
+            if begin >= line:  # not in lines that are gone
+                result += self.lines[line:begin] + replacement
+                line = end
+        return result + self.lines[line : self.end]
 
 
 class Source:
     """A file of the package."""
 
-    def __init__(self, name: str) -> None:
-        text = (
-            importlib.resources.files("trainkit").joinpath(f"{name}.py").read_text(encoding="utf-8")
-        )
-        tree = ast.parse(text)
-        self.name, self.lines, self.doc = name, text.splitlines(), ast.get_docstring(tree) or ""
-        self.own: dict[str, str] = {}  # names from other files of the package, and the files
-        self.foreign: dict[
-            str, tuple[str | None, ast.alias]
-        ] = {}  # names from elsewhere, and how they are imported
+    def __init__(self, file: str, text: str) -> None:
+        tree, lines, above = ast.parse(text), text.splitlines(), 0
+        self.file, self.doc = file, ast.get_docstring(tree) or ""
         self.statements: list[Statement] = []
-        above = 0
+        self.own: dict[str, str] = {}  # names imported from trainkit, and their files
+        self.foreign: dict[str, set[tuple[str, str]]] = {}  # other imports: module and member
         for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainkit."):
-                self.own.update(
-                    {
-                        alias.name: (node.module or "").removeprefix("trainkit.")
-                        for alias in node.names
-                    }
-                )
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                module = node.module if isinstance(node, ast.ImportFrom) else None
-                self.foreign.update(
-                    {(a.asname or a.name).partition(".")[0]: (module, a) for a in node.names}
-                )
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.own |= {name: file for file, name in _targets(node)}
+                for alias in node.names:
+                    name = (alias.asname or alias.name).partition(".")[0]
+                    imported = getattr(node, "module", ""), ast.unparse(alias)
+                    self.foreign.setdefault(name, set()).add(imported)
+            elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                pass  # the annotations of a cell are never evaluated
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                self.statements.append(self._statement(node, above))
+                self.statements.append(Statement(node, lines, above))
             above = node.end_lineno or 0
-
-    def _statement(self, node: ast.stmt, above: int) -> Statement:
-        begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
-        while begin > above and self.lines[begin - 1].startswith("#"):
-            begin -= 1
-        end = node.end_lineno or begin
-        table = symtable.symtable("\n".join(self.lines[begin:end]), self.name, "exec")
-        binds = {
-            s.get_name()
-            for s in table.get_symbols()
-            if s.is_assigned() or s.is_imported() or s.is_namespace()
-        }
-        return Statement(node, begin, end, frozenset(binds), frozenset(_globals(table)))
+        self.imports = list(self.own.values())
+        self.seams = [seam for statement in self.statements for seam in statement.seams]
+        self.own |= {name: file for seam in self.seams for file, name in seam.targets}
 
 
-def _globals(table: symtable.SymbolTable) -> Iterator[str]:
-    """The names that a statement looks up at the top of its file, in its annotations, too."""
-    for symbol in table.get_symbols():
-        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module"):
-            yield symbol.get_name()
-    for inner in table.get_children():
-        yield from _globals(inner)
+def _targets(node: Any) -> list[Name]:
+    """What an import from trainkit imports."""
+    module = getattr(node, "module", None) or ""
+    names = node.names if module.startswith("trainkit.") else ()
+    file = module.removeprefix("trainkit.").replace(".", "/")
+    return [(file, alias.name) for alias in names]
 
 
-@functools.lru_cache(maxsize=1)
-def _sources() -> dict[str, Source]:
-    """All files that the package imports, each after those that it imports itself."""
-    found: dict[str, Source] = {}
-
-    def visit(name: str) -> None:
-        source = Source(name)
-        for other in source.own.values():
-            if other not in found:
-                visit(other)
-        found[name] = source
-
-    visit("__init__")
-    return found
+def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
+    for parent in ast.walk(statement):
+        for _, field in ast.iter_fields(parent):
+            if isinstance(field, list) and field and isinstance(field[0], ast.stmt):
+                yield field
 
 
-def public_names() -> list[str]:
-    """What can be lifted: all that the package exports."""
-    return list(importlib.import_module("trainkit").__all__)
+def _seams(statement: ast.stmt) -> Iterator[Seam]:
+    for block in _blocks(statement):
+        for node in block:
+            if targets := _targets(node):
+                end, block_end = node.end_lineno or 0, block[-1].end_lineno or 0
+                yield Seam(frozenset(targets), node.lineno - 1, end, block_end)
 
 
-def needed(names: Iterable[str]) -> set[tuple[str, str]]:
-    """The names that are reached from some public ones: each with the file that binds or imports it."""
-    sources = _sources()
-    found: set[tuple[str, str]] = set()
-    left = [("__init__", name) for name in names]
-    while left:
-        file, name = left.pop()
-        source = sources[file]
-        if name in source.own:
-            left.append((source.own[name], name))
-            continue
-        binding = [statement for statement in source.statements if name in statement.binds]
-        if (file, name) not in found and (binding or name in source.foreign):
-            found.add((file, name))
-            left += [
-                (file, used) for statement in binding for used in statement.uses | statement.binds
-            ]
-    return found
+@functools.cache
+def _used(code: str) -> frozenset[str]:
+    """The global names that a top-level statement looks up, in annotations too."""
+    tables, found = [symtable.symtable(code, "cell", "exec")], set[str]()
+    for table in tables:  # grows
+        is_top = table.get_type() == "module"
+        symbols = (s for s in table.get_symbols() if s.is_referenced())
+        found.update(s.get_name() for s in symbols if is_top or s.is_global())
+        tables += table.get_children()
+    return frozenset(found)
 
 
-def lift(names: Sequence[str], *, bare: bool = False, inline: bool = False) -> str:
-    """The code of some public names as one file, which imports nothing but torch and the standard library.
+class Package:
+    """The files that public names need, each after the files that it imports at its top."""
 
-    Equivalent to the package as far as these names go: the same statements, once each.
+    def __init__(self, root: Any) -> None:
+        self._root, self.sources = root, dict[str, Source]()
+        initial = self._parse("__init__")
+        exported = next(s.node for s in initial.statements if "__all__" in s.binds)
+        self.public: list[str] = ast.literal_eval(exported.value)  # type: ignore[attr-defined]
+        self._origin = {name: initial.own[name] for name in self.public}
+        for file in self._origin.values():
+            self._read(file)
+        words = {self.word(seam) for source in self.sources.values() for seam in source.seams}
+        self.words = sorted(words.difference(self.public, ALWAYS))
+
+    def _parse(self, file: str) -> Source:
+        path = self._root.joinpath(*f"{file}.py".split("/"))
+        return Source(file, path.read_text(encoding="utf-8"))
+
+    def _read(self, file: str) -> None:
+        if file not in self.sources:
+            source = self._parse(file)
+            for other in source.imports:
+                self._read(other)
+            self.sources.setdefault(file, source)
+            for seam in source.seams:
+                self._read(seam.file)
+
+    def word(self, seam: Seam) -> str:
+        """The folder of the target of a seam if nothing in there is public, else the file."""
+        folder, _, file = seam.file.rpartition("/")
+        is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
+        return file if is_public or not folder else folder
+
+    def missing(self, names: Sequence[str]) -> Missing:
+        """What tells the word of a seam if its target is not in a cell of some names."""
+        needed, words = self.reached(names, self.word), {*names, *ALWAYS}
+
+        def missing(seam: Seam) -> str | None:
+            word = self.word(seam)
+            return None if word in words or seam.targets <= needed else word
+
+        return missing
+
+    def reached(self, names: Iterable[str], missing: Missing) -> set[Name]:
+        """All that some names need."""
+        found = set[Name]()
+        left = [(self._origin[name], name) for name in names if name in self.public]
+        while left:
+            file, name = left.pop()
+            source = self.sources[file]
+            binding = [statement for statement in source.statements if name in statement.binds]
+            if not binding and name in source.own:
+                left.append((source.own[name], name))
+            elif (file, name) not in found and (binding or name in source.foreign):
+                found.add((file, name))
+                for statement in binding:
+                    used = _used("\n".join(statement.code(missing)))
+                    left += [(file, name) for name in used | statement.binds]
+        return found
+
+
+@functools.cache
+def this_package() -> Package:
+    """trainkit itself."""
+    return Package(importlib.resources.files("trainkit"))
+
+
+def lift(
+    names: Sequence[str], *, docs: bool = False, bare: bool = False, inline: bool = False
+) -> str:
+    """Return the code of some public names as one file that needs only torch.
+
+    Equivalent to the package for these names: the same statements, each once.
 
     Args:
-        names: of what is to be in it, as "accumulate".
-        bare: without docstrings.
-        inline: to be pasted among other code, and not to be a file ``trainkit.py`` of its own.
+        names: public names, such as "accumulate", and words of optional code, such as "ranks".
+        docs: keep docstrings whole. By default those of public names end after their law, and
+            others are dropped.
+        bare: drop docstrings.
+        inline: make code to paste among other code, instead of a file ``trainkit.py``.
 
     Raises:
-        ValueError: for a name that the package does not export.
+        ValueError: for a name that the package does not have, or if no name is public.
 
     Example:
         >>> from trainkit.tools.lift import lift
         >>> code = lift(["frozen"])
-        >>> "class frozen:" in code, "class Step" in code, "from trainkit" in lift(["frozen"], bare=True)
+        >>> "class frozen" in code, "class Step" in code, "from trainkit" in code
         (True, False, False)
     """
-    public = public_names()
+    package, names = this_package(), list(dict.fromkeys(names))
+    known = [*package.public, *package.words]
     for name in names:
-        if name not in public:
-            near = difflib.get_close_matches(name, public, n=1) or ["accumulate"]
-            raise ValueError(
-                f"trainkit has no {name!r} to lift: `lift {near[0]}`; it has {', '.join(public)}"
-            )
-    reached = needed(names)
-    printed: set[str] = set()
-    code = "\n\n\n".join(
-        part for source in _sources().values() for part in _printed(source, reached, printed, bare)
-    )
-    names = list(dict.fromkeys(names))
-    exported = ", ".join(f'"{name}"' for name in names)
-    words = " ".join([*names, "--bare"] if bare else names)
-    head = f"# trainkit {_released()}, MIT license: what `python -m trainkit lift {words}` prints."
-    left = sorted(set(public) - set(names))
-    end = "" if inline else (_LACKING.format(words=words, left=left) if left else "") + _NO_COMMANDS
-    return f"{head}\n\nfrom __future__ import annotations\n\n{_imports(reached)}\n\n{code}\n\n\n__all__ = [{exported}]\n{end}"
+        if name not in known and name not in ALWAYS:
+            near = (difflib.get_close_matches(name, known, n=1) or known)[0]
+            raise ValueError(f"no {name!r} to lift: `lift {near}`; there is {', '.join(known)}")
+    exported = [name for name in names if name in package.public]
+    if not exported:
+        raise ValueError(f"no public name in {names}: `lift {' '.join(['accumulate', *names])}`")
+    arguments = " ".join([*names, *["--docs"] * docs, *["--bare"] * bare])
+    command = f"python -m trainkit lift {arguments}"
+    error = f"{{name}} was not lifted into this file: `{command} {{name}}`"
+    missing = package.missing(names)
+    reached = package.reached(names, missing)
+    head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
+    cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
+    for above, statement in _statements(package, reached):
+        drop = bare or statement.binds.isdisjoint(package.public)
+        edits = [] if docs else _docstrings(statement, drop)
+        cell += above + statement.code(missing, error, edits)
+    listed = ", ".join(f'"{name}"' for name in exported)
+    cell += ["", "", f"__all__ = [{listed}]"]
+    if not inline:
+        left = " ".join(name for name in package.public if name not in exported)
+        cell += _END.format(left=left, error=error).splitlines()
+    return "\n".join(cell) + "\n"
 
 
-# What a file says that is found in the place of the package.
-_LACKING = """
+_END = """
 
 def __getattr__(name: str) -> object:
-    if name in {left}:
-        raise ImportError(f"{{name}} was not lifted into this file: `python -m trainkit lift {words} {{name}}`")
+    if name in "{left}".split():
+        raise ImportError(f"{error}")
     raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
-"""
-_NO_COMMANDS = """
+
 
 if __name__ == "__main__":
-    raise SystemExit("this trainkit.py is lifted code, without commands: run `python -m trainkit` in another folder")
+    raise SystemExit("this is lifted code, without commands: run `python -m trainkit` elsewhere")
 """
 
 
-def _printed(
-    source: Source, reached: set[tuple[str, str]], printed: set[str], bare: bool
-) -> Iterator[str]:
-    """The statements of a file that are needed; those that have no blank line between them in one piece."""
-    pieces: list[list[str]] = []
-    after = -1
-    for statement in source.statements:
-        code = ast.dump(statement.node)
-        if code in printed or not any((source.name, name) in reached for name in statement.binds):
-            continue
-        printed.add(code)  # what two files have alike, as a TypeVar, is there once
-        if statement.begin != after:
-            pieces.append([])
-        pieces[-1] += (
-            _without_docstrings(source, statement)
-            if bare
-            else source.lines[statement.begin : statement.end]
-        )
-        after = statement.end
-    if pieces:
-        yield f"# {source.name}.py: {source.doc.splitlines()[0]}"
-    for piece in pieces:
-        yield "\n".join(piece)
+def _imports(package: Package, reached: set[Name]) -> list[str]:
+    """The imports of a cell: the standard library, then torch, each name once."""
+    foreign = [package.sources[file].foreign.get(name, set()) for file, name in reached]
+    members: dict[str, list[str]] = {}
+    for module, member in sorted(set().union(*foreign)):
+        members.setdefault(module, []).append(member)
+    lines = [f"import {member}" for member in members.pop("", [])]
+    lines += [f"from {module} import {', '.join(found)}" for module, found in members.items()]
+    ours = [line for line in lines if re.match(r"\w+ torch\b", line)]
+    others = [line for line in lines if line not in ours]
+    return [*others, *[""] * bool(others), *ours]
 
 
-def _without_docstrings(source: Source, statement: Statement) -> list[str]:
-    lines: list[str | None] = list(source.lines)
-    for node in ast.walk(statement.node):
-        if (
-            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            and ast.get_docstring(node) is not None
-        ):
-            text, rest = node.body[0], node.body[1:]
-            begin, end = text.lineno - 1, text.end_lineno or text.lineno
-            lines[begin:end] = [None] * (end - begin)
-            if not rest:
-                lines[begin] = " " * text.col_offset + "..."
-            elif not source.lines[end]:
-                lines[end] = None
-    return [line for line in lines[statement.begin : statement.end] if line is not None]
+def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str], Statement]]:
+    """The statements of a cell, each once and with the lines above it."""
+    printed = set[str]()
+    for source in package.sources.values():
+        title = f"# {source.file}.py: {source.doc.partition(chr(10))[0]}"
+        above, end = ["", "", title], -1
+        for statement in source.statements:
+            needed = any((source.file, name) in reached for name in statement.binds)
+            if needed and statement.text not in printed:  # two files may have the same TypeVar
+                printed.add(statement.text)
+                yield [] if statement.begin == end else above, statement
+                above, end = ["", ""], statement.end
 
 
-def _imports(reached: set[tuple[str, str]]) -> str:
-    """The imports of what is used, by the standard library and torch, and each name once."""
-    plain, members = set[str](), dict[str, set[str]]()
-    for file, name in reached:
-        if name in (foreign := _sources()[file].foreign):
-            module, alias = foreign[name]
-            text = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
-            if module is None:
-                plain.add(text)
-            elif module != "__future__":
-                members.setdefault(module, set()).add(text)
-    lines = [f"import {text}" for text in plain] + [
-        f"from {m} import {', '.join(sorted(members[m]))}" for m in members
-    ]
-    ours = [line for line in lines if line.split()[1].partition(".")[0] == "torch"]
-    order = functools.partial(sorted, key=lambda line: (line.startswith("from"), line))
-    return "\n".join([*order(set(lines) - set(ours)), "", *order(ours)]).strip("\n") + "\n"
+def _docstrings(statement: Statement, drop: bool) -> Iterator[Edit]:
+    """Drop the docstrings in a statement, or cut them to their law."""
+    lines = statement.lines
+    for block in _blocks(statement.node):
+        first = block[0]
+        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+            begin, end = first.lineno - 1, first.end_lineno or first.lineno
+            if not drop:
+                yield begin, end, _law(lines[begin:end])
+            elif len(block) == 1:
+                yield begin, end, [" " * first.col_offset + "..."]
+            else:
+                yield begin, end + (not lines[end]), []
+
+
+_SECTION = re.compile(r"\n *(?:Args|Attributes|Examples?|Raises|Returns|Source|Warns|Yields):")
+
+
+def _law(lines: list[str]) -> list[str]:
+    """A docstring down to the end of its first block of code, or else its first paragraph."""
+    text = "\n".join(lines)
+    indent = " " * (len(text) - len(text.lstrip()))
+    head = _SECTION.split(text)[0]
+    block = re.search(rf"::\n(\n|{indent} .*\n?)+", head)
+    law = (head[: block.end()] if block else head.partition("\n\n")[0]).rstrip()
+    if text[len(law) :].strip() in ("", '"""'):
+        return lines
+    return [*law.splitlines(), f'{indent}"""'] if "\n" in law else [f'{law}"""']
 
 
 def add_lift(commands: Any) -> None:
-    """Adds ``lift`` to the commands of ``python -m trainkit``."""
-    parser = commands.add_parser(
-        "lift", help="prints the code of some names as one cell for a notebook"
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(public_names()))
-    parser.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--bare", action="store_true", help="without docstrings")
-    inline = "to be pasted as it is, and not written to trainkit.py by its cell: it then defines a hundred names of its own there"
+    """Add ``lift`` to the commands of ``python -m trainkit``."""
+    parser = commands.add_parser("lift", help="print the code of some names as one notebook cell")
+    names = "public names, and words of optional code, such as ranks"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
+    inline = "print code to paste as it is; it defines a hundred names beside yours"
+    parser.add_argument("--all", action="store_true", help="everything, optional code too")
+    docstrings = parser.add_mutually_exclusive_group()
+    docstrings.add_argument("--docs", action="store_true", help="keep docstrings whole")
+    docstrings.add_argument("--bare", action="store_true", help="drop docstrings")
     parser.add_argument("--inline", action="store_true", help=inline)
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="write a file in place of printing a cell"
-    )
+    output = "write a file instead of printing a cell"
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help=output)
     parser.set_defaults(run=functools.partial(_run, parser))
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    if bool(arguments.names) == arguments.all:
+def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    if bool(given.names) == given.all:
         parser.error("give either names, `lift accumulate amp`, or `lift --all`")
+    names = given.names or [*this_package().public, *this_package().words]
     try:
-        code = lift(arguments.names or public_names(), bare=arguments.bare, inline=arguments.inline)
+        code = lift(names, docs=given.docs, bare=given.bare, inline=given.inline)
+        if given.output is None:
+            print(code if given.inline else f"%%writefile trainkit.py\n{code}", end="")
+        else:
+            given.output.write_text(code, encoding="utf-8")
     except ValueError as error:
         parser.error(str(error))
-    if arguments.output is not None:
-        try:
-            arguments.output.write_text(code, encoding="utf-8")
-        except OSError as error:
-            parser.error(
-                f"-o {arguments.output}: {error.strerror}; give a file in a folder that is there: `-o trainkit.py`"
-            )
-    else:
-        print(code if arguments.inline else f"%%writefile trainkit.py\n{code}", end="")
+    except OSError as error:
+        remedy = "give a file in a folder that exists: `-o trainkit.py`"
+        parser.error(f"-o {given.output}: {error.strerror}; {remedy}")
     return 0
 
 

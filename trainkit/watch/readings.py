@@ -98,7 +98,7 @@ class Readings:
 
     def _hand_over(self, wait: bool = False) -> None:
         if self._copy is not None and (wait or self._copy.known()):
-            numbers = iter(self._copy.read().tolist())  # type: ignore[union-attr]
+            numbers = iter(self._copy.read().tolist())
             arrived = deque([_completed(row, numbers) for row in self._copied])
             self._copy, self._copied, self._arrived = None, [], arrived
         while self._arrived:

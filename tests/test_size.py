@@ -1,0 +1,42 @@
+"""The package stays small: its lines of code, its cells, the Python calls of a micro-batch."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def size(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("size")
+
+
+def test_code_is_counted_without_docstrings_comments_and_blank_lines(size):
+    top = '"""Doc."""\n\nx = 1  # one\n# comment\n\n\n'
+    function = 'def f():\n    """Doc.\n\n    More.\n    """\n    return """\n\n"""\n'
+    assert size.code_lines(top + function) == {3, 7, 12, 13, 14}
+
+
+def test_the_package_is_small(size):
+    folders, classes = size.package_sizes()
+    assert folders["trainkit/core"] <= 1050
+    assert sum(folders.values()) <= 3800
+    assert max(classes.values()) <= 250
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "lines"),
+    [("accumulate amp", 1000, 1250), ("frozen", 290, 400), ("freeze", 220, 310)],
+)
+def test_a_cell_is_small(size, names, code, lines):
+    found = size.cell_size(*names.split())
+    assert found[0] <= code and found[1] <= lines
+
+
+def test_a_micro_batch_takes_few_calls(size):
+    (count, files), (closing, closing_files) = size.calls()
+    assert 0 < count <= 26 and files <= 6, "the window stays open"
+    assert count < closing <= 54 and closing_files <= 6, "the window closes"

@@ -1,0 +1,89 @@
+"""Loaders on several ranks: every rank gets as many batches as the rank with most."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from trainkit.core.loop import length_of
+
+
+class RankedDelivery(NamedTuple):
+    """A ``Delivery`` on several ranks.
+
+    Attributes:
+        present: the share of ranks that have a batch at this place.
+        is_filler: whether this rank has none. It repeats its last batch, which counts nothing, so
+            that the other ranks need not wait for it.
+    """
+
+    batch: Any
+    is_last: bool
+    number: int = 0
+    present: float = 1.0
+    is_filler: bool = False
+
+
+def lockstep(
+    loader: Iterable[Any],
+    window_length: Callable[[], int],
+    exchange: Callable[..., Tensor],
+    last_batch: Any = None,
+) -> Iterator[RankedDelivery]:
+    """Yield the same number of batches on every rank.
+
+    Before every window the ranks exchange two numbers in one collective: how many micro-batches
+    they have for it, and whether they have more. A loader without a length is read ahead by a
+    window and one batch, one with a length only at its end, where reading checks the length.
+
+    Args:
+        window_length: returns the number of micro-batches in the next window.
+        exchange: takes the numbers of this rank, returns those of all, int64 ``[ranks, numbers]``.
+        last_batch: the batch before, if the pass is resumed and this rank may have no further one.
+
+    Raises:
+        ValueError: on every rank, if one of them has no batch at all.
+        RuntimeError: if a loader ends a window or more before its length.
+    """
+    size, seen, number = length_of(loader), 0, 0
+    iterator, ahead = iter(loader), deque[Any]()
+    batch, has_more = last_batch, True
+    while has_more:
+        length = window_length()
+        left = size - seen
+        if left <= length:
+            ahead.extend(itertools.islice(iterator, length + 1 - len(ahead)))
+            left = len(ahead)
+        told = exchange(min(left, length), left > length).tolist()
+        counts = [count for count, _ in told]
+        has_more = any(more for _, more in told)
+        if batch is None and 0 in counts and any(counts):
+            missing = [rank for rank, count in enumerate(counts) if not count]
+            raise ValueError(
+                f"the loaders of ranks {missing} have no batch, and such a rank cannot join the "
+                "others: give every rank at least one, for example with a DistributedSampler"
+            )
+        for i in range(max(counts)):
+            is_filler = i >= min(left, length)
+            if not is_filler:
+                batch = ahead.popleft() if ahead else next(iterator, _END)
+                seen += 1
+                if batch is _END:
+                    raise RuntimeError(
+                        f"a loader of length {size} ended before batch {seen}, and other ranks "
+                        "wait for it: return the true number of batches from `__len__`"
+                    )
+            # The loop may remove entries of its batch, which may have to be repeated.
+            given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
+            present = sum(count > i for count in counts) / len(counts)
+            is_last = i + 1 == max(counts) and not has_more
+            yield RankedDelivery(given, is_last, number, present, is_filler)
+            number += 1
+
+
+_END = object()
