@@ -364,9 +364,9 @@ def other_format(w):
 T, V, R, W = TypeError, ValueError, RuntimeError, UserWarning
 TABLE = {
     "train_step": [
-        (lambda w: train_step(3), T, "int 3", "an optimizer", "train_step(AdamW(...))"),
-        (lambda w: train_step(w.model), T, "Net", "an optimizer", "train_step(AdamW(...))"),
-        (lambda w: amp(torch.half), T, "float16", "optimizer", "amp(dtype=torch.float16)"),
+        (lambda w: train_step(3), T, "int 3", "an optimizer", "AdamW(model.parameters())"),
+        (lambda w: train_step(w.model), T, "Net", "an optimizer", "AdamW(model.parameters())"),
+        (lambda w: amp(torch.half), T, "float16", "optimizer", "AdamW(model.parameters())"),
         (lambda w: train_step([]), V, "no optimizer", "", "train_step([optimizer_a,"),
         (lambda w: train_step([w.optimizer] * 2), V, "twice", "twice", "[optimizer_a,"),
         (lambda w: train_step(torch.optim.LBFGS(w.model.parameters())),

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainkit import accumulate, amp, train_step
 from trainkit.core.fused import can_fuse, total_norm
-from trainkit.core.update import Answer, Streak
+from trainkit.core.plan import Plan
+from trainkit.core.update import Answer, Updater
 from trainkit.core.window import Window
 
 FUSED = [kind for kind in OPTIMIZERS if kind.endswith("fused")]
@@ -414,27 +415,36 @@ def reads(monkeypatch):
     return found
 
 
-def test_a_streak_is_looked_at_when_it_could_be_the_limit(reads):
-    streak, good, bad = Streak(5), torch.tensor(0.0), torch.tensor(1.0)
-    assert [streak.add(bad) for _ in range(4)] == [0] * 4 and not reads
-    assert not streak.add(good) and len(reads) == 1
+def updater(max_skips):
+    """An updater that learns of skips without a step around it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    return Updater(Plan(optimizers=(optimizer,), max_norm=1.0, max_skips=max_skips), False)
+
+
+GOOD, BAD = torch.zeros(()), torch.ones(())
+
+
+def test_skips_are_counted_when_they_could_be_too_many(reads):
+    learn = updater(5).learn
+    assert [learn(BAD) for _ in range(4)] == [0] * 4 and not reads
+    assert not learn(GOOD) and len(reads) == 1
     for _ in range(20):
-        streak.add(good)
+        learn(GOOD)
     assert len(reads) == 5
-    assert [streak.add(f) for f in [good, good, bad, bad, bad]] == [0] * 5
-    assert not streak.add(good)  # not looked at: two more could be the limit
-    assert [streak.add(bad) for _ in range(5)] == [0] * 4 + [5]
+    assert [learn(found) for found in [GOOD, GOOD, BAD, BAD, BAD]] == [0] * 5
+    assert not learn(GOOD)  # not looked at: two more could be the limit
+    assert [learn(BAD) for _ in range(5)] == [0] * 4 + [5]
 
 
-def test_a_streak_is_known_late_where_the_device_is_and_by_all_ranks_at_the_same_time(monkeypatch):
+def test_skips_are_known_late_where_the_device_is_and_by_all_ranks_at_the_same_time(monkeypatch):
     arrived = []
     monkeypatch.setattr(Answer, "known", lambda _: bool(arrived))
-    alone, together = Streak(3), Streak(3)
+    alone, together = updater(3), updater(3)
     together.lag = 4
-    told = [(alone.add(torch.ones(())), together.add(torch.ones(()))) for _ in range(7)]
+    told = [(alone.learn(BAD), together.learn(BAD)) for _ in range(7)]
     assert told == [(0, 0)] * 6 + [(0, 3)]
     arrived.append(1)
-    assert alone.add(torch.ones(())) == 3
+    assert alone.learn(BAD) == 3
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "AdamW fused"])
@@ -483,9 +493,10 @@ def test_max_skips_is_25_unless_it_is_given_and_infinity_is_no_limit():
     with pytest.raises(FloatingPointError, match=r"25 updates .* of 2 parameters"):
         step(math.nan)
     bad.data.fill_(math.nan)
+    for _ in range(24):  # they are counted anew after the error
+        step(math.nan)
     with pytest.raises(FloatingPointError, match="not finite itself"):
-        for _ in range(25):
-            step(math.nan)
+        step(math.nan)
     forever = train_step(optimizer, max_norm=1.0, max_skips=math.inf)(lambda: bad.sum() * math.nan)
     for _ in range(300):
         forever()
