@@ -28,14 +28,15 @@ P = ParamSpec("P")
 def microbatch(size: int | Literal["auto"]) -> Part:
     """Take the batch of a call in chunks of ``size`` rows; "auto" takes as many as memory allows.
 
-    Equivalent to one backward of ``f(*batch)``, with memory for the activations of one chunk::
+    Equivalent to one backward of ``f(*batch)``, in memory for the activations of one chunk::
 
         for start in range(0, rows, size):
             chunk = [tensor[start : start + size] for tensor in batch]
             (f(*chunk) * len(chunk[0]) / rows).backward()
 
-    A loss that comes with a weight counts by its weight. Tensors are cut along their first
-    dimension, in tuples, lists and mappings at any depth; every chunk gets everything else whole.
+    A loss with a weight counts by its weight. Tensors are cut along their first dimension, in
+    tuples, lists and mappings at any depth; every chunk gets everything else whole.
+    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
 
     Args:
         size: rows of a chunk, an int of at least 1, or "auto".
@@ -45,13 +46,11 @@ def microbatch(size: int | Literal["auto"]) -> Part:
         torch.OutOfMemoryError: with "auto", if a single row does not fit.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> optimizer = torch.optim.SGD([weight])
+        >>> from trainkit import train_step
+        >>> optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(3))])
         >>> step = train_step(optimizer, microbatch(4))(lambda x: (x @ weight).mean())
         >>> step(torch.ones(10, 3)).updated  # chunks of 4, 4 and 2 rows
         True
-
-    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
     """
     wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
     check(size == "auto" or type(size) is int, TypeError, wanted)

@@ -28,7 +28,7 @@ from trainkit.core.plan import Plan, Surrounding, check, check_length, check_pla
 from trainkit.core.result import StepResult
 from trainkit.core.update import Answer, Updater
 from trainkit.core.warning import warn
-from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed
+from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed, versions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Step(Generic[P]):
     def __enter__(self) -> StepResult:
         running = self._begin()
         try:
-            running.left = Window.versions(self._plan.parameters())
+            running.watch(self._window)
             running.autocast = self._autocast
             if self._autocast is not None:
                 self._autocast.__enter__()  # type: ignore[no-untyped-call]
@@ -133,7 +133,7 @@ class Step(Generic[P]):
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         detached = loss.detach()
         running.backward(loss, weight)
-        running.watch()
+        running.watch(running.lent)
         if running.result.loss is None:
             running.result.loss = detached
 
@@ -273,7 +273,9 @@ class Step(Generic[P]):
         return MicroBatch(self)
 
     def _add_part(self, part: Surrounding) -> Step[P]:
-        return type(self)(self._plan + Plan(surroundings=(part,)), self._function)
+        plan = self._plan + Plan(surroundings=(part,))
+        kind = plan.step if self._function is not None else None
+        return (kind or type(self))(plan, self._function)
 
 
 class MicroBatch:
@@ -403,8 +405,9 @@ class MicroBatch:
 
                 step._updater.forgive()
                 raise too_many_skips(step, count)
-            if own is None or verdict.skipped is True:
-                window.drop()
+            if own is not None and verdict.skipped is not True:
+                window.parameters = []  # what becomes of ``.grad`` is up to the update code
+            window.drop()
             if owed is not None and owed.known():
                 step.settle()
 
@@ -432,10 +435,10 @@ class MicroBatch:
         if autocast is not None:
             autocast.__exit__(None, None, None)
 
-    def watch(self) -> None:
-        """Remember the gradients of the window as an explicit backward left them."""
-        if self.lent is not None and self.lent.can_watch:
-            self.left = Window.versions(self.lent.parameters)
+    def watch(self, window: Window | None) -> None:
+        """Remember the gradients as they are: inside a block only ``step.backward`` changes them."""
+        if window is not None and window.can_watch:
+            self.left = versions(self.step._plan.parameters())
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""

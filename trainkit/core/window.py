@@ -136,19 +136,19 @@ class Window:
         """Return copies of the sums by the position of their parameters, for a state_dict."""
         return {i: s.detach().clone() for i, s in enumerate(self.sums) if s is not None}
 
-    @staticmethod
-    def versions(parameters: list[nn.Parameter]) -> Versions:
-        """Return the gradients as they are now, for ``is_changed``."""
-        found = [(parameter, parameter.grad) for parameter in parameters]
-        return [(p, grad, 0 if grad is None else grad._version) for p, grad in found]
+
+def versions(parameters: list[nn.Parameter]) -> Versions:
+    """Return the gradients as they are now, for ``is_changed``."""
+    found = [(parameter, parameter.grad) for parameter in parameters]
+    return [(p, grad, 0 if grad is None else grad._version) for p, grad in found]
 
 
-def is_changed(versions: Versions, are_lent: bool) -> bool:
-    """Return whether gradients of trained parameters changed since ``Window.versions``.
+def is_changed(before: Versions, are_lent: bool) -> bool:
+    """Return whether gradients of trained parameters changed since ``versions``.
 
     Gradients that are not the window's may become None or zero: that ``zero_grad()`` is harmless.
     """
-    for parameter, gradient, version in versions:
+    for parameter, gradient, version in before:
         now = parameter.grad
         if now is gradient and (now is None or now._version == version):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,10 +97,12 @@ def sharded_norm(gradients: Sequence[Any], norm_type: float, zero: Tensor) -> Te
         shards.setdefault(key, []).append(gradient if key is None else gradient.to_local())
     norms = []
     for key, local in shards.items():
-        norm = total_norm(local, norm_type, zero)
+        # In float64 on all ranks: of an empty shard the norm is a float32 zero.
+        norm = total_norm(local, norm_type, zero).double()
         norms.append(norm if key is None else _over_shards(norm, norm_type, *key).to(zero.device))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return total
+    wide = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+    return total.to(wide.to_real())
 
 
 def _over_shards(norm: Tensor, norm_type: float, mesh: Any, placements: Any) -> Tensor:
