@@ -441,10 +441,15 @@ def test_a_change_inside_a_micro_batch_is_refused(drawn, name, at):
     assert same_values(*(w.train([w.batches[i] for i in rest]) for w in (ours, twin)))
 
 
-def move_along_the_gradient(world):
-    with torch.no_grad():
-        for p in world.parameters:
-            p.add_(p.grad.sign(), alpha=1e-3)
+def test_a_block_that_catches_the_refusal_has_no_window(model, optimizer):
+    step = train_step(optimizer, accumulate(2))
+    with step:
+        step.backward(loss_of(model, BATCHES[0]))
+        optimizer.zero_grad()
+        with pytest.raises(RuntimeError):
+            step.backward(loss_of(model, BATCHES[0]))
+    assert "window" not in step.state_dict()
+    assert all(p.grad is None for p in model.parameters())
 
 
 HARMLESS = {
