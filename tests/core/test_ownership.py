@@ -452,6 +452,29 @@ def test_a_block_that_catches_the_refusal_has_no_window(model, optimizer):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_block_that_catches_an_exception_of_backward_and_continues_begins_a_window(model):
+    def fail(gradient):
+        raise ZeroDivisionError
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = train_step(optimizer, accumulate(2))
+    with step:
+        step.backward(loss_of(model, BATCHES[0]))
+    with step:
+        handle = model[0].weight.register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            step.backward(loss_of(model, BATCHES[1]))
+        handle.remove()
+        step.backward(loss_of(model, BATCHES[1]))
+    with step as result:
+        step.backward(loss_of(model, BATCHES[0]))
+    theirs = make_model()
+    for batch in (BATCHES[1], BATCHES[0]):
+        (loss_of(theirs, batch) / 2).backward()
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    assert result.updated and same_bits([*model.parameters()], [*theirs.parameters()])
+
+
 HARMLESS = {
     "reads": lambda world: [p.grad.norm() for p in world.parameters if p.grad is not None],
     "copies": lambda world: [p.grad.clone() for p in world.parameters if p.grad is not None],
