@@ -165,7 +165,7 @@ BATCHES = make_batches([4, 4, 2])
 
 
 def same_values(ours, theirs):
-    """Whether two results, state dicts for example, are equal to the last bit. A nan is equal to a nan."""
+    """Whether two results, for example state dicts, have the same bits. A nan equals a nan."""
     if isinstance(ours, dict):
         return (
             isinstance(theirs, dict)
