@@ -434,7 +434,8 @@ class MicroBatch:
     def watch(self, window: Window | None) -> None:
         """Remember the gradients as they are: inside a block only ``step.backward`` changes them."""
         if window is not None and window.can_watch:
-            self.left = versions(self.step._plan.parameters())
+            all_of, lent = self.step._plan.parameters(), window.lent
+            self.left = versions([p for i, p in enumerate(all_of) if self.lent is None or lent[i]])
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""
