@@ -79,12 +79,12 @@ def test_the_weight_comes_second_or_by_its_name(output, weight):
         (lambda loss: {"losses": loss}, TypeError),
         (lambda loss: (loss, 1, 2), TypeError),
         (lambda loss: [loss], TypeError),
-        (lambda loss: (loss, 3), TypeError),  # the losses before it came without a weight
+        (lambda loss: loss, TypeError),  # the losses before it came with a weight
     ],
 )
 @pytest.mark.parametrize("face", ["return", "yield"])
 def test_what_is_no_loss_is_refused(model, optimizer, output, error, face):
-    wrap = [lambda loss: loss]
+    wrap = [lambda loss: (loss, 2)]
 
     def returning(batch):
         return wrap[0](loss_of(model, batch))
@@ -100,5 +100,5 @@ def test_what_is_no_loss_is_refused(model, optimizer, output, error, face):
         step(BATCHES[1])
     assert unchanged(before, model, optimizer)
     assert step.state_dict()["window"] == saved["window"]
-    wrap[0] = lambda loss: loss
+    wrap[0] = lambda loss: (loss, 2)
     assert [step(batch).complete for batch in BATCHES[1:]] == [False, True]

@@ -28,6 +28,7 @@ def test_amp_picks_what_the_device_computes_natively(monkeypatch):
         assert native_dtype("cuda") == (torch.bfloat16 if native else torch.float16)
 
 
+@pytest.mark.filterwarnings("error")
 def test_amp_alone_is_plain_autocast_for_evaluation():
     model, x = make_model(torch.float32), torch.ones(2, 4)
     evaluation = amp(dtype=torch.bfloat16, device="cpu")

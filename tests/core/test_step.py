@@ -534,6 +534,9 @@ def test_several_micro_batches_at_the_last_batch_are_warned_of(model, optimizer)
         warnings.simplefilter("error")
         for batch in BATCHES:
             step.last(batch)
+        for _ in range(2):  # epochs whose only window is short
+            for batch in step.over(BATCHES):
+                step(batch)
 
 
 # State.

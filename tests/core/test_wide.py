@@ -136,9 +136,11 @@ def test_sums_of_an_open_window_are_saved_loaded_frozen_and_dropped():
     step(batches[0])
     state = step.state_dict()
     assert {gradient.dtype for gradient in state["gradients"].values()} == {torch.float32}
-    step.discard()
-    half_loss(model, batches[3]).backward()  # other gradients have their own dtype meanwhile
-    assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    for between in (lambda: None, step.discard):
+        between()
+        half_loss(model, batches[3]).backward()  # other gradients have their own dtype
+        assert all(p.grad.dtype == p.dtype for p in model.parameters())
+        model.zero_grad()
     step(batches[3])
     step.load_state_dict(state)
     with frozen(model):  # the other half of a GAN does
