@@ -390,9 +390,7 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
         said = [str(w.message) for w in caught if "use_reentrant=False" in str(w.message)]
         assert len(said) == bool(reentrant)
         if reentrant:
-            assert said[0].startswith(
-                "only 2 of 6 trainable parameters received a gradient"
-            )
+            assert said[0].startswith("only 2 of 6 trainable parameters received a gradient")
             model[2].requires_grad_(False)
             with (
                 pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"),

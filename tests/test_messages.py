@@ -41,7 +41,6 @@ from trainkit import (
     trainable_parameters,
     unfreeze,
 )
-from trainkit.tools.doctor.target import WrongTarget, load, loss_of
 from trainkit.tools.lift import lift
 
 HERE = Path(__file__)
@@ -242,13 +241,6 @@ def out_of_memory(rows, x):
         w.fits(microbatch("auto"))(loss)(w.x[:x])
 
     return call
-
-
-def auto_under_sync_batch_norm(w):
-    w.model.norm = nn.SyncBatchNorm(2)
-    yield
-    with one_rank():
-        w.fits(microbatch("auto"), module=w.model)(w.loss_of)(w.x)
 
 
 def with_cache(w):
@@ -522,7 +514,6 @@ TABLE = {
             V, "got none in", "cuts tensors", "step(inputs, targets)"),
         (lambda w: w.fits(microbatch(2))(w.loss_of)(w.x, torch.ones(3)),
             V, "(4, 2), (3,)", "differ", "functools.partial(function, table=table)"),
-        (auto_under_sync_batch_norm, V, "'auto'", "alone", "microbatch(8)"),
         (out_of_memory(2, 4), W, "4 rows of 2", "memory ran out", "step.chunk_sizes"),
         (out_of_memory(0, 1), torch.OutOfMemoryError, "4 GiB", "single row", "amp()"),
     ],
@@ -571,13 +562,6 @@ TABLE = {
     ],
     "lift": [
         (lambda w: lift(["acumulate"]), V, "'acumulate'", "to lift", "lift accumulate"),
-    ],
-    "doctor": [
-        (lambda w: load("train"),
-            WrongTarget, "'train'", "MODULE:FUNCTION", "doctor train:make_model"),
-        (lambda w: load("json:no"), WrongTarget, "'no'", "no function", "doctor json:NAME"),
-        (lambda w: load("os:getcwd"), WrongTarget, "str", "returned", "return model, batch"),
-        (lambda w: loss_of(w.model, w.x), WrongTarget, "(4, 1)", "no loss", "return model, batch"),
     ],
 }  # fmt: skip
 ROWS = {f"{called}-{i}": row for called, rows in TABLE.items() for i, row in enumerate(rows)}

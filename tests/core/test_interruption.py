@@ -656,7 +656,7 @@ def test_an_exception_in_a_hook(setup, where):
 
 def test_an_exception_of_torch_while_a_step_is_entered_leaves_nothing_on(monkeypatch):
     world = World(SETUPS[13])
-    monkeypatch.setattr(trainkit.core.window.Window, "versions", lambda parameters: 1 / 0)
+    monkeypatch.setattr(trainkit.core.step.MicroBatch, "watch", lambda self, window: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         world.run(range(1))
     monkeypatch.undo()

@@ -154,17 +154,6 @@ def test_sums_of_an_open_window_are_saved_loaded_frozen_and_dropped():
         narrow.load_state_dict(state)
 
 
-def test_a_torch_without_grad_dtype_is_refused(monkeypatch, model, optimizer):
-    monkeypatch.setattr(
-        "trainkit.wide.hasattr",
-        lambda thing, name: name != "grad_dtype" and hasattr(thing, name),
-        raising=False,
-    )
-    step = train_step(optimizer, wide(2))(lambda batch: loss_of(model, batch))
-    with pytest.raises(ValueError, match=r"`model\.float\(\)`"):
-        step(BATCHES[0])
-
-
 @needs_grad_dtype
 def test_a_model_cast_afterwards_has_gradients_of_its_new_dtype():
     model = half_model()

@@ -193,14 +193,14 @@ class Chunk(MicroBatch):
     def __init__(self, step: Step[Any], is_revocable: bool) -> None:
         super().__init__(step)
         self.is_revocable = is_revocable
-        self.aside: tuple[Window, list[Tensor | None]] | None = None  # the window, and its sums
+        self.aside: tuple[Any, ...] | None = None  # the window, its sums and their parameters
 
     def backward(self, loss: Tensor, weight: Any) -> None:
         """Run backward of a loss, without the sums of the window."""
         window = self.step._window
         if self.is_revocable and self.aside is None and window is not None:
-            self.aside = window, window.sums
-            window.sums, window.lent = [], []
+            self.aside = window, window.sums, window.parameters
+            window.parameters, window.sums, window.lent = [], [], []
         super().backward(loss, weight)
 
     def finish(self) -> None:
@@ -221,8 +221,8 @@ class Chunk(MicroBatch):
     def revoke(self) -> None:
         """Give the step its window as it was before the chunk."""
         if self.aside is not None:
-            window, sums = self.aside
-            window.sums, window.lent = sums, [False] * len(sums)
+            window, window.sums, window.parameters = self.aside
+            window.lent = [False] * len(window.sums)
             self.step._window, self.aside = window, None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainkit.core.plan import shown
 
 _WANTED = (
     "a step function hands over a loss, not {}: return (or yield) `loss`, `loss, weight`, "
@@ -64,7 +66,8 @@ def _check_weight(weight: Any, kind: type) -> None:
             "the second of two values is the weight, an int or a 0-d integer tensor, got "
             f"{_shown(weight)}: `return loss, mask.sum()`, or `{{'loss': loss, 'weight': weight}}`"
         )
-    if not isinstance(weight, Tensor) and not 0 <= weight <= sys.float_info.max:
+    most = 2**1023 if isinstance(weight, int) else math.inf
+    if not isinstance(weight, Tensor) and not 0 <= weight < most:
         raise ValueError(f"a weight must be finite and at least 0, got {weight}: `len(batch)`")
 
 
@@ -72,4 +75,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor {shape} on {value.device}"
-    return f"{' '.join(repr(value).split()):.60} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"

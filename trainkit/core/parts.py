@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainkit.core.plan import Plan, Surrounding, check, check_length, optimizers_of, options_of
+from trainkit.core.plan import (
+    Plan,
+    Surrounding,
+    check,
+    check_length,
+    optimizers_of,
+    options_of,
+    shown,
+)
 from trainkit.core.precision import Precision, between_graphs, current_device
 from trainkit.core.result import StepResult
 from trainkit.core.step import Step
@@ -37,7 +45,7 @@ class Part(Step[[Any]]):
         if isinstance(function, Step):
             plan, parts, function = plan + function._plan, (), function._function  # type: ignore[assignment]
         is_function = callable(function) and not isinstance(function, Surrounding)
-        came = f"a part decorates functions, got {function!r:.60}"
+        came = f"a part decorates functions, got {shown(function)}"
         check(is_function, TypeError, f"{came}; parts go together, `train_step(optimizer, a, b)`")
         for part in parts:
             plan += _plan_of(part)
@@ -90,7 +98,7 @@ def train_step(
     for call in calls:
         needs_metric = isinstance(getattr(call, "__self__", None), ReduceLROnPlateau)
         remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
-        came = f"after takes callables without arguments, got {call!r:.60}"
+        came = f"after takes callables without arguments, got {shown(call)}"
         check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
     options = options_of(module, max_norm, norm_type, max_skips)
     plan = Plan(optimizers=optimizers_of(optimizer), after=calls, **options)
@@ -236,6 +244,6 @@ def _plan_of(part: Any) -> Plan:
     if isinstance(part, Surrounding) and not isinstance(part, type):
         return Plan(surroundings=(part,))
     raise TypeError(
-        f"{part!r:.60} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
+        f"{shown(part)} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
         "one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
     )

@@ -54,7 +54,7 @@ class Plan:
             elif unset in (a, b) or (name == "window" and a is b):
                 both[name] = b if a == unset else a
             else:
-                twice = f"{_NAMES.get(name, name)} was given twice, {a!r:.40} and {b!r:.40}"
+                twice = f"{_NAMES.get(name, name)} was given twice, {shown(a)} and {shown(b)}"
                 raise ValueError(f"{twice}: keep one of them")
         return Plan(**both)
 
@@ -73,6 +73,11 @@ class Plan:
 
 
 _NAMES = {"precision": "amp()", "step": "microbatch()", "window": "accumulate(dtype=...)"}
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a repr in one line, for a message."""
+    return " ".join(repr(value).split())[:60]
 
 
 def check(ok: bool, kind: type[Exception], message: str) -> None:
@@ -95,7 +100,7 @@ def check_plan(plan: Plan) -> torch.device:
 
 def check_length(n: Any) -> int:
     """Return n if it is a number of micro-batches; else TypeError or ValueError."""
-    wanted = f"n counts micro-batches, an int of at least 1, got {n!r:.60}: `accumulate(4)`"
+    wanted = f"n counts micro-batches, an int of at least 1, got {shown(n)}: `accumulate(4)`"
     check(isinstance(n, int) and not isinstance(n, bool), TypeError, wanted)
     check(1 <= n <= sys.maxsize, ValueError, wanted)
     return int(n)
@@ -105,7 +110,7 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        came = f"expected an optimizer, got {type(one).__name__} {one!r:.60}"
+        came = f"expected an optimizer, got {type(one).__name__} {shown(one)}"
         check(isinstance(one, Optimizer), TypeError, f"{came}: `AdamW(model.parameters())`")
         step = getattr(type(one), "step", None)  # a mock of an optimizer has none
         closure = None if step is None else inspect.signature(step).parameters.get("closure")

@@ -51,7 +51,7 @@ def _with_bar(
                 # Resuming passed over batches that were trained before, and took no time now.
                 bar.initial = bar.n = bar.last_print_n = bar.initial + index
                 bar.unpause()
-            seen, rows = seen + 1, rows + _rows(batch)
+            seen, rows = seen + 1, rows + _rows_of(batch)
             yield batch
             if time.time() - bar.last_print_t >= bar.mininterval:  # the bar is about to be drawn
                 for numbers in shown:
@@ -104,10 +104,10 @@ def _texts(bar: Any, shown: Sequence[_StepNumbers], seen: int, rows: int) -> Ite
         yield f"{bar.format_sizeof(amount / seen * batches_per_second)} {unit}/s"
 
 
-def _rows(batch: Any) -> int:
+def _rows_of(batch: Any) -> int:
     """The length of the first tensor in a batch; 0 where there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 0
     if isinstance(batch, Mapping):
         batch = list(batch.values())
-    return next(filter(None, map(_rows, batch)), 0) if isinstance(batch, (tuple, list)) else 0
+    return next(filter(None, map(_rows_of, batch)), 0) if isinstance(batch, (tuple, list)) else 0
