@@ -1,4 +1,4 @@
-"""What breaks in loops and libraries that people use, and has no file of its own here. docs/hazards.md is the whole list."""
+"""What breaks in loops and libraries, and has no other file here. docs/hazards.md lists all of it."""
 
 import copy
 import math
@@ -92,7 +92,7 @@ def test_found_inf_is_one_where_two_reasons_to_skip_meet():
 
 
 def test_the_scale_is_one_and_the_same_all_through_a_window():
-    """``scaler.update()`` in the middle of a window mixes scales: here it would double with every micro-batch."""
+    """``scaler.update()`` within a window mixes scales: it would double with every micro-batch."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = train_step(
@@ -190,7 +190,7 @@ def test_several_dtypes_in_one_optimizer(fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
-    """``clip_grad_norm_`` multiplies by 1 / inf, and momentum and weight decay go on: pytorch#46849. Here it is no update."""
+    """``clip_grad_norm_`` multiplies by 1 / inf, momentum goes on: pytorch#46849. Here: no update."""
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     step = train_step(optimizer, max_norm=1.0)(lambda: model(torch.full((1, 3), 1e20)).sum())
@@ -202,7 +202,7 @@ def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
 
 @pytest.mark.parametrize("to_fused", [False, True])
 def test_a_state_that_changes_whether_an_optimizer_is_fused(to_fused):
-    """Afterwards its flag says what it was before, and torch's scaler believes it: an AssertionError, or a skip that is none."""
+    """Its old flag stays, and torch's scaler believes it: an AssertionError, or a skip that is none."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     other = torch.optim.AdamW(theirs.parameters(), lr=0.01, fused=to_fused)
     plain_loop(theirs, other, FLOAT32[:1])
@@ -219,7 +219,7 @@ def test_a_state_that_changes_whether_an_optimizer_is_fused(to_fused):
 
 
 def test_a_wrapper_that_passes_for_a_fused_optimizer_and_ignores_grad_scale():
-    """As Fabric's does: isinstance holds, the flag is there, and step() would use gradients that are still scaled."""
+    """As Fabric's: isinstance holds, the flag is there, and step() would use scaled gradients."""
 
     class Wrapper(torch.optim.AdamW):
         def __init__(self, optimizer):
@@ -258,7 +258,7 @@ def test_an_optimizer_that_steps_within_backward_is_refused():
 
 
 def test_a_micro_batch_whose_tokens_are_all_masked():
-    """Cross-entropy of nothing is nan, and a weight of 0 keeps it nan; the sum over max(count, 1) is right for any batch."""
+    """Cross-entropy of nothing is nan, also times 0; the sum over max(count, 1) is always right."""
     torch.manual_seed(0)
     model = nn.Linear(3, 5, dtype=torch.float64)
     rows = [(torch.randn(6, 3, dtype=torch.float64), torch.randint(5, (6,))) for _ in range(3)]
@@ -282,7 +282,7 @@ def test_a_micro_batch_whose_tokens_are_all_masked():
 
 
 def test_continue_before_the_step():
-    """A batch that the loop leaves out counts nothing; where it is the last one, the window stays open, and that is said."""
+    """A batch left out counts nothing. If it is the last one, a warning says the window is open."""
     model = make_model()
     step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))(
         lambda batch: loss_of(model, batch)
@@ -302,7 +302,7 @@ def test_continue_before_the_step():
 
 
 def test_a_loader_whose_length_lies():
-    """Too small a length costs nothing but an earlier end of a window; too large a one leaves a window open, and that is said."""
+    """Too small a length ends a window early; too large a one leaves it open, with a warning."""
 
     class Loader(list):
         def __len__(self):
@@ -335,7 +335,7 @@ def test_an_empty_loader_and_one_shorter_than_a_window():
 
 
 def test_over_nests():
-    """The inner loop closes the windows of its step; afterwards both loops go on where they were."""
+    """The inner loop closes the windows of its step; then both loops go on where they were."""
     model, other = make_model(), make_model()
     step = train_step(torch.optim.SGD(model.parameters()), accumulate(9))(
         lambda batch: loss_of(model, batch)
@@ -359,7 +359,7 @@ def test_over_nests():
 
 
 def test_reentrant_checkpointing_under_a_frozen_stem():
-    """It gives no gradients, transformers#21381: said after the first window. The other kind gives those of no checkpointing."""
+    """It gives no gradients (transformers#21381) and a warning. The other kind gives the right ones."""
     gradients = []
     for reentrant in (True, False, None):
         torch.manual_seed(0)
@@ -390,9 +390,7 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
         said = [str(w.message) for w in caught if "use_reentrant=False" in str(w.message)]
         assert len(said) == bool(reentrant)
         if reentrant:
-            assert said[0].startswith(
-                "only 2 of 6 trainable parameters received a gradient"
-            )
+            assert said[0].startswith("only 2 of 6 trainable parameters received a gradient")
             model[2].requires_grad_(False)
             with (
                 pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"),

@@ -1,7 +1,8 @@
 """The window owns its gradients: between two micro-batches `.grad` belongs to the training loop.
 
-Whatever a loop does to `.grad`, or to the flags of other parameters, between two micro-batches changes no bit of what a step
-computes. Inside a micro-batch, `.grad` holds the sums of the window, and a change by anything but `step.backward` is an error.
+Whatever a loop does to `.grad`, or to the flags of other parameters, between two micro-batches
+changes no bit of what a step computes. Inside a micro-batch, `.grad` holds the sums of the window,
+and a change by anything but `step.backward` is an error.
 """
 
 import copy
@@ -85,7 +86,7 @@ def setups(draw):
 
 
 class World:
-    """A model, its optimizer and a step of a setup, and other things that use the same parameters."""
+    """A model, its optimizer, a step, and other things that use the same parameters."""
 
     def __init__(self, setup):
         self.setup = setup
@@ -200,7 +201,7 @@ class World:
         self.step.load_state_dict(self.step.state_dict())
 
     def other_step(self, chosen):
-        """Call a step with an open window of its own, over all parameters; its learning rate is 0."""
+        """Call a step over all parameters with its own open window; its learning rate is 0."""
         if "call" not in self.others:
             dtype = torch.float32 if self.setup.wide else None
             other = train_step(torch.optim.SGD(self.parameters, lr=0.0), accumulate(3, dtype=dtype))
@@ -231,7 +232,8 @@ class World:
 
 NOT_INSIDE = {"reload"}
 DISTURBANCES = [
-    *["zero_grad", "zeros", "backward", "backward_of_some", "write", "assign", "clip", "autograd_grad"],
+    *["zero_grad", "zeros", "backward", "backward_of_some"],
+    *["write", "assign", "clip", "autograd_grad"],
     *["evaluate", "copied", "flags", "frozen_for_good", "reload"],
     *["other_step", "other_block", "other_yield"],
 ]  # fmt: skip
@@ -279,12 +281,13 @@ PATTERNS = {None: [], "[0]": [0, 1], "[2]": [2, 3], "**.bias": [1, 3], "[0].weig
     st.booleans(),
 )
 def test_sums_of_frozen_parameters_wait(micro_batches, n, kind, leftover):
-    """A frozen parameter adds nothing, loses nothing, and does not move in an update that falls into its freezing."""
+    """A frozen parameter adds nothing, loses nothing, and does not move while it is frozen."""
     batches = make_batches([4] * len(micro_batches))
     model, theirs = make_model(), make_model()
     optimizer, their_optimizer = (OPTIMIZERS[kind](m.parameters()) for m in (model, theirs))
     step = train_step(optimizer, accumulate(n))(lambda batch: loss_of(model, batch))
-    for i, (batch, (pattern, for_good, reload)) in enumerate(zip(batches, micro_batches, strict=True), 1):  # fmt: skip
+    pairs = zip(batches, micro_batches, strict=True)
+    for i, (batch, (pattern, for_good, reload)) in enumerate(pairs, 1):
         if leftover:
             loss_of(model, BATCHES[0]).backward()
         block = nullcontext() if pattern is None or for_good else frozen(model, pattern)
@@ -359,7 +362,8 @@ def test_a_parameter_group_that_joins_an_open_window_of_two_optimizers():
 
     a, b, joins = theirs = made()
     for trained in ([a, b], theirs):
-        (joins(b(a(x))).square().mean() / 2).backward(inputs=[p for m in trained for p in m.parameters()])  # fmt: skip
+        inputs = [p for layer in trained for p in layer.parameters()]
+        (joins(b(a(x))).square().mean() / 2).backward(inputs=inputs)
     torch.optim.SGD([p for layer in theirs for p in layer.parameters()], lr=0.1).step()
     parameters = [[p for layer in layers for p in layer.parameters()] for layers in (ours, theirs)]
     assert distance(*parameters) <= 1e-12
@@ -378,7 +382,7 @@ INTRUSIONS = {
 
 
 class Intruded(World):
-    """Runs two losses per micro-batch, and what ``intrusion`` says before, between or after them."""
+    """Runs two losses per micro-batch, and ``intrusion`` before, between or after them."""
 
     intrusion, place = None, ""
 
@@ -542,7 +546,7 @@ def test_a_block_that_ends_with_the_micro_batch_keeps_its_layers_out_of_the_upda
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_adversarial_weights_between_two_losses(dtype):
-    """AWP (Wu et al. 2020): the second loss is that of weights moved along the gradient of the first."""
+    """AWP (Wu et al. 2020): for the second loss, weights move along the gradient of the first."""
     wide = torch.float64 if dtype is None else torch.float32
     batches = make_batches([4, 4], wide)
     model, theirs = make_model(wide), make_model(wide)
