@@ -2,7 +2,7 @@
 
     python benchmarks/gradient_error.py
 
-Ten micro-batches make windows of four; the last window has two. Every micro-batch has its own number
+Ten micro-batches make windows of four; the last window has two. Each micro-batch has its own number
 of tokens. The reference is the gradient of the mean over all tokens of the window in one batch.
 Distances are relative L2 distances over all parameters, in float64.
 """

@@ -3,7 +3,7 @@
     python benchmarks/kill.py --kills 100 --flips 200
 
 The run is that of examples/finetune_sentiment.py on few sentences, with dropout. Windows have two
-micro-batches. A checkpoint follows every second update and takes a third of the time. Every run that
+micro-batches. A checkpoint follows every second update and takes a third of the time. Each run that
 was killed (by SIGKILL) must end with the bits of the one that was not: parameters, optimizer,
 losses and random states.
 
@@ -97,7 +97,7 @@ def fine_tune(tokenizer, rows, path, log):
 
 
 def forked(function, *arguments, moment=None):
-    """What a function returns in its own process; None if that was killed after ``moment`` seconds."""
+    """What a function returns in its own process; None if it was killed at ``moment``."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""Times contenders in turn, in one process: a machine that is slow for a while slows all of them."""
+"""Times contenders in turn, in one process: a machine that is slow for a while slows them all."""
 
 from __future__ import annotations
 

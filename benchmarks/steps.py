@@ -59,7 +59,7 @@ def flat(model):
 
 
 def compete(task, rounds):
-    """Seconds per micro-batch in each round, of each contender that is installed and offers this."""
+    """Seconds per micro-batch in each round, of each contender that is installed and has this."""
     models, epochs = {}, {}
     for name, make in CONTENDERS.items():
         try:

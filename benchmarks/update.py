@@ -1,6 +1,6 @@
 """What an update costs without the model: a float16 scaler, clipping and AdamW in several sizes.
 
-Backward is a function that hands out ready gradients. Every round measures its time and subtracts it.
+Backward is a function that hands out ready gradients. Each round measures and subtracts its time.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def waits(run):
 
 
 def memory_table(device):
-    """The peak of the second update of 10 M parameters, in sizes of the gradients; whether it waits."""
+    """The peak of a second update of 10 M parameters, in sizes of gradients; whether it waits."""
     gradients = made_gradients(10, 1_000_000, device)
     size = sum(gradient.nbytes for gradient in gradients)
     columns, rows = ["peak, in sizes of the gradients"], {}

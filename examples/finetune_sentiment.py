@@ -4,7 +4,7 @@
     python examples/finetune_sentiment.py --quick     the same on fewer sentences, in less than one
     python examples/finetune_sentiment.py --model distilbert-base-uncased --data reviews.csv
     torchrun --nproc-per-node 2 examples/finetune_sentiment.py [--fsdp]     trainkit on two ranks
-    python examples/finetune_sentiment.py --checkpoint checkpoints     goes on after Ctrl-C or a kill
+    python examples/finetune_sentiment.py --checkpoint checkpoints     goes on after a kill
 
 Both contenders start from the same weights and see the same sentences for as many epochs, in
 micro-batches of 16. Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package
@@ -106,7 +106,7 @@ def train_wrapped(model, tokenizer, rows, options):
 
     @train_step(optimizer, amp(), module=parallel_model, max_norm=1.0, after=schedule.step)
     def step(batch):
-        # Every rank draws the same batch and takes its share; if that is empty, a row without weight.
+        # Every rank draws the same batch and takes its share, or a row without weight.
         share = {
             name: values[RANK % len(values) :: RANKS]
             for name, values in batch.to(model.device).items()
@@ -140,7 +140,7 @@ CONTENDERS = {"plain": train_plain, "trainkit": train_wrapped}
 
 
 def contend(name, labels, rows, evaluation_rows, options):
-    """One contender, in its own process, for peak memory is that of a process. Returns its results."""
+    """One contender, in its own process, which has its own peak memory. Returns its results."""
     transformers.logging.set_verbosity_error()  # that the classifier is new is no news
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
@@ -192,7 +192,7 @@ def peak_memory(device):
 
 
 def movie_reviews(cache):
-    """(text, label) of every sentence with a clear mean rating. Downloads once, checks, then opens."""
+    """(text, label) of every sentence with a clear mean rating. Downloads once, then checks."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
-        help="an encoder with the layer names of BERT: its name on the Hugging Face hub, or a folder",
+        help="an encoder with BERT's layer names: its name on the Hugging Face hub, or a folder",
     )
     parser.add_argument(
         "--data", help="a CSV file with the columns text and label; default: movie reviews"

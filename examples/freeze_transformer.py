@@ -1,8 +1,8 @@
 """Freezing the lower layers of a transformer, and unfreezing them one by one while it trains.
 
-The model is a small DeBERTa-v3 made from a config; nothing is downloaded. With a pretrained one only
-``from_pretrained`` differs: the names are the same. Gradual unfreezing, and lower rates for lower
-layers, are from Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text
+The model is a small DeBERTa-v3 made from a config; nothing is downloaded. With a pretrained one
+only ``from_pretrained`` differs: the names are the same. Gradual unfreezing, and lower rates for
+lower layers, are from Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text
 Classification", https://arxiv.org/abs/1801.06146
 """
 
@@ -49,7 +49,7 @@ micro_batches = [
     {"input_ids": x, "labels": y} for x, y in zip(tokens.split(8), labels.split(8), strict=True)
 ]
 
-# The embeddings of relative positions, and their LayerNorm, enter every layer. If they were trained,
+# The embeddings of relative positions, and their LayerNorm, enter every layer. If trained,
 # backward would run through the frozen layers, too; this way it stops above them.
 freeze(
     model,

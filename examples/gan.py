@@ -3,9 +3,9 @@
     python examples/gan.py             a minute and a half on one CPU core
     python examples/gan.py --quick     three epochs in a few seconds; they write blobs
 
-Backward of the generator G runs through the discriminator D. ``frozen(D)`` makes D a constant while
-the step of G runs: backward computes no gradients of D, and its spectral norms stay. The sums in D's
-open window are safe in any case.
+Backward of the generator G runs through the discriminator D. ``frozen(D)`` makes D a constant
+while the step of G runs: backward computes no gradients of D, and its spectral norms stay. The sums
+in D's open window are safe in any case.
 
 G is told which digit to write, and D scores an image as one of that digit. The networks are small
 ones after DCGAN (Radford et al. 2015, https://arxiv.org/abs/1511.06434). D has spectral
@@ -14,8 +14,8 @@ The result is the running mean of G's weights over the updates.
 
 The data is 1,797 digits of 8 x 8 pixels, written by 43 people, that come with scikit-learn:
 
-    Alpaydin, E. & Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning Repository.
-    https://doi.org/10.24432/C50P49
+    Alpaydin, E. & Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine
+    Learning Repository. https://doi.org/10.24432/C50P49
 """
 
 import argparse

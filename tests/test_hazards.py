@@ -1,4 +1,4 @@
-"""What breaks in loops and libraries, and has no other file here. docs/hazards.md lists all of it."""
+"""What breaks in loops and libraries, and has no other file here. All are in docs/hazards.md."""
 
 import copy
 import math
@@ -190,7 +190,7 @@ def test_several_dtypes_in_one_optimizer(fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
-    """``clip_grad_norm_`` multiplies by 1 / inf, momentum goes on: pytorch#46849. Here: no update."""
+    """``clip_grad_norm_`` multiplies by 1 / inf, momentum goes on: pytorch#46849. Not here."""
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     step = train_step(optimizer, max_norm=1.0)(lambda: model(torch.full((1, 3), 1e20)).sum())
@@ -202,7 +202,7 @@ def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
 
 @pytest.mark.parametrize("to_fused", [False, True])
 def test_a_state_that_changes_whether_an_optimizer_is_fused(to_fused):
-    """Its old flag stays, and torch's scaler believes it: an AssertionError, or a skip that is none."""
+    """Its old flag stays, and torch's scaler believes it: an AssertionError, or no skip."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     other = torch.optim.AdamW(theirs.parameters(), lr=0.01, fused=to_fused)
     plain_loop(theirs, other, FLOAT32[:1])
@@ -359,7 +359,7 @@ def test_over_nests():
 
 
 def test_reentrant_checkpointing_under_a_frozen_stem():
-    """It gives no gradients (transformers#21381) and a warning. The other kind gives the right ones."""
+    """It gives no gradients (transformers#21381) and a warning. The other kind gives all."""
     gradients = []
     for reentrant in (True, False, None):
         torch.manual_seed(0)

@@ -115,8 +115,8 @@ class Family(NamedTuple):
     # Patterns, and what a plain loop looks for in the name of a parameter, with a dot before it.
     layers: dict[str, tuple[list[str], list[str]]]
     tied: tuple[str, ...] = ()  # all names of the embedding that is the head, too
-    # Reentrant checkpointing above frozen layers: the same gradients (by transformers' hook on token
-    # embeddings), or none.
+    # Reentrant checkpointing above frozen layers: the same gradients (by transformers' hook on
+    # token embeddings), or none.
     reentrant: str = "the same"
 
 
@@ -263,7 +263,8 @@ FAMILIES = [
         "norms": (["**.*layer_norm"], ["layer_norm."]),
     }, tied=("model.decoder.embed_tokens.weight", "proj_out.weight"), reentrant="torch warns"),
     Family("CLIPModel",
-           transformers.CLIPConfig(text_config=TEXT | ENDS, vision_config=VISION, projection_dim=16),
+           transformers.CLIPConfig(
+               text_config=TEXT | ENDS, vision_config=VISION, projection_dim=16),
            captions, contrast, {
         "embeddings": (["**.embeddings", "**.pre_layrnorm"], [".embeddings.", ".pre_layrnorm."]),
         "two layers": (["**.layers[:2]"], [".layers.0.", ".layers.1."]),
@@ -333,7 +334,7 @@ def off(ours, theirs):
 
 @contextlib.contextmanager
 def float64_throughout():
-    """Transformers goes through float32 in norms, softmax and losses, whatever the model is in. Not in here."""
+    """Transformers uses float32 in norms, softmax and losses of any model. Not in here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -453,7 +454,7 @@ def test_checkpointing_changes_no_gradient_above_frozen_layers(family, use_reent
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @over([f for f in FAMILIES if f.reentrant.endswith("warns")])
 def test_where_reentrant_checkpointing_loses_gradients_there_is_a_warning(family):
-    """By trainkit where most are lost; not of Whisper, whose decoder has more parameters than the encoder and keeps its own."""
+    """By trainkit where most are lost. Whisper's large decoder keeps its own, so torch warns."""
     model = build(family)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

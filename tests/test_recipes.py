@@ -100,7 +100,7 @@ def g_loss(g, d, z):
 
 
 def train_gan_by_hand(g, d, optimizer_g, optimizer_d, batches, dtype, init_scale):
-    """D is updated every two batches, G every three. In G's turn D evaluates, as ``frozen`` does."""
+    """D is updated every two batches, G every three. D evaluates in G's turn, as if frozen."""
     scaler_d, scaler_g = scaler_for(dtype, init_scale), scaler_for(dtype, init_scale)
     for i, (z, real) in enumerate(batches, 1):
         is_last = i == len(batches) == 13  # and alone in both windows
@@ -148,7 +148,7 @@ def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(
         step_d(z, real)
         step_g(z)
 
-    # float16 rounds by where G's short window is divided: each loss by 1, or all by 3, and by 1 / 3.
+    # float16 rounds by where G's short window is divided: each loss by 1, or the sum by 3.
     tolerance = 1e-3 if dtype == HALF else 1e-12
     assert (
         distance(state((g, optimizer_g), (d, optimizer_d)), state((eg, their_g), (ed, their_d)))

@@ -274,7 +274,7 @@ class Oracle:
         return lengths[self.updates % len(lengths)]
 
     def seed(self, weight):
-        """What backward starts from: half precision rounds by it. Only this is taken from the design."""
+        """What backward starts from, as half precision rounds by it: all we take from ours."""
         if not self.setup.half:
             return 1.0
         if not self.jobs:

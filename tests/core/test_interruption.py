@@ -1,4 +1,4 @@
-"""An interruption at every point: what was found is back, nothing is lost, the next window is right.
+"""An interruption at every point: what was found is back, nothing is lost, the next window right.
 
 Three ways to interrupt, each at its k-th point for every k. *Operations*: an exception before or
 after any operation of torch, also in backward and in the optimizer. *Functions*: an exception from
@@ -117,7 +117,7 @@ def signals(injector):
     injector.error = KeyboardInterrupt()
 
     def looks(code):
-        # A generator left early is entered once more to be closed; CPython looks for no signal then.
+        # A generator left early is entered once more to be closed; CPython looks for none then.
         left_early = code.co_name == "<genexpr>" or (
             code.co_flags & inspect.CO_GENERATOR and code.co_filename == FILES[2]
         )
@@ -361,7 +361,7 @@ class Reference:
 
 
 def interrupt(way, injector, call):
-    """Whether ``call`` was interrupted, by the exception as raised. It is not kept: it holds contexts."""
+    """Whether ``call`` was interrupted, by its own exception. It is not kept: it holds contexts."""
     try:
         with way(injector):
             expected = id(injector.error)
@@ -684,7 +684,7 @@ def a_block(model):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("call", [a_block, freeze_and_thaw])
 def test_an_interruption_of_freezing(call, way):
-    """A block gives back everything. An interrupted ``freeze`` has frozen some layers; called again, all."""
+    """A block gives back everything. ``freeze`` froze some layers, and all when called again."""
 
     def view(model):
         flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
