@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import run
 from oracles import (
     BATCHES,
     OPTIMIZERS,
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainkit import accumulate, amp, freeze, frozen, train_step
+from trainkit import accumulate, amp, freeze, frozen, resumable, train_step
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = make_batches([4, 4, 2], torch.float32)
@@ -240,6 +241,17 @@ def test_a_wrapper_that_passes_for_a_fused_optimizer_and_ignores_grad_scale():
     assert distance(state_of(model, wrapper), state_of(theirs, other)) < 1e-5
 
 
+def test_a_norm_or_a_callback_that_cannot_be_right_is_refused():
+    """A norm of 0 misses a nan, one of 10 overflows; ``ReduceLROnPlateau.step`` needs a metric."""
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    for norm_type in (0, 10):
+        with pytest.raises(ValueError, match="norm_type must be 1, 2 or math.inf"):
+            train_step(optimizer, norm_type=norm_type)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(TypeError, match="ReduceLROnPlateau"):
+        train_step(optimizer, after=plateau.step)
+
+
 def test_an_optimizer_that_steps_within_backward_is_refused():
     """It would see gradients that are scaled, and a part of the window."""
     model = make_model()
@@ -399,6 +411,33 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
                 warnings.simplefilter("ignore")
                 step(torch.ones(2, 4))
     assert same_bits(gradients[1], gradients[2])
+
+
+# Several ranks
+
+
+def resume_with_batch_norm(rank, ranks, path):
+    """Each rank sees other batches, so its statistics are its own."""
+    found = []
+    for stop in (2, 3):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = train_step(optimizer, module=model)(lambda x, m=model: m(x).square().mean())
+        with resumable(path, model=model, optimizer=optimizer, step=step) as resumed:
+            found.append(model.module[1].running_mean.clone())  # as resumed
+            for epoch in resumed.epochs(stop):
+                step(torch.full((4, 3), rank + epoch + 1.0) + torch.rand(4, 3))
+            found.append(model.module[1].running_mean.clone())  # as saved
+    return found
+
+
+def test_every_rank_resumes_with_its_own_batch_norm_statistics(tmp_path):
+    (_, saved, resumed, _), (_, other_saved, other_resumed, _) = run(
+        resume_with_batch_norm, 2, tmp_path
+    )
+    assert torch.equal(saved, resumed) and torch.equal(other_saved, other_resumed)
+    assert not torch.equal(saved, other_saved)
 
 
 # The document
