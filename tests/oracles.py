@@ -54,7 +54,7 @@ def windows_of(items, n):
 
 
 def plain_loop(model, optimizer, batches, n=1, weights=None, max_norm=None, norm_type=2.0):
-    """One update of every n micro-batches: the gradient of the weighted mean of a window."""
+    """One update of every n micro-batches: the gradient of the weighted mean of what is in the window."""
     weights = [1] * len(batches) if weights is None else weights
     for window in windows_of(list(zip(batches, weights, strict=True)), n):
         total = sum(weight for _, weight in window)
@@ -165,7 +165,7 @@ BATCHES = make_batches([4, 4, 2])
 
 
 def same_values(ours, theirs):
-    """Whether two results, as state dicts, are equal to the last bit. A nan equals a nan."""
+    """Whether two results, for example state dicts, have the same bits. A nan equals a nan."""
     if isinstance(ours, dict):
         return (
             isinstance(theirs, dict)

@@ -1,11 +1,13 @@
+"""Step functions that yield: the code around a yield runs, and nothing is left on over it."""
+
 import pytest
 import torch
 from oracles import BATCHES, loss_of, make_batches, make_model, snapshot, unchanged
 
-from trainkit import accumulate, amp, train_step
+from trainkit import accumulate, amp
 
 
-def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, optimizer):
+def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model):
     log = []
 
     @accumulate(2, model)
@@ -22,7 +24,7 @@ def test_with_and_finally_around_a_yield_are_over_when_the_call_returns(model, o
     assert log == ["over", "update", "over"]
 
 
-def test_a_generator_is_closed_even_where_somebody_keeps_it(model):
+def test_a_generator_is_closed_even_where_something_keeps_it(model):
     kept = []
 
     def keeping(function):
@@ -41,67 +43,49 @@ def test_a_generator_is_closed_even_where_somebody_keeps_it(model):
     assert kept[0].gi_frame is None
 
 
+def modes():
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
+@pytest.mark.parametrize("under_amp", [False, True])
 @pytest.mark.parametrize(
     "mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode]
 )
-def test_a_mode_left_on_over_the_yield_is_an_error(model, optimizer, mode):
+def test_a_mode_left_on_over_the_yield_is_an_error(mode, under_amp):
+    model = make_model(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters())
+    part = amp(dtype=torch.bfloat16) if under_amp else accumulate(1)
+
     @accumulate(1, model)
+    @part
     def step(batch):
         loss = loss_of(model, batch)
         with mode():
             yield loss
         optimizer.step()
 
-    before = snapshot(model, optimizer)
-    modes = (
-        torch.is_autocast_enabled("cpu"),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
+    before, found = snapshot(model, optimizer), modes()
     with pytest.raises(RuntimeError, match="above `yield loss`"):
-        step(BATCHES[0])
-    assert modes == (
-        torch.is_autocast_enabled("cpu"),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
-    assert unchanged(before, model, optimizer)
+        step(make_batches([4], torch.float32)[0])
+    assert modes() == found and unchanged(before, model, optimizer)
 
 
-def test_the_same_autocast_once_more_over_the_yield_is_an_error_too():
-    model = make_model(torch.float32)
+def test_gradients_below_the_yield_are_true_whether_the_update_clears_them_or_not(model):
+    seen = []
 
-    @accumulate(1, model)
-    @amp(dtype=torch.bfloat16)
-    def step(batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            yield loss_of(model, batch)
-
-    with pytest.raises(RuntimeError, match="above `yield loss`"):
-        step(make_batches([2], torch.float32)[0])
-    assert not torch.is_autocast_enabled("cpu")
-
-
-def test_a_generator_yields_once(model, optimizer):
-    @accumulate(1, model)
-    def nothing(batch):
-        if batch is None:
-            yield
-
-    @accumulate(1, model)
-    def twice(batch):
+    @accumulate(2, model)
+    def step(batch, clear):
         yield loss_of(model, batch)
-        yield loss_of(model, batch)
+        seen.append(model[0].weight.grad.clone())
+        if clear:
+            model.zero_grad()
 
-    with pytest.raises(TypeError, match="ended without a loss"):
-        nothing(BATCHES[0])
-    with pytest.raises(ValueError, match="yielded twice"):
-        twice(BATCHES[0])
-
-
-def test_after_belongs_to_steps_that_return(model, optimizer):
-    def step(batch):
-        yield loss_of(model, batch)
-
-    with pytest.raises(ValueError, match="below the yield"):
-        train_step(optimizer, after=print)(step)(BATCHES[0])
+    for clear in (False, True):
+        step(BATCHES[0], clear)
+        step(BATCHES[0], clear)
+    (expected,) = torch.autograd.grad(loss_of(model, BATCHES[0]), [model[0].weight])
+    assert all(torch.allclose(gradient, expected, rtol=1e-12) for gradient in seen)

@@ -482,7 +482,7 @@ def test_points_of_an_epoch(setup):
 def test_every_operation_of_an_epoch(setup):
     """The update and its surroundings are the last operations of a window."""
     reference = Reference(setup)
-    k, stride = 0, 1 if DEEP else 3
+    k, stride = 0, 1 if DEEP else 7
     while check_point(setup, reference, WAYS["after operations"], k):
         k += stride
     assert k > 150

@@ -348,3 +348,16 @@ def test_large_weights_do_not_use_up_the_loss_scale(weight, on_device):
 
     run(step, make_batches([4] * 16, torch.float32))
     assert (step.updates, step.skipped) == (4, 0)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_weights_that_grow_cost_at_most_one_window(on_device):
+    model, optimizer = made("AdamW fused", torch.float32)
+
+    @train_step(optimizer, accumulate(4), amp(dtype=torch.float16))
+    def step(batch, weight):
+        return loss_of(model, batch), (torch.tensor(weight) if on_device else weight)
+
+    for i, batch in enumerate(make_batches([4] * 24, torch.float32)):
+        step(batch, 1 if i < 8 else 65536)
+    assert step.updates + step.skipped == 6 and step.skipped <= 1

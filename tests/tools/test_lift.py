@@ -292,13 +292,17 @@ def test_a_warning_points_at_the_line_of_the_user(form, small, tmp_path, monkeyp
 # The package itself.
 
 
+def everything():
+    return [*trainkit.__all__, *this_package().words]
+
+
 def cells():
     """The cell of every public name, of every two, and of everything."""
     public = this_package().public
     for count in (1, 2):
         yield from itertools.combinations(public, count)
     yield public
-    yield [*public, *this_package().words]
+    yield everything()
     yield from (["accumulate", "amp", word] for word in this_package().words)
 
 
@@ -440,9 +444,15 @@ def test_files_import_names_from_the_files_that_bind_them():
             assert len(block) > 1, f"{file}: an import alone in its block"
 
 
+SLOW = {"test_compile.py", "test_fuzz.py", "test_interruption.py"}
+
+
 def public_tests():
-    """The tests of core and layers that import public names alone."""
+    """The tests of core and layers that import public names alone; the slow ones in deep runs."""
+    skipped = set() if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else SLOW
     for path in sorted([*TESTS.glob("core/test_*.py"), *TESTS.glob("layers/test_*.py")]):
+        if path.name in skipped:
+            continue
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -458,7 +468,7 @@ def test_the_tests_of_the_package_pass_against_the_cell(tmp_path):
     """In a process that has the cell and no package."""
     paths = list(public_tests())
     assert {"test_laws.py", "test_recipes.py"} & {path.name for path in paths}
-    (tmp_path / "trainkit.py").write_text(lift(this_package().public))
+    (tmp_path / "trainkit.py").write_text(lift(everything()))
     (tmp_path / "alone.py").write_text(
         f"import trainkit\nassert trainkit.__file__ == {str(tmp_path / 'trainkit.py')!r}\n"
     )
@@ -468,7 +478,7 @@ def test_the_tests_of_the_package_pass_against_the_cell(tmp_path):
 
 
 def test_the_examples_of_the_docstrings_run_in_the_cell(tmp_path):
-    (tmp_path / "trainkit.py").write_text(lift(this_package().public, docs=True))
+    (tmp_path / "trainkit.py").write_text(lift(everything(), docs=True))
     done = python("-m", "doctest", "trainkit.py", cwd=tmp_path, path=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -501,8 +511,7 @@ def test_the_options_of_the_command(tmp_path, capsys):
     assert main(["lift", "--inline", "--bare", "StepResult", ALWAYS[0]]) == 0
     assert capsys.readouterr().out == lift(["StepResult", ALWAYS[0]], bare=True, inline=True)
     assert main(["lift", "--all", "--docs", "-o", str(tmp_path / "toolkit.py")]) == 0
-    everything = [*trainkit.__all__, *this_package().words]
-    assert (tmp_path / "toolkit.py").read_text() == lift(everything, docs=True)
+    assert (tmp_path / "toolkit.py").read_text() == lift(everything(), docs=True)
     assert capsys.readouterr().out == ""
 
 
@@ -531,6 +540,5 @@ def test_it_needs_no_folder_of_the_package_and_no_encoding(tmp_path):
             package.write(path, f"trainkit/{path.relative_to(PACKAGE).as_posix()}")
     run = ["-m", "trainkit", "lift", "--all", "--inline"]
     printed = python(*run, cwd=tmp_path, path=package.filename, PYTHONIOENCODING="ascii")
-    everything = [*trainkit.__all__, *this_package().words]
     assert printed.returncode == 0, printed.stderr
-    assert printed.stdout == lift(everything, inline=True)
+    assert printed.stdout == lift(everything(), inline=True)

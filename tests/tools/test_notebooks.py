@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from trainkit import load_ipython_extension
 from trainkit.tools.lift import lift
 
@@ -32,26 +30,15 @@ def test_lift_fills_the_next_cell(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_mistake_is_printed_and_no_cell_is_filled(capsys):
+def test_anything_else_is_printed_and_no_cell_is_filled(capsys):
     shell = Shell()
     for line in ("lift frozzen", "lift", "", "lfit amp"):
         shell.run(line)
-        assert "error: " in capsys.readouterr().err and not shell.cells
-
-
-def test_help_is_shown(capsys):
-    shell = Shell()
-    for line, said in (("-h", "lift"), ("lift --help", "--inline"), ("doctor -h", "--steps")):
+        assert "error: " in capsys.readouterr().err
+    for line, said in (("-h", "lift"), ("lift -h", "--inline"), ("doctor", "@train_step")):
         shell.run(line)
-        assert said in capsys.readouterr().out and not shell.cells
-
-
-def test_what_was_printed_before_an_exception_is_shown(capsys, tmp_path, monkeypatch):
-    (tmp_path / "stumbles.py").write_text("def make():\n    print('so far')\n    return 1 / 0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ZeroDivisionError):
-        Shell().run("doctor stumbles:make")
-    assert capsys.readouterr().out == "so far\n"
+        assert said in capsys.readouterr().out
+    assert not shell.cells
 
 
 def test_importing_the_package_does_not_import_its_commands():

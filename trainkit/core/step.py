@@ -85,9 +85,9 @@ class Step(Generic[P]):
         running = self._begin()
         try:
             running.watch(self._window)
-            running.autocast = self._autocast
             if self._autocast is not None:
                 self._autocast.__enter__()  # type: ignore[no-untyped-call]
+                running.entered += [self._autocast]
         except BaseException:
             running.leave()
             raise
@@ -98,7 +98,8 @@ class Step(Generic[P]):
         assert running is not None
         try:
             if kind is None:
-                running.leave_autocast()
+                if self._autocast is not None:  # forward is over
+                    running.leave_last()
                 if running.lent is not None and running.result.loss is not None:
                     running.finish()
                 elif running.lent is None and is_changed(running.left, are_lent=False):
@@ -285,7 +286,6 @@ class MicroBatch:
     share: Weight = 1.0
     lent: Window | None = None  # whose sums are in ``.grad``, from the first backward on
     left: Versions = ()  # the gradients as a block found them, or as ``step.backward`` left them
-    autocast: torch.autocast | None = None  # while it is on in a block
     generator: types.GeneratorType[Any, None, Any] | None = None
 
     def __init__(self, step: Step[Any]) -> None:
@@ -419,26 +419,23 @@ class MicroBatch:
         try:
             if self.lent is not None:
                 self.step.discard()
-            if self.autocast is not None:
-                self.leave_autocast()
             if self.generator is not None:
                 self.generator.close()
         finally:
             self.step._running = None
             while self.entered:
-                self.entered[-1].__exit__(None, None, None)
-                del self.entered[-1]
+                self.leave_last()
 
-    def leave_autocast(self) -> None:
-        """Leave the autocast of a block."""
-        autocast, self.autocast = self.autocast, None
-        if autocast is not None:
-            autocast.__exit__(None, None, None)
+    def leave_last(self) -> None:
+        """Leave what was entered last."""
+        self.entered[-1].__exit__(None, None, None)
+        del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
         """Remember the gradients as they are: inside a block only ``step.backward`` changes them."""
         if window is not None and window.can_watch:
-            self.left = versions(self.step._plan.parameters())
+            all_of, lent = self.step._plan.parameters(), window.lent
+            self.left = versions([p for i, p in enumerate(all_of) if self.lent is None or lent[i]])
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""

@@ -90,10 +90,12 @@ class Window:
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
-        sums, lent, joining = self.sums, self.lent, len(parameters) - len(self.sums)
-        sums += [None] * joining
-        lent += [False] * joining
-        self.parameters = parameters
+        if len(parameters) != len(self.sums):  # the first backward, or a parameter group was added
+            known = {id(p): i for i, p in enumerate(self.parameters)}
+            places = [known.get(id(p), -1) for p in parameters]
+            self.sums = [self.sums[i] if i >= 0 else None for i in places]
+            self.lent = [i >= 0 and self.lent[i] for i in places]
+        sums, lent, self.parameters = self.sums, self.lent, parameters
         for i, parameter in enumerate(parameters):
             if not lent[i] and parameter.requires_grad:
                 lent[i] = True
@@ -114,7 +116,9 @@ class Window:
         self.lend(parameters)
         gradients = []
         for i, parameter in enumerate(parameters):
-            if self.lent[i] and (gradient := parameter.grad) is not None:
+            if not self.lent[i]:
+                parameter.grad = None  # or an optimizer would move a frozen parameter
+            elif (gradient := parameter.grad) is not None:
                 gradients.append(gradient)
         return gradients
 

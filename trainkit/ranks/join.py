@@ -70,10 +70,9 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
 def needs_all_ranks(plan: Plan) -> bool:
     """Return whether every forward or backward needs all ranks, as under FSDP."""
     ranks = _ranks_of(plan)
-    waits = ranks is not None and (ranks.fsdp1 or any(not r.may_wait for r in ranks.replicas))
-    parts = (part for module in plan.modules for part in module.modules())
-    has_batch_norm = any(isinstance(part, nn.SyncBatchNorm) for part in parts)
-    return bool(waits or has_batch_norm or _has_shards(plan))
+    if ranks is None:
+        return _has_shards(plan)
+    return ranks.is_joint or not all(replica.may_wait for replica in ranks.replicas)
 
 
 def group_of(plan: Plan) -> Any:
@@ -99,6 +98,8 @@ class Ranks:
         self.fsdp1 = modules_of(modules, "FullyShardedDataParallel")
         self.fsdp2 = modules_of(modules, "FSDPModule")
         self.is_wrapped = bool(self.replicas or self.fsdp1 or self.fsdp2)
+        has_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+        self.is_joint = bool(self.fsdp1 or has_batch_norm or _has_shards(plan))
         self.group = self.replicas[0].module.process_group if self.replicas else None
         meshes = [group.mesh_info.mesh for group in groups_of(self.fsdp2)]
         if not self.replicas and meshes and meshes[0].ndim == 1:  # one of two dimensions has all

@@ -18,13 +18,12 @@ def load_ipython_extension(shell: Any) -> None:
 def _trainkit(shell: Any, line: str) -> None:
     from trainkit.tools.commands import main  # not needed by ``import trainkit``
 
-    words, cell = line.split(), io.StringIO()
-    is_lift = words[:1] == ["lift"]  # anything else is shown while it runs
+    words, output = line.split(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(cell) if is_lift else contextlib.nullcontext():
+        with contextlib.redirect_stdout(output):
             main(words)
     except SystemExit:  # argparse has printed an error or the help; the notebook continues
-        print(cell.getvalue(), end="")
-    else:
-        if cell.getvalue():
-            shell.set_next_input(cell.getvalue())
+        words = []
+    show = shell.set_next_input if words[:1] == ["lift"] else print
+    if output.getvalue():
+        show(output.getvalue())

@@ -1,199 +1,244 @@
 """``doctor MODULE:FUNCTION``: the time, the memory and the largest batch of a step with each part.
 
-Every variant trains a copy of the same model on the same batch with AdamW, and the variants take
-turns. The seconds are those of a step after a first one, the median of several. The peak memory
-is, on an accelerator, all that torch has allocated; on a CPU, the tensors that the step makes. The
-largest batch is found by running out of the memory of an accelerator, up to 64 times the batch.
+Every variant trains a copy of the model on the same batch, with AdamW.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import gc
 import math
+import pkgutil
 import statistics
-import time
-from collections.abc import Sequence
+import timeit
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trainkit import amp, frozen, microbatch, recompute, train_step, trainable_parameters
 from trainkit.chunks.batches import Batch, mapped
 from trainkit.chunks.microbatching import is_out_of_memory
+from trainkit.core.plan import check
 from trainkit.core.precision import current_device
 from trainkit.layers.language import unwrapped
-from trainkit.tools.doctor.facts import has_fused
-from trainkit.tools.doctor.memory import peak_memory
-from trainkit.tools.doctor.target import Target, WrongTarget, load
-
-Row = dict[str, Any]
-_NO_MEMORY = "out of memory"
 
 
-class Variant(NamedTuple):
-    """The parts of a step: the patterns of ``frozen`` and ``recompute``; four chunks if cut."""
+class Task(NamedTuple):
+    """What is trained; ``rows`` is None for a batch that cannot be cut."""
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[[nn.Module, Any], Any]
+    device: torch.device
+    rows: int | None
+
+
+MakePart = Callable[[Task], Any]
+
+
+@dataclass
+class Row:
+    """A row of the table; None was not measured."""
 
     name: str
-    has_amp: bool = False
-    to_freeze: Sequence[str] = ()
-    is_cut: bool = False
-    to_recompute: Sequence[str] = ()
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    largest_batch: int | None = None
+    failure: str = ""
 
 
-def run_trial(target: str, steps: int, device: str | None, layers: Sequence[str] | None) -> Row:
+def run_trial(
+    target: str, steps: int, device: str | None, layers: Sequence[str] | None
+) -> dict[str, Any]:
     """Measure the user's model without and with each part; the model stays as it was."""
-    model, batch, loss_fn = load(target)
-    place = torch.device(device) if device else current_device()
-    if place.index:
-        torch.get_device_module(place).set_device(place)  # for synchronize and empty_cache
-    given = Target(model, mapped(batch, lambda tensor: tensor.to(place)), loss_fn)
-    count = None
-    with suppress(ValueError):  # microbatch says why this batch cannot be cut
-        count = Batch((batch,), {}).rows
-    variants = make_variants(model, layers, count)
-    keys = {"name": "", "seconds": None, "peak_bytes": None, "largest_batch": None, "failure": ""}
-    rows: list[Row] = [{**keys, "name": v.name, "seconds": []} for v in variants]
-    pairs = list(zip(variants, rows, strict=True))
-    for variant, row in pairs * steps:
-        try:
-            if not row["failure"]:
-                seconds, row["peak_bytes"] = measure(variant, given, place, count)
-                row["seconds"].append(seconds)
-        except Exception as error:
-            if variant.name == "plain" and not is_out_of_memory(error):
-                raise  # the user's own error
-            reason = f"{type(error).__name__}: {error}"
-            row["failure"] = _NO_MEMORY if is_out_of_memory(error) else reason
-    for variant, row in pairs:
-        row["seconds"] = statistics.median(row["seconds"]) if row["seconds"] else None
-        if place.type != "cpu" and count and row["failure"] in ("", _NO_MEMORY):
-            row["largest_batch"] = largest_batch(variant, given, place, count)
-    known = {"target": target, "device": str(place), "rows": count, "steps": steps}
+    task, rows = load(target, device), []
+    for name, parts in make_variants(task, layers).items():
+        row = measure(name, parts, task, steps)
+        if task.rows and task.device.type != "cpu":
+            row.largest_batch = largest_batch(parts, task, task.rows)
+        rows.append(row)
+    known = {"target": target, "device": str(task.device), "rows": task.rows, "steps": steps}
     return {**known, "variants": rows, "advice": conclude(rows)}
 
 
-def make_variants(
-    model: nn.Module, layers: Sequence[str] | None, rows: int | None
-) -> list[Variant]:
-    """Return what to measure, by default with the longest list of modules as the blocks."""
-    lower = blocks = layers or []
-    if not layers:
-        lists = [
-            (isinstance(module, nn.ModuleList), len(module), name)  # a Sequential may be a model
-            for name, module in unwrapped(model).named_modules()
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-        ]
-        for _, length, name in sorted(lists, key=lambda item: item[:2])[-1:]:
-            lower, blocks = [f"{name}[:{length // 2}]"], [f"{name}[:]"]
-    try:
-        with frozen(model, lower):
-            if not layers and not trainable_parameters(model):  # of blocks that share parameters
-                lower = []
-    except ValueError as error:
-        raise WrongTarget(f"--layers: {error}") from error
-    variants = [
-        Variant("plain"),
-        Variant("amp()", has_amp=True),
-        Variant(f"frozen {' '.join(lower)}", to_freeze=lower),
-        Variant(f"microbatch({_quarter(rows)})", is_cut=True),
-        Variant(f"recompute {' '.join(blocks)}", to_recompute=blocks),
-        Variant("all of these", True, lower, True, blocks),
+def load(target: str, device: str | None) -> Task:
+    """Call the function that MODULE:FUNCTION names, and put the batch on the device."""
+    made = pkgutil.resolve_name(target)()
+    wanted = "`return model, batch, loss_fn`, where `loss_fn(model, batch)` is the loss"
+    is_task = isinstance(made, tuple) and len(made) in (2, 3)
+    check(is_task, TypeError, f"{target} returned {type(made).__name__}: {wanted}")
+    model, batch, loss_fn = (*made, call_model)[:3]
+    place = torch.device(device) if device else current_device()
+    if place.index:
+        torch.get_device_module(place).set_device(place)  # for synchronize and empty_cache
+    batch, rows = mapped(batch, lambda tensor: tensor.to(place)), None
+    with suppress(ValueError):  # microbatch says why this batch cannot be cut
+        rows = Batch((batch,), {}).rows
+    return Task(model, batch, loss_fn, place, rows)
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model that returns its own loss."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def make_variants(task: Task, layers: Sequence[str] | None) -> dict[str, list[MakePart]]:
+    """Return the parts of each variant; the longest list of modules is the blocks by default."""
+    lists = [
+        (isinstance(module, nn.ModuleList), len(module), name)  # a Sequential may be a whole model
+        for name, module in unwrapped(task.model).named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
     ]
-    return [variant for variant in variants if not variant.name.endswith(" ")]
+    lower = blocks = layers or []
+    if lists and not layers:
+        _, length, name = max(lists)
+        lower, blocks = [f"{name}[:{length // 2}]"], [f"{name}[:]"]
+    parts: dict[str, MakePart] = {
+        "amp()": lambda task: amp(),
+        f"frozen {' '.join(lower)}": lambda task: frozen(task.model, lower),
+        f"microbatch({_quarter(task)})": lambda task: microbatch(_quarter(task)),
+        f"recompute {' '.join(blocks)}": lambda task: recompute(task.model, blocks),
+    }
+    parts = {name: part for name, part in parts.items() if not name.endswith(" ")}  # no layers
+    each = {name: [part] for name, part in parts.items()}
+    return {"plain": [], **each, "all of these": list(parts.values())}
 
 
-def _quarter(rows: int | None) -> int:
-    return max(-(-(rows or 1) // 4), 1)
+def _quarter(task: Task) -> int:
+    return -(-(task.rows or 1) // 4)
 
 
-def measure(
-    variant: Variant, given: Target, place: torch.device, rows: int | None
-) -> tuple[float, int]:
-    """Return the seconds and the peak memory of a step after a first one, of a copy."""
-    device = torch.get_device_module(place)
+def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Row:
+    """Measure a variant: the median of the time of the steps after a first one, and the memory."""
+    row = Row(name)
+
+    def clock() -> float:
+        torch.get_device_module(task.device).synchronize()
+        return timeit.default_timer()
+
+    try:
+        step = make_step(task, parts)
+        step()
+        seconds = timeit.repeat(step, timer=clock, repeat=steps, number=1)
+        row.seconds, row.peak_bytes = statistics.median(seconds), peak_memory(step, task.device)
+    except Exception as error:
+        if not parts and not is_out_of_memory(error):
+            raise  # the user's own error
+        row.failure = f"{type(error).__name__}: {error}"
+    return row
+
+
+def make_step(task: Task, parts: Sequence[MakePart]) -> Callable[[], Any]:
+    """Return a step of a copy of the model, without arguments."""
     gc.collect()  # frees what the last measurement has left
-    getattr(device, "empty_cache", bool)()
+    getattr(torch.get_device_module(task.device), "empty_cache", bool)()
     torch.manual_seed(0)
-    model = copy.deepcopy(given.model).to(place).train()
-    freezing = frozen(model, variant.to_freeze)
-    with freezing:
-        parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, fused=has_fused("AdamW", place.type))
-    parts = (
-        (amp(), variant.has_amp),
-        (freezing, variant.to_freeze),
-        (microbatch(_quarter(rows)), variant.is_cut),
-        (recompute(model, variant.to_recompute), variant.to_recompute),
-    )
+    model = copy.deepcopy(task.model).to(task.device).train()
+    task = task._replace(model=model)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), fused=True)
 
-    @train_step(optimizer, *(part for part, is_used in parts if is_used))
+    @train_step(optimizer, *(make_part(task) for make_part in parts))
     def step(batch: Any) -> Any:
         # In containers of its own, since the function may take things out of them.
-        return given.loss_fn(model, mapped(batch, lambda tensor: tensor))
+        return task.loss_fn(model, mapped(batch, lambda tensor: tensor))
 
-    step(given.batch)
-    device.synchronize()
-    start = time.perf_counter()
-    step(given.batch)
-    device.synchronize()
-    seconds = time.perf_counter() - start
-    return seconds, peak_memory(lambda: step(given.batch), place)
+    return lambda: step(task.batch)
 
 
-def largest_batch(variant: Variant, given: Target, place: torch.device, rows: int) -> int:
-    """Return how many rows fit, to within 1/16 and up to 64 times the batch; 0 if not one does."""
-    fitting, failing, count = 0, 64 * rows + 1, rows
-    while failing - fitting > max(1, fitting // 16):
-        index = torch.arange(count, device=place) % rows
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
+    """Return the peak memory of a call, in bytes.
 
-        def repeated(tensor: Tensor, index: Tensor = index) -> Tensor:
-            return tensor[index] if tensor.dim() else tensor
+    Where torch counts its memory, this is all that it has allocated. Elsewhere, on a CPU for
+    example, it is the tensors that the operations of the call make: neither those from before nor
+    the scratch memory inside a kernel.
+    """
+    module: Any = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        module.reset_peak_memory_stats(device)
+        step()
+        return int(module.max_memory_allocated(device))
+    with _Allocations() as allocations:
+        step()
+    return int(allocations.peak)
 
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most bytes of storages made by operations that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = WeakSet[torch.UntypedStorage]()
+        self.peak = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.alive.update(_storages(result) - _storages((args, kwargs)))
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return result
+
+
+def _storages(values: Any) -> set[torch.UntypedStorage]:
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return {tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided}
+
+
+def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
+    """Return how many rows fit, to 1/16 of the batch and up to 64 times the batch; 0 if none."""
+
+    def fails(count: int) -> bool:
+        index = torch.arange(count, device=task.device) % rows
+        batch = mapped(task.batch, lambda tensor: tensor[index] if tensor.dim() else tensor)
         try:
-            measure(variant, given._replace(batch=mapped(given.batch, repeated)), place, count)
-            fitting = count
+            step = make_step(task._replace(batch=batch, rows=count), parts)
+            step()
+            step()  # with the state of the optimizer
         except Exception:  # out of memory, or of the limits of a kernel
-            failing = count
-        count = min(2 * fitting or failing, (fitting + failing) // 2)
-    return fitting
+            return True
+        return False
+
+    unit = max(rows // 16, 1)
+    return unit * bisect.bisect_left(range(unit, 64 * rows + 1, unit), True, key=fails)
 
 
-def conclude(rows: list[Row]) -> list[str]:
+def conclude(rows: Sequence[Row]) -> list[str]:
     """Return what follows from the measurements."""
     plain, half, *others = rows
-    if plain["failure"]:
-        fitting = [row["name"] for row in rows if not row["failure"]] or ["none of these"]
-        return [f"This batch does not fit as it is; it does with {', '.join(fitting)}."]
+    if plain.seconds is None or plain.peak_bytes is None:
+        fitting = ", ".join(row.name for row in rows if row.seconds) or "none of these"
+        return [f"This batch does not fit as it is; it does with {fitting}."]
     lines = []
-    if half["seconds"]:
-        ratio = half["seconds"] / plain["seconds"]
+    if half.seconds:
+        ratio = half.seconds / plain.seconds
         verdict = "use it" if ratio < 0.95 else "leave it out, unless for its memory"
         lines.append(f"amp() takes {ratio:.2f}x the time: {verdict}.")
-    exact = [row for row in others if row["name"].startswith(("microbatch", "recompute"))]
-    limit = 0.9 * (plain["peak_bytes"] or 0)
-    saving = [row for row in exact if row["seconds"] and row["peak_bytes"] < limit]
+    exact = [row for row in others if row.name.startswith(("microbatch", "recompute"))]
+    limit = 0.9 * plain.peak_bytes
+    saving = [(row.seconds, row.name) for row in exact if (row.peak_bytes or limit) < limit]
     if saving:
-        best = min(saving, key=lambda row: row["seconds"])
-        lines.append(f"If memory is short, use {best['name']} first.")
+        lines.append(f"If memory is short, use {min(saving)[1]} first.")
     return lines
 
 
-def table(trial: Row) -> str:
-    """Return the result of ``run_trial`` as text of 100 columns; nan was not measured."""
+def table(found: dict[str, Any]) -> str:
+    """Return the result of ``run_trial`` as text; nan was not measured."""
     title = "{target} on {device}, a batch of {rows} rows; the median of {steps} steps"
-    lines = [title.format(**trial), ""]
-    lines.append(
-        f"{'':<40} {'seconds':>10} {'':>7} {'peak memory':>12} {'':>7} {'largest batch':>14}"
-    )
-    of_plain = [trial["variants"][0][key] or math.nan for key in ("seconds", "peak_bytes")]
-    for row in trial["variants"]:
-        seconds, peak = row["seconds"] or math.nan, row["peak_bytes"] or math.nan
-        lines.append(
-            f"{row['name']:<40} {seconds:10.4f} {seconds / of_plain[0]:6.2f}x "
-            f"{peak / 2**20:8.1f} MiB {peak / of_plain[1]:6.2f}x {row['largest_batch'] or '-':>14}"
-        )
-    failures = [f"{row['name']}: {row['failure']}" for row in trial["variants"] if row["failure"]]
-    return "\n".join([*lines, *failures, "", *trial["advice"]])
+    heads = f"{'':<40} {'seconds':>18} {'peak memory':>20} {'largest batch':>14}"
+    lines, rows = [title.format(**found), "", heads], found["variants"]
+    plain_seconds, plain_peak = rows[0].seconds or math.nan, rows[0].peak_bytes or math.nan
+    for row in rows:
+        seconds, peak = row.seconds or math.nan, row.peak_bytes or math.nan
+        time = f"{seconds:10.4f} {seconds / plain_seconds:6.2f}x"
+        memory = f"{peak / 2**20:8.1f} MiB {peak / plain_peak:6.2f}x"
+        lines.append(f"{row.name:<40} {time} {memory} {row.largest_batch or '-':>14}")
+    lines += [f"{row.name}: {row.failure}" for row in rows if row.failure]
+    return "\n".join([*lines, "", *found["advice"]])
