@@ -1,8 +1,8 @@
 """The same training, as different people would write it.
 
-Each contender takes a task and returns the model it trains, and a function that trains it on all batches once. All of them clip,
-and all take the same updates. The last three are written as their documentation has it, and raise ImportError where they are not
-installed, or Unsupported where they do not offer what is asked.
+Each contender takes a task and returns a model, and a function that trains it on all batches once.
+All of them clip and take the same updates. The last three follow the documentation of their
+library. They raise ImportError where it is not installed, and Unsupported where it lacks something.
 """
 
 from __future__ import annotations
@@ -199,7 +199,10 @@ def fabric(task):
 
 
 def ignite(task):
-    """https://docs.pytorch.org/ignite/concepts.html, with the accumulation of its create_supervised_trainer"""
+    """https://docs.pytorch.org/ignite/concepts.html
+
+    It accumulates as create_supervised_trainer does.
+    """
     from ignite.engine import Engine
 
     model, optimizer = task.made(True)

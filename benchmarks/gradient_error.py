@@ -2,9 +2,9 @@
 
     python benchmarks/gradient_error.py
 
-Ten micro-batches in windows of four, so that the last window has two; each micro-batch has its own number of tokens. The
-reference is the gradient of the mean over all tokens of the window in one batch. Float64; relative L2 distance over all
-parameters.
+Ten micro-batches make windows of four; the last window has two. Each micro-batch has its own number
+of tokens. The reference is the gradient of the mean over all tokens of the window in one batch.
+Distances are relative L2 distances over all parameters, in float64.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Kills a fine-tune with SIGKILL at random moments and runs it again, until it is at its end; and damages checkpoints.
+"""Kills a fine-tune at random moments and runs it again until it ends; damages checkpoints, too.
 
     python benchmarks/kill.py --kills 100 --flips 200
 
-The run is that of examples/finetune_sentiment.py on few sentences, with dropout, in windows of two micro-batches, and with a
-checkpoint after every second update; a third of its time goes into them. Every run that was killed, once or several times, must
-end with the bits of the one that was not: parameters, optimizer, losses and random states. Then bytes of the newest of two
-checkpoints are changed, or it is cut: it must not be loaded, and the one before must be, with a warning. Linux only: a killed
-process is one that was forked when everything was imported.
+The run is that of examples/finetune_sentiment.py on few sentences, with dropout. Windows have two
+micro-batches. A checkpoint follows every second update and takes a third of the time. Each run that
+was killed (by SIGKILL) must end with the bits of the one that was not: parameters, optimizer,
+losses and random states.
+
+Then the newest of two checkpoints is changed or cut. It must not be loaded; the one before must be,
+with a warning. Linux only: processes are forked after the imports.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def sentences(count):
 
 
 def fine_tune(tokenizer, rows, path, log):
-    """Returns a hash of all that the run ends with; the number of every micro-batch that begins goes to ``log``."""
+    """Returns a hash of what the run ends with; ``log`` gets the number of every micro-batch."""
     torch.manual_seed(0)
     model = (
         AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
@@ -95,7 +97,7 @@ def fine_tune(tokenizer, rows, path, log):
 
 
 def forked(function, *arguments, moment=None):
-    """What a function returns in a process of its own; None where that was killed at ``moment``, in seconds."""
+    """What a function returns in its own process; None if it was killed at ``moment``."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -193,7 +195,7 @@ def small_run(path, updates=6):
 
 
 def flip(flips, seed):
-    """Damages the newest of two checkpoints so many times; returns how often which of its files was, and what happened."""
+    """Damages the newest of two checkpoints so many times; counts the files and what happened."""
     draw, report = random.Random(seed), {"flips": 0, "cuts": 0, "fell back": 0, "wrong": 0}
     with tempfile.TemporaryDirectory() as folder:
         whole, path = Path(folder) / "whole", Path(folder) / "damaged"

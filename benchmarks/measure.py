@@ -1,4 +1,4 @@
-"""How contenders are timed: in turn, in one process, so that a machine that is slow for a while is slow for all of them."""
+"""Times contenders in turn, in one process: a machine that is slow for a while slows them all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_turn(runs, device, rounds, repeat=1):
 
 
 def ratio(times, others):
-    """The median of the ratios in a round, and the quartiles between which half of them lie: "0.91 (0.90 to 0.92)"."""
+    """The median of the ratios in a round, and their quartiles: "0.91 (0.90 to 0.92)"."""
     low, middle, high = statistics.quantiles(
         [a / b for a, b in zip(times, others, strict=True)], method="inclusive"
     )

@@ -2,10 +2,10 @@
 
     python benchmarks/run.py                    on the CPU; make bench
     python benchmarks/run.py --device cuda      make bench DEVICE=cuda
-    python benchmarks/run.py --quick --output copy.md     two rounds of a part of it, into a copy of the page
+    python benchmarks/run.py --quick --output copy.md     two rounds of a part, into a copy
 
-Contenders take turns in one process, and take the same updates, which is checked. Quoted are the median of the time and, of the
-ratios to the loop beside it in the same round, the median and both quartiles.
+Contenders take turns in one process. They take the same updates, which is checked. The tables show
+the median time, and the median and both quartiles of the ratio to the loop in the same round.
 """
 
 from __future__ import annotations
@@ -125,13 +125,15 @@ def measured(device, quick, picture):
 
 {tiny}
 
-Four layers of 8 x 8, clipping, one thread. Microseconds per micro-batch, and the ratio to the correct loop by hand.
+Four layers of 8 x 8, clipping, one thread.
+Microseconds per micro-batch, and the ratio to the correct loop by hand.
 
 ### A step of an encoder
 
 {steps.steps_table(encoder, few)}
 
-A BERT of six layers, 384 wide, 11.4 M parameters; n = 4, micro-batches of 8 sentences of 32 tokens, no dropout.
+A BERT of six layers, 384 wide, 11.4 M parameters;
+n = 4, micro-batches of 8 sentences of 32 tokens, no dropout.
 
 ### An update alone
 
@@ -147,7 +149,7 @@ float16 scaler, clipping and AdamW; microseconds per update, the time of backwar
 
 ### How it grows
 
-![Milliseconds per update by the number of tensors, and microseconds per micro-batch by n](docs/{picture.name})"""
+![Time per update by number of tensors, and time per micro-batch by n](docs/{picture.name})"""
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What a step costs, forward and backward included: a tiny model, where all is overhead, and a real one."""
+"""What a step costs with forward and backward: of a tiny model, all overhead, and of a real one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny(device, n=4, precision=torch.float32):
 
 
 def encoder(device, n=4, precision=torch.float32):
-    """Six layers as wide as those of MiniLM-L6, and a small vocabulary; 8 sentences of 32 tokens in a micro-batch."""
+    """Six layers as wide as MiniLM-L6, a small vocabulary; micro-batches of 8 x 32 tokens."""
     from transformers import BertConfig, BertForSequenceClassification
 
     size = {
@@ -59,7 +59,7 @@ def flat(model):
 
 
 def compete(task, rounds):
-    """The seconds of each contender per micro-batch in each round; of those that are installed and offer this."""
+    """Seconds per micro-batch in each round, of each contender that is installed and has this."""
     models, epochs = {}, {}
     for name, make in CONTENDERS.items():
         try:

@@ -1,6 +1,6 @@
-"""What an update costs without the model: a float16 scaler, clipping and AdamW on parameters of several sizes.
+"""What an update costs without the model: a float16 scaler, clipping and AdamW in several sizes.
 
-Backward is a function that hands out gradients it has; its time, measured by itself in every round, is taken off.
+Backward is a function that hands out ready gradients. Each round measures and subtracts its time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HandOut(torch.autograd.Function):
 
 
 class Problem:
-    """Parameters of which only the gradients are known; those of all contenders are the same tensors, and are copied."""
+    """Parameters with ready gradients, which are copies of the same tensors for all contenders."""
 
     def __init__(self, gradients):
         self.gradients = gradients
@@ -126,7 +126,7 @@ def compete(tensors, size, device, rounds):
 
 
 def update_table(sizes, device, rounds):
-    """Micro-seconds per update, and the ratio to the loop by hand with the same optimizer, for several sizes."""
+    """Microseconds per update, and the ratio to the loop by hand with the same optimizer."""
     times = {title: compete(*size, device, rounds) for title, size in sizes.items()}
     rows = {
         name: [
@@ -176,7 +176,7 @@ def waits(run):
 
 
 def memory_table(device):
-    """The peak of one update of 10 M parameters, after the first, in sizes of the gradients; and on a GPU whether it waits."""
+    """The peak of a second update of 10 M parameters, in sizes of gradients; whether it waits."""
     gradients = made_gradients(10, 1_000_000, device)
     size = sum(gradient.nbytes for gradient in gradients)
     columns, rows = ["peak, in sizes of the gradients"], {}

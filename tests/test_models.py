@@ -1,4 +1,4 @@
-"""Real model families, made from small configs: freezing, accumulation and mixed precision, against plain loops over them.
+"""Real model families from small configs: freezing, accumulation, precision against plain loops.
 
 ``docs/models.md`` says the same to users; the last tests hold it to what is here.
 """
@@ -101,7 +101,7 @@ def mean_of_next_tokens(model, batch):
 
 
 def contrast(model, batch):
-    """Each row against all others of its micro-batch: not a mean over independent rows, so every micro-batch counts the same."""
+    """Each row against all others: no mean over rows, so every micro-batch counts the same."""
     return model(**batch, return_loss=True).loss, 1
 
 
@@ -112,10 +112,11 @@ class Family(NamedTuple):
     loss: Callable[
         ..., tuple[torch.Tensor, Any]
     ]  # of model and batch: the loss, and what it is the mean of
-    # Patterns, and beside them what a plain loop looks for in the name of a parameter, with a dot before it.
+    # Patterns, and what a plain loop looks for in the name of a parameter, with a dot before it.
     layers: dict[str, tuple[list[str], list[str]]]
     tied: tuple[str, ...] = ()  # all names of the embedding that is the head, too
-    # Reentrant checkpointing above frozen layers: gradients are the same, by transformers' hook on token embeddings, or lost.
+    # Reentrant checkpointing above frozen layers: the same gradients (by transformers' hook on
+    # token embeddings), or none.
     reentrant: str = "the same"
 
 
@@ -170,11 +171,17 @@ WHISPER |= {
     "decoder_ffn_dim": 32,
     "decoder_start_token_id": 1,
 }
+POSITIONS = ["embeddings", "encoder.rel_embeddings", "encoder.LayerNorm"]  # of DeBERTa
+GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 40}
 
 # fmt: off
-BERT = Family("BertForSequenceClassification", transformers.BertConfig(**TEXT), sentences, mean_of_rows, {
+BERT = Family("BertForSequenceClassification", transformers.BertConfig(**TEXT),
+              sentences, mean_of_rows, {
     "embeddings": (["bert.embeddings"], [".bert.embeddings."]),
-    "two layers": (["bert.encoder.layer[:2]"], [".bert.encoder.layer.0.", ".bert.encoder.layer.1."]),
+    "two layers": (
+        ["bert.encoder.layer[:2]"],
+        [".bert.encoder.layer.0.", ".bert.encoder.layer.1."],
+    ),
     "all but the head": (["bert"], [".bert."]),
     "norms": (["**.LayerNorm"], [".LayerNorm."]),
 })
@@ -182,58 +189,91 @@ FAMILIES = [
     BERT,
     BERT._replace(name="BertForMaskedLM", batch=masked, loss=mean_of_tokens,
         tied=("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")),
-    Family("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT), sentences, mean_of_rows, {
+    Family("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT),
+           sentences, mean_of_rows, {
         "embeddings": (["roberta.embeddings"], [".roberta.embeddings."]),
-        "two layers": (["roberta.encoder.layer[:2]"], [".roberta.encoder.layer.0.", ".roberta.encoder.layer.1."]),
+        "two layers": (
+            ["roberta.encoder.layer[:2]"],
+            [".roberta.encoder.layer.0.", ".roberta.encoder.layer.1."],
+        ),
         "all but the head": (["roberta"], [".roberta."]),
         "norms": (["**.LayerNorm"], [".LayerNorm."]),
     }),
-    Family("DebertaV2ForSequenceClassification", transformers.DebertaV2Config(**DEBERTA), sentences, mean_of_rows, {
-        # The relative positions enter every layer: were they trained, backward would run through the frozen ones.
-        "embeddings": (["deberta.embeddings", "deberta.encoder.rel_embeddings", "deberta.encoder.LayerNorm"],
-                       [".deberta.embeddings.", ".deberta.encoder.rel_embeddings.", ".deberta.encoder.LayerNorm."]),
-        "two layers": (["deberta.encoder.layer[:2]"], [".deberta.encoder.layer.0.", ".deberta.encoder.layer.1."]),
+    Family("DebertaV2ForSequenceClassification", transformers.DebertaV2Config(**DEBERTA),
+           sentences, mean_of_rows, {
+        # Relative positions enter every layer: if trained, backward runs through the frozen ones.
+        "embeddings": (
+            [f"deberta.{name}" for name in POSITIONS],
+            [f".deberta.{name}." for name in POSITIONS],
+        ),
+        "two layers": (
+            ["deberta.encoder.layer[:2]"],
+            [".deberta.encoder.layer.0.", ".deberta.encoder.layer.1."],
+        ),
         "all but the head": (["deberta"], [".deberta."]),
         "norms": (["**.LayerNorm"], [".LayerNorm."]),
     }, reentrant="an error, frozen or not"),
-    Family("GPT2LMHeadModel", transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=3, n_head=2, n_positions=40, **ENDS),
+    Family("GPT2LMHeadModel", transformers.GPT2Config(**GPT2, **ENDS),
            texts, mean_of_next_tokens, {
-        "embeddings": (["transformer.wte", "transformer.wpe"], [".transformer.wte.", ".transformer.wpe."]),
+        "embeddings": (
+            ["transformer.wte", "transformer.wpe"],
+            [".transformer.wte.", ".transformer.wpe."],
+        ),
         "two layers": (["transformer.h[:2]"], [".transformer.h.0.", ".transformer.h.1."]),
         "all but the head": (["transformer"], [".transformer."]),
         "norms": (["**.ln_*"], [".ln_1.", ".ln_2.", ".ln_f."]),
     }, tied=("transformer.wte.weight", "lm_head.weight")),
-    Family("LlamaForCausalLM", transformers.LlamaConfig(**TEXT, num_key_value_heads=1, tie_word_embeddings=True),
+    Family("LlamaForCausalLM",
+           transformers.LlamaConfig(**TEXT, num_key_value_heads=1, tie_word_embeddings=True),
            texts, mean_of_next_tokens, {
         "embeddings": (["model.embed_tokens"], [".model.embed_tokens."]),
         "two layers": (["model.layers[:2]"], [".model.layers.0.", ".model.layers.1."]),
         "all but the head": (["model"], [".model."]),
         "norms": (["**.*norm"], [".input_layernorm.", ".post_attention_layernorm.", ".norm."]),
     }, tied=("model.embed_tokens.weight", "lm_head.weight")),
-    Family("T5ForConditionalGeneration", transformers.T5Config(**T5, initializer_factor=0.3), pairs, mean_of_tokens, {
+    Family("T5ForConditionalGeneration", transformers.T5Config(**T5, initializer_factor=0.3),
+           pairs, mean_of_tokens, {
         "embeddings": (["shared"], [".shared."]),
         "two layers": (["encoder.block[:2]"], [".encoder.block.0.", ".encoder.block.1."]),
-        "all but the head": (["shared", "encoder", "decoder"], [".shared.", ".encoder.", ".decoder."]),
+        "all but the head": (
+            ["shared", "encoder", "decoder"],
+            [".shared.", ".encoder.", ".decoder."],
+        ),
         "norms": (["**.*layer_norm"], [".layer_norm.", ".final_layer_norm."]),
-    }, tied=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")),
-    Family("ViTForImageClassification", transformers.ViTConfig(**VISION, num_labels=5), images, mean_of_rows, {
+    }, tied=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+             "lm_head.weight")),
+    Family("ViTForImageClassification", transformers.ViTConfig(**VISION, num_labels=5),
+           images, mean_of_rows, {
         "embeddings": (["vit.embeddings"], [".vit.embeddings."]),
         "two layers": (["vit.layers[:2]"], [".vit.layers.0.", ".vit.layers.1."]),
         "all but the head": (["vit"], [".vit."]),
         "norms": (["**.layernorm*"], [".layernorm_before.", ".layernorm_after.", ".layernorm."]),
     }, reentrant="trainkit warns"),
-    Family("WhisperForConditionalGeneration", transformers.WhisperConfig(**WHISPER), speech, mean_of_tokens, {
-        "embeddings": (["model.encoder.conv*"], [".model.encoder.conv1.", ".model.encoder.conv2."]),
-        "two layers": (["model.encoder.layers[:2]"], [".model.encoder.layers.0.", ".model.encoder.layers.1."]),
+    Family("WhisperForConditionalGeneration", transformers.WhisperConfig(**WHISPER),
+           speech, mean_of_tokens, {
+        "embeddings": (
+            ["model.encoder.conv*"],
+            [".model.encoder.conv1.", ".model.encoder.conv2."],
+        ),
+        "two layers": (
+            ["model.encoder.layers[:2]"],
+            [".model.encoder.layers.0.", ".model.encoder.layers.1."],
+        ),
         "all but the head": (["model"], [".model."]),
         "norms": (["**.*layer_norm"], ["layer_norm."]),
     }, tied=("model.decoder.embed_tokens.weight", "proj_out.weight"), reentrant="torch warns"),
-    Family("CLIPModel", transformers.CLIPConfig(text_config=TEXT | ENDS, vision_config=VISION, projection_dim=16),
+    Family("CLIPModel",
+           transformers.CLIPConfig(
+               text_config=TEXT | ENDS, vision_config=VISION, projection_dim=16),
            captions, contrast, {
         "embeddings": (["**.embeddings", "**.pre_layrnorm"], [".embeddings.", ".pre_layrnorm."]),
         "two layers": (["**.layers[:2]"], [".layers.0.", ".layers.1."]),
         "all but the head": (["text_model", "vision_model"], [".text_model.", ".vision_model."]),
-        "norms": (["**.*norm*"], [".layer_norm1.", ".layer_norm2.", ".final_layer_norm.", ".pre_layrnorm.", ".post_layernorm."]),
+        "norms": (
+            ["**.*norm*"],
+            [".layer_norm1.", ".layer_norm2.", ".final_layer_norm.", ".pre_layrnorm.",
+             ".post_layernorm."],
+        ),
     }),
 ]
 # fmt: on
@@ -294,7 +334,7 @@ def off(ours, theirs):
 
 @contextlib.contextmanager
 def float64_throughout():
-    """Transformers goes through float32 in norms, softmax and losses, whatever the model is in. Not in here."""
+    """Transformers uses float32 in norms, softmax and losses of any model. Not in here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -414,7 +454,7 @@ def test_checkpointing_changes_no_gradient_above_frozen_layers(family, use_reent
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @over([f for f in FAMILIES if f.reentrant.endswith("warns")])
 def test_where_reentrant_checkpointing_loses_gradients_there_is_a_warning(family):
-    """By trainkit where most are lost; not of Whisper, whose decoder has more parameters than the encoder and keeps its own."""
+    """By trainkit where most are lost. Whisper's large decoder keeps its own, so torch warns."""
     model = build(family)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

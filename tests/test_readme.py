@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, in one namespace that has what its reader has."""
+"""Every Python block of the README runs, in order, in one namespace with what its reader has."""
 
 import re
 import socket

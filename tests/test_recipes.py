@@ -1,7 +1,7 @@
 """Training recipes that need more than one optimizer, step or backward, against the loop by hand.
 
-By hand every forward has an autocast block of its own; in a step there is one around the whole function. By hand every loss is
-divided by the length of its window, and that of the last window is another.
+By hand every forward has an autocast block of its own; in a step there is one around the whole
+function. By hand every loss is divided by the length of its window, which the last window changes.
 """
 
 import math
@@ -58,7 +58,7 @@ def state(*pairs):
 
 def update_by_hand(scaler, optimizers, parameters, max_norm=math.inf):
     """One norm over everything, and all optimizers step or none."""
-    # A scaler unscales once for each optimizer, also what two of them share. Of an optimizer it takes only the parameters.
+    # A scaler unscales once for each optimizer, also what two of them share; hence one for all.
     scaler.unscale_(torch.optim.SGD(parameters))
     if clip_grad_norm_(parameters, max_norm).isfinite():
         for optimizer in optimizers:
@@ -70,7 +70,7 @@ def update_by_hand(scaler, optimizers, parameters, max_norm=math.inf):
 
 
 def train_by_hand(model, optimizers, batches, dtype, micro_batch, max_norm=math.inf):
-    """Windows of two; ``micro_batch(batch, backward)`` computes losses and hands them over. Returns the loss scale."""
+    """Windows of two; ``micro_batch(batch, backward)`` hands its losses over. Returns the scale."""
     scaler = scaler_for(dtype)
     for window in windows_of(batches, 2):
         for batch in window:
@@ -100,7 +100,7 @@ def g_loss(g, d, z):
 
 
 def train_gan_by_hand(g, d, optimizer_g, optimizer_d, batches, dtype, init_scale):
-    """D is updated every two batches and G every three. In G's turn D is in evaluation mode, as ``frozen`` has it."""
+    """D is updated every two batches, G every three. D evaluates in G's turn, as if frozen."""
     scaler_d, scaler_g = scaler_for(dtype, init_scale), scaler_for(dtype, init_scale)
     for i, (z, real) in enumerate(batches, 1):
         is_last = i == len(batches) == 13  # and alone in both windows
@@ -148,7 +148,7 @@ def test_two_steps_of_a_gan_whose_windows_are_open_at_the_same_time(
         step_d(z, real)
         step_g(z)
 
-    # What float16 rounds depends on where the short window of G is divided: each loss by 1, or all by 3 and the sum by 1 / 3.
+    # float16 rounds by where G's short window is divided: each loss by 1, or the sum by 3.
     tolerance = 1e-3 if dtype == HALF else 1e-12
     assert (
         distance(state((g, optimizer_g), (d, optimizer_d)), state((eg, their_g), (ed, their_d)))
@@ -360,7 +360,7 @@ def sam(parameters, forward, backward):
 )
 @precisions
 def test_weights_that_move_between_two_forwards(dtype, recipe, face):
-    """The second forward sees the weights as they are then, and no copy that autocast made of them before."""
+    """The second forward sees the weights as they are, and no copy that autocast made before."""
     batches = make_batches([4] * 5, STORED[dtype])
     expected = make_model(STORED[dtype])
     theirs = OPTIMIZERS["AdamW"](expected.parameters())

@@ -1,4 +1,7 @@
-"""Docstrings as they are written here, made Markdown: ``::`` and the block below it are a fence, double backticks are single."""
+"""Makes Markdown of the docstrings here.
+
+``::`` and the block below it become a fence, double backticks single ones.
+"""
 
 import re
 from typing import Any
@@ -11,7 +14,7 @@ _LITERAL = re.compile(r"::\n\n((?:    .*\n|\n)+)")
 
 def to_markdown(text: str) -> str:
     """The same docstring; its sections stay as they are."""
-    # A section of that name is known in the plural, and only in a known one are lines of >>> read as code.
+    # griffe knows this section in the plural only, and reads >>> as code only in known sections.
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     # The first word before a colon is read as a type, and two of them as a tuple.
     text = re.sub(r"^( +\w+Error), (\w+Error):", r"\1 | \2:", text, flags=re.MULTILINE)

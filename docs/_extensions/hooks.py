@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_page_markdown(markdown: str, *, page: Any, **kwargs: Any) -> str:
-    """BENCHMARKS.md is written by ``make bench`` and stands at the root; its pictures are in this folder."""
+    """``make bench`` writes BENCHMARKS.md at the root; its pictures are in this folder."""
     if page.file.src_uri == "models.md":
         page.meta["hide"] = ["toc"]  # which leaves room for a table of six columns
     if page.file.src_uri == "benchmarks.md":

@@ -1,6 +1,7 @@
-"""Any Python object in any position: accepted, or refused with a TypeError or a ValueError before anything is changed.
+"""Any Python object in any position is accepted, or refused before anything is changed.
 
-Objects whose own methods raise may bring that out as it is (``Own``): it is their exception, and hiding it would help nobody.
+A refusal is a TypeError or a ValueError. Where a method of the object raises (``Own``), its
+exception may come out as it is: hiding it would help nobody.
 """
 
 import contextlib

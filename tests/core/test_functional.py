@@ -1,4 +1,4 @@
-"""Models called with other parameters, computed from others, or wrapped: torch.func, parametrizations, adapters; as by hand."""
+"""Models with other, computed or wrapped parameters (torch.func, parametrizations, adapters)."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ def nothing(model):
 
 
 def train_by_hand(model, optimizer, batches, loss, held, dtype=None, between=nothing):
-    """Two micro-batches make a window. ``held`` is a pattern for what starts the names of parameters and modules."""
+    """Two micro-batches make a window. ``held`` matches how names of what is held begin."""
     for name, parameter in model.named_parameters():
         if re.search(held, name):
             parameter.requires_grad, parameter.grad = False, None
@@ -86,7 +86,7 @@ def bits(model):
 
 
 def is_as_by_hand(make, batches, loss, layers, held, how="a block", may_move="^$", **options):
-    """As by hand; what is held has not moved, all else that was trainable has, and what was found is back."""
+    """As by hand. What is held has not moved, all else trainable has; what was found is back."""
     (ours, optimizer), (theirs, their_optimizer) = make(), make()
     before, found = bits(ours), found_in(ours)
     train(ours, optimizer, batches, loss, layers, how, **options)
@@ -145,7 +145,7 @@ def stateless(model, x, y):
 
 
 def fast_weights(model, x, y):
-    """One differentiable step on a half of the batch; the loss is that of the other half (Finn et al. 2017)."""
+    """One differentiable step on half of the batch, the loss on the other (Finn et al. 2017)."""
     slow = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = torch.autograd.grad(
         mse_loss(model(x[::2]), y[::2]), list(slow.values()), create_graph=True
@@ -378,7 +378,7 @@ PRECISIONS += [(base, half, "a part") for half in HALVES for base in (torch.floa
 
 @pytest.mark.parametrize(("base", "dtype", "how"), PRECISIONS)
 def test_adapters(base, dtype, how):
-    """Beside a frozen float32 base, and one that is bfloat16 or float16 itself, all of which the optimizer has too."""
+    """Beside a frozen base of float32, bfloat16 or float16, which the optimizer has, too."""
     for layers, held, options in ADAPTED.values():
         assert is_as_by_hand(
             partial(make_bert, base, **options),

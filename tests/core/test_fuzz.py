@@ -1,8 +1,9 @@
-"""A differential fuzzer: any sequence of what a training loop may do, compared with plain torch after every operation.
+"""A differential fuzzer: any sequence of what a loop may do, compared with plain torch each time.
 
-The oracle keeps a copy of the model, takes the gradient of each micro-batch by itself, and puts windows together from the
-definition: sum(w_i * g_i) / sum(w_i). What happens to `.grad` between micro-batches happens to our side only. Both sides start every operation from the same numbers, so that a difference is the fault
-of the operation after which it is seen. ``HYPOTHESIS_PROFILE=deep`` runs 20,000 operations.
+The oracle keeps a copy of the model, takes the gradient of each micro-batch by itself, and computes
+a window by its definition: sum(w_i * g_i) / sum(w_i). What happens to `.grad` between micro-batches
+happens to our side only. Both sides start every operation from the same numbers, so a difference is
+the fault of the last operation. ``HYPOTHESIS_PROFILE=deep`` runs 20,000 operations.
 """
 
 import copy
@@ -41,8 +42,8 @@ class Tied(nn.Module):
         ).transpose(1, 2)
 
 
-# What a model is made of, what its micro-batches look like, and layers of it: the pattern, the parameters it means, and the
-# modules whose statistics it holds.
+# Models, and their layers: a pattern, the parameters it means, and the modules whose statistics
+# it holds.
 MODELS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
     "tied": Tied,
@@ -70,7 +71,7 @@ LAYERS = {
         ("[1:]", {"1.weight", "1.bias", "3.weight", "3.bias"}, ()),
     ],
 }
-# Large epsilons: without them a gradient that is nothing but rounding becomes a step of the size of the learning rate.
+# Epsilons are large: otherwise a gradient that is only rounding makes a step as large as the rate.
 OPTIMIZERS = [
     (torch.optim.SGD, {}),
     (torch.optim.SGD, {"momentum": 0.9}),
@@ -273,7 +274,7 @@ class Oracle:
         return lengths[self.updates % len(lengths)]
 
     def seed(self, weight):
-        """Half precision rounds by what backward starts from, so that has to be the same: the one thing taken from the design."""
+        """What backward starts from, as half precision rounds by it: all we take from ours."""
         if not self.setup.half:
             return 1.0
         if not self.jobs:
@@ -285,7 +286,7 @@ class Oracle:
         return self.scale * weight / (self.window_reference * self.length())
 
     def micro_batch(self, job, last, in_function):
-        """What a call should return: (loss, complete, updated, norm), or the exception it should raise."""
+        """What a call should return, (loss, complete, updated, norm), or raise."""
         self.set_flags(*self.setup.parts)
         try:
             return self._micro_batch(job, last, in_function)
@@ -404,7 +405,7 @@ def setups(draw):
     implementation = draw(st.sampled_from(implementations))
     yields = draw(st.booleans())
     max_norm = draw(st.sampled_from([None, 0.05, 1.0, math.inf]))
-    # Without the optimizer nobody but the user can seed what fused SGD lacks, and max_norm has no place but in amp.
+    # Without the optimizer only the user can seed fused SGD, and max_norm goes to amp only.
     by_module = (
         yields
         and not (implementation.get("fused") and optimizer[1].get("momentum"))

@@ -1,20 +1,22 @@
-"""An interruption at every point there is: what was found is back, nothing is lost or counted twice, the next window is right.
+"""An interruption at every point: what was found is back, nothing is lost, the next window right.
 
-Three ways to be interrupted, each at its k-th point for every k. *Operations*: an exception from before or after any operation
-that torch runs, those of backward and of the optimizer included. *Functions*: from any call of torch's Python interface, the
-setting of a flag or of a gradient included. *Signals*: KeyboardInterrupt where CPython looks for signals, which is on entry to a
-Python function, on resuming a generator, and after a call of a C function; in trainkit, contextlib and `torch.nn.Module`.
+Three ways to interrupt, each at its k-th point for every k. *Operations*: an exception before or
+after any operation of torch, also in backward and in the optimizer. *Functions*: an exception from
+any call of torch's Python interface, also where a flag or a gradient is set. *Signals*: a
+KeyboardInterrupt where CPython looks for signals, in trainkit, contextlib and `torch.nn.Module`:
+on entry to a Python function, on resuming a generator, and after a call of a C function.
 
-What Python and torch cannot make safe, and is therefore not asked for here:
+Python and torch cannot make these safe, so nothing here asks for them:
 
-- A signal that arrives while a `with` block is being left may be raised on entry to `__exit__`, before its first line, and none
-  of `__exit__` has run. A step that is called looks after that itself; a block by hand has nobody who could.
-- An exception that is kept keeps its traceback, and that the contexts that were just being entered or left.
-- `optimizer.step()` that is interrupted may have moved some of the parameters, or all of them. It is not counted, the window is
-  dropped, and training goes on from what is there. The same holds for the update code below a yield. The first step of Adam may
-  leave a state of which half is missing, and then torch cannot go on.
-- Between an update and what the loss scale learns of it: one that overflowed is counted, and the next may overflow once more.
-- `torch.autocast` is entered and left by Python code of torch, which may be interrupted as any other.
+- A signal that arrives at the end of a `with` block may be raised before the first line of
+  `__exit__`. A step that is called looks after that itself; nobody can for a block by hand.
+- An exception that is kept keeps its traceback, and so the contexts that were entered or left.
+- An interrupted `optimizer.step()` may have moved some of the parameters, or all of them. It is not
+  counted, the window is dropped, and training goes on from there. The same holds for the update
+  code below a yield. The first step of Adam may leave half a state, and torch cannot go on.
+- Between an update and the loss scale: an overflow is counted, and the next update may overflow,
+  too.
+- Python code of torch enters and leaves `torch.autocast`, and may be interrupted as any other.
 """
 
 import contextlib
@@ -46,11 +48,11 @@ class Interruption(BaseException):
     pass
 
 
-# Ways to interrupt. Each counts its points, raises at one of them, and says what was going on there.
+# Ways to interrupt. Each counts its points, raises at one of them, and says what went on there.
 
 
 class Injector:
-    """Raises ``error`` at point k, and notes whether torch was within an optimizer or within backward then."""
+    """Raises ``error`` at point k, and notes whether torch was in an optimizer or in backward."""
 
     def __init__(self, k=NEVER):
         self.k, self.seen, self.error, self.where = k, 0, Interruption(), set()
@@ -115,7 +117,7 @@ def signals(injector):
     injector.error = KeyboardInterrupt()
 
     def looks(code):
-        # Generators that are not run to their end are entered once more to be closed, where CPython looks for nothing.
+        # A generator left early is entered once more to be closed; CPython looks for none then.
         left_early = code.co_name == "<genexpr>" or (
             code.co_flags & inspect.CO_GENERATOR and code.co_filename == FILES[2]
         )
@@ -359,7 +361,7 @@ class Reference:
 
 
 def interrupt(way, injector, call):
-    """Whether ``call`` was interrupted. The exception arrives as it was raised. None is kept: its traceback keeps contexts."""
+    """Whether ``call`` was interrupted, by its own exception. It is not kept: it holds contexts."""
     try:
         with way(injector):
             expected = id(injector.error)
@@ -375,7 +377,7 @@ def waiting_in(state):
 
 
 def check_point(setup, reference, way, k):
-    """Interrupts an epoch at point k, looks at what is there, and goes on to the end of a third window."""
+    """Interrupts an epoch at point k, checks what is there, and goes on to a third window."""
     world, injector = World(setup), Injector(k)
     if not interrupt(way, injector, lambda: world.run(range(5))):
         return False
@@ -513,7 +515,7 @@ def test_what_the_others_are_compared_with_is_the_plain_loop():
 
 def opened(setup, micro_batches):
     world = World(setup)
-    world.found = {}  # what lies in `.grad` between two micro-batches goes where a window is dropped or loaded
+    world.found = {}  # dropping or loading a window clears `.grad`, also what was the user's
     for i in range(micro_batches):
         world.step(i)
     return world
@@ -682,7 +684,7 @@ def a_block(model):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("call", [a_block, freeze_and_thaw])
 def test_an_interruption_of_freezing(call, way):
-    """A block gives back everything. What is for good is so for some of it, and for all of it when it is called again."""
+    """A block gives back everything. ``freeze`` froze some layers, and all when called again."""
 
     def view(model):
         flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]

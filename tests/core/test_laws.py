@@ -1,4 +1,4 @@
-"""The laws. Each is stated once, for whatever hypothesis can think of, against the loops in oracles.py."""
+"""The laws. Each is stated once, for whatever hypothesis finds, against the loops in oracles.py."""
 
 import copy
 import itertools
@@ -170,7 +170,7 @@ def test_law_4_the_gradient_is_that_of_the_full_batch(sizes, n, seed):
 @FEW
 @given(sizes, lengths, optimizers, st.sampled_from([None, 0.05]))
 def test_bfloat16_autocast_is_the_loop_with_autocast(sizes, n, kind, max_norm):
-    """In full windows. In a short one the division comes later than by hand, and bfloat16 rounds otherwise in between."""
+    """In full windows. A short one divides later than by hand, so bfloat16 rounds otherwise."""
     batches = make_batches(sizes * n, torch.float32)
     expected, theirs = made(kind, torch.float32)
     scaler_loop(expected, theirs, batches, n, torch.bfloat16, max_norm)
@@ -200,7 +200,7 @@ def test_float16_takes_the_same_trajectory_as_a_hand_written_scaler(
     for broken in data.draw(st.sets(st.integers(0, len(batches) - 1), max_size=2)):
         batches[broken][0][0, 0] = float("inf")
 
-    # Fused SGD with momentum makes nan of its weights after an overflow in its first step; the reference is not fused.
+    # The reference is not fused: fused SGD makes nan of weights if its first step overflows.
     expected, theirs = made(kind.removesuffix(" fused"), torch.float32)
     their_schedule = torch.optim.lr_scheduler.StepLR(theirs, 1, 0.9)
     scales = scaler_loop(
@@ -287,7 +287,7 @@ def test_law_7_stopping_anywhere_changes_nothing(sizes, n, kind, stop, weighted,
     st.sampled_from(["SGD", "AdamW fused"]),
 )
 def test_two_steps_of_a_gan_do_not_disturb_each_other(sizes, n_d, n_g, kind):
-    """accelerate#668, #1414. The oracle takes every gradient apart, by autograd.grad, so nothing can leak through `.grad`."""
+    """accelerate#668, #1414. The oracle uses autograd.grad: nothing can leak through `.grad`."""
     noise = make_batches(sizes)
 
     def networks():
