@@ -55,7 +55,7 @@ class Position:
         self._between = random.now()
 
     def epochs(self, n: int, begin: Callable[[], None]) -> Iterator[int]:
-        """Yield the epochs that are left. ``begin()`` is called before those that are not resumed."""
+        """Yield the epochs that are left. Call ``begin`` before those that are not resumed."""
         while self.epoch < n:
             if self._resumed is None:
                 begin()
@@ -81,7 +81,7 @@ class Position:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
-        """On another number of ranks, return to the beginning of the pass, with own random states."""
+        """On another number of ranks, return to the beginning of the pass."""
         self.epoch = state["epoch"]
         self._passes = self._passes_to_skip = state["passes"]
         if not same_ranks:
@@ -98,7 +98,7 @@ class Position:
     def run(
         self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
-        """Yield what ``deliver(rest of loader, batch before it)`` does, from the loaded position on."""
+        """Yield what ``deliver(rest of the loader, batch before it)`` does."""
         self._random.add_from(loader)
         if self._passes_to_skip:
             self._passes_to_skip -= 1

@@ -26,7 +26,7 @@ def is_source(thing: Any) -> bool:
 
 
 def within(loader: Any, names: Iterable[str]) -> list[Any]:
-    """Return the loader, the values of its attributes of these names, their attributes, and so on."""
+    """Return the loader, its attributes of these names, their attributes, and so on."""
     found = [loader]
     for part in found:
         held = [value for name, value in getattr(part, "__dict__", {}).items() if name in names]

@@ -68,9 +68,9 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
         all_gather_objects(None)
-        own, tensors = [aside / f"rank{rank()}.pt"], dict[str, Tensor]()
+        own = [aside / f"rank{rank()}.pt"]
         with own[0].open("w+b") as stream:
-            _store("this run", values, stream, shared, tensors)
+            tensors = _store("this run", values, stream, shared)
         with _distributed_checkpoint() as dcp:
             writer = dcp.FileSystemWriter(aside)
             metadata = dcp.save(tensors, storage_writer=writer, process_group=cpu_group())
@@ -173,20 +173,15 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
 def check_storable(values: Mapping[str, Any], shared: Mapping[str, Tensor]) -> None:
     """Raise TypeError for the first value that cannot be stored."""
     for name, value in values.items():
-        _store(name, value, io.BytesIO(), shared, {})
+        _store(name, value, io.BytesIO(), shared)
 
 
-def _store(
-    name: str,
-    value: Any,
-    stream: IO[bytes],
-    shared: Mapping[str, Tensor],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Write a value; raise TypeError for what ``_load`` would refuse.
+def _store(name: str, value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a value, without the tensors that ``torch.distributed.checkpoint`` is to write.
 
-    The tensors that ``torch.distributed.checkpoint`` is to write are added to ``tensors``.
+    Returns these tensors. Raises TypeError for what ``_load`` would refuse.
     """
+    tensors: dict[str, Tensor] = {}
     keys = {id(tensor): key for key, tensor in shared.items()}
     numpy: Any = sys.modules.get("numpy")
 
@@ -203,24 +198,23 @@ def _store(
                 return value.__reduce_ex__(2)
             if numpy and (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
                 # As an .npy file: NumPy's own pickles can pass off bytes as pointers to objects.
-                numpy.save(file := io.BytesIO(), value, allow_pickle=False)
-                data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+                numpy.save(npy := io.BytesIO(), value, allow_pickle=False)
+                data = torch.frombuffer(npy.getbuffer(), dtype=torch.uint8)
                 return _array, (data, type(value) is numpy.ndarray)
             return NotImplemented
 
     try:
-        torch.save(value, stream, types.SimpleNamespace(__name__="pickle", Pickler=Pickler))
-        stream.seek(0)
+        torch.save(value, file, types.SimpleNamespace(__name__="pickle", Pickler=Pickler))
+        file.seek(0)
         with torch.serialization.safe_globals([*ALLOWED, _shared_tensor]):
-            reason = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-    except OSError:
-        raise
-    except Exception as error:  # objects may raise anything when they are pickled
+            reason = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except (pickle.PicklingError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = repr(error)
     advice = "keep tensors, numbers, lists or dicts"
     allow = "or allow the class, `torch.serialization.add_safe_globals([Class])`"
     message = f"the state of {name} cannot be stored ({reason:.150}): {advice}, {allow}"
     check(not reason, TypeError, message)
+    return tensors
 
 
 def _shared_tensor(key: str) -> Tensor:
@@ -304,5 +298,4 @@ def _check_files(path: Path) -> int:
     for name, digest in sorted(manifest["files"].items())[rank() :: world_size()]:
         if _hash(path / name) != digest:
             raise OSError(f"{name} does not have the hash that it was written with")
-    ranks: int = manifest["ranks"]
-    return ranks
+    return int(manifest["ranks"])
