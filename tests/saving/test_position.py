@@ -128,25 +128,6 @@ def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
     same_when_killed(loops, tmp_path, (3, 5))
 
 
-def test_a_number_of_updates_over_a_loader_again_and_again(tmp_path):
-    """Each loop counts its own; the windows from before the stop count."""
-
-    def loops(path, stop):
-        objects, seen = small(), []
-        loaders = (DataLoader(batches(5), shuffle=True), batches(3), [])
-        with resumable(path, every=ALWAYS, seen=seen, **objects):
-            for loader, updates in zip(loaders, (4, 3, 2), strict=True):
-                for x in objects["step"].over(loader, updates=updates):
-                    if len(seen) == stop:
-                        raise Killed
-                    objects["step"](x)
-                    seen.append(x.sum().item())
-        assert objects["step"].updates == 4 + 3
-        return seen, objects["model"].state_dict(), torch.rand(())
-
-    assert len(same_when_killed(loops, tmp_path, (5, 6, 8))[0]) == 14
-
-
 def test_two_loops_side_by_side_are_refused(tmp_path):
     objects, other = small(), {f"other_{name}": thing for name, thing in small().items()}
     step, other_step = objects["step"], other["other_step"]
@@ -249,21 +230,21 @@ def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "error", "words"),
+    ("before", "now", "words"),
     [
-        (batches, lambda: batches(4), ValueError, "over 8 batches .* over 4 batches"),
-        (batches, lambda: iter(batches(2)), ValueError, "over 8 batches .* over 0 batches"),
-        (lambda: iter(batches()), lambda: iter(batches(2)), RuntimeError, "after 5 .* has 2"),
+        (batches, lambda: batches(4), "over 8 batches .* over 4 batches"),
+        (batches, lambda: iter(batches(2)), "over 8 batches .* over 0 batches"),
+        (lambda: iter(batches()), lambda: iter(batches(2)), "after 5 .* has 2"),
     ],
 )
-def test_another_loader_than_the_checkpoint_was_written_with(before, now, error, words, tmp_path):
+def test_another_loader_than_the_checkpoint_was_written_with(before, now, words, tmp_path):
     def kill(count):
         if count == 5:
             raise Killed
 
     with pytest.raises(Killed):
         run_small(tmp_path, loader=before(), at_batch=kill, every=ALWAYS)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         run_small(tmp_path, loader=now())
 
 
