@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -219,53 +220,49 @@ def test_after_damage_the_one_before_is_kept_until_there_are_newer_ones(tmp_path
         run_small(tmp_path)
 
 
-@pytest.mark.parametrize("after", range(11))
-def test_killed_in_the_middle_of_a_save(after, tmp_path, monkeypatch):
+def test_killed_in_the_middle_of_a_save(tmp_path, monkeypatch):
     """At each of the calls that change something on the disk."""
-    run_small(tmp_path)
+    run_small(tmp_path / "whole", 2, objects=(whole := small()))
     calls = []
 
     def counted(function):
         def call(*arguments, **options):
             calls.append(function)
-            if len(calls) > after:
+            if len(calls) == after:
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "rename"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-        patch.setattr(Path, "mkdir", counted(Path.mkdir))
-        with pytest.raises(Killed):
-            run_small(tmp_path, 2, keep=1, every=99)
-    objects = small()
-    assert run_small(tmp_path, 2, objects=objects) in (0, 8)
-    assert names(tmp_path)[0] in ("00000001", "00000002", ".deleting")
-    whole = small()
-    run_small(tmp_path / "whole", 2, objects=whole)
-    assert same(objects["model"].state_dict(), whole["model"].state_dict())
+    for after in range(3, 99):
+        path = tmp_path / str(after)
+        run_small(path)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            patch.setattr(Path, "mkdir", counted(Path.mkdir))
+            try:
+                run_small(path, 2, keep=1, every=99)
+                break
+            except Killed:
+                pass
+        assert run_small(path, 2, objects=(objects := small())) in (0, 8)
+        assert same(objects["model"].state_dict(), whole["model"].state_dict())
+    assert after > 15
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize(
-    "function",
-    [
-        "torch.distributed.checkpoint.FileSystemReader.read_data",
-        "torch.distributed.checkpoint.FileSystemWriter.write_data",
-        "torch.save",
-    ],
-)
-def test_ctrl_c_and_a_full_disk_come_out_as_they_are(function, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["FileSystemReader.read_data", "FileSystemWriter.write_data"])
+def test_ctrl_c_and_a_full_disk_come_out_as_they_are(name, error, tmp_path, monkeypatch):
     """Within PyTorch's exception they would be no KeyboardInterrupt, and not even an Exception."""
     run_small(tmp_path)
 
     def fail(*arguments, **options):
         raise error("it")
 
-    monkeypatch.setattr(function, fail)
+    monkeypatch.setattr(f"torch.distributed.checkpoint.{name}", fail)
     with pytest.raises(error, match="it"):
         run_small(tmp_path, 2)
 
@@ -301,26 +298,19 @@ def forge(folder, name, content):
     manifest.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
 
 
-@pytest.mark.parametrize("name", ["rank0.pt", "shared.pt", "__0_0.distcp"])
-def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(name, tmp_path):
+@pytest.mark.parametrize("name", [".metadata", "rank0.pt", "shared.pt", "__0_0.distcp"])
+def test_code_in_a_checkpoint_is_never_run(name, tmp_path):
+    """What has it is refused, and .metadata, which is a pickle for PyTorch's tools, not read."""
     run_small(tmp_path)
     thing = Malicious()
     thing.path = str(tmp_path / "ran")
     others = (Metadata({"a": BytesStorageMetadata()}), Metadata({}, planner_data=thing))
     for content in (thing, *(others if name == "shared.pt" else ())):
         forge(tmp_path / "00000001", name, content)
-        with pytest.raises(Exception, match="" if name == "__0_0.distcp" else "Unsupported|un"):
+        words = None if name == "__0_0.distcp" else "Weights only"
+        with nullcontext() if name == ".metadata" else pytest.raises(Exception, match=words):
             run_small(tmp_path)
         assert not (tmp_path / "ran").exists()
-
-
-def test_metadata_of_pytorch_is_never_unpickled(tmp_path):
-    run_small(tmp_path)
-    thing = Malicious()
-    thing.path = str(tmp_path / "ran")
-    forge(tmp_path / "00000001", ".metadata", thing)
-    assert run_small(tmp_path) == 0
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_of_another_format(tmp_path):
