@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from trainkit.core.loop import length_of
 from trainkit.core.plan import check
-from trainkit.saving.randomness import INNER, RandomStates, within
+from trainkit.saving.randomness import RandomStates, within
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Position:
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Start workers that persist, which draws a random number, outside of any pass."""
-        for part in within(loader, ("iterable",)):
+        for part in within(loader):
             if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
                 iter(part)
@@ -172,13 +172,12 @@ class Position:
 
     def _name(self, loader: Iterable[Any]) -> str | None:
         """Return the name of a loader with a state of its own, also within a progress bar."""
-        outer, parts = within(loader, ("iterable",)), within(loader, INNER)
         for name, thing in self._objects.items():
-            if any(thing is part for part in outer):
+            if any(thing is part for part in within(loader)):
+                advice = f"leave it out, or give a StatefulDataLoader, `{name}=loader`"
+                message = f"{name} is a part of the loader, whose position `over` finds: {advice}"
+                check(thing is loader or isinstance(thing, DataLoader), ValueError, message)
                 return name
-            advice = f"leave it out, or give a StatefulDataLoader, `{name}=loader`"
-            message = f"{name} is a part of the loader, whose position `over` finds: {advice}"
-            check(all(thing is not part for part in parts), ValueError, message)
         return None
 
 

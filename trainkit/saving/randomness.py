@@ -16,7 +16,7 @@ from trainkit.core.precision import current_device
 # How sources give and take states: torch.Generator and numpy.random; random; torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
 # The attributes under which loaders and progress bars hold each other.
-INNER = ("iterable", "dataset", "batch_sampler", "sampler")
+PARTS = ("iterable", "dataset", "batch_sampler", "sampler")
 
 
 def is_source(thing: Any) -> bool:
@@ -25,12 +25,12 @@ def is_source(thing: Any) -> bool:
     return is_of_numpy or isinstance(thing, (torch.Generator, random.Random))
 
 
-def within(loader: Any, names: Iterable[str]) -> list[Any]:
-    """Return the loader, its attributes of these names, their attributes, and so on."""
+def within(loader: Any) -> list[Any]:
+    """Return the loader, its parts, their parts, and so on."""
     found = [loader]
-    for part in found:
-        held = [value for name, value in getattr(part, "__dict__", {}).items() if name in names]
-        found += [thing for thing in held if all(thing is not other for other in found)]
+    for thing in found:
+        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name in PARTS]
+        found += [part for part in parts if all(part is not other for other in found)]
     return found
 
 
@@ -43,7 +43,7 @@ class RandomStates:
 
     def add_from(self, loader: Iterable[Any]) -> None:
         """Add the generators of a loader and its samplers, and set states that wait for them."""
-        for part in within(loader, INNER):
+        for part in within(loader):
             for source in getattr(part, "__dict__", {}).values():
                 known = self._sources().values()
                 if is_source(source) and all(source is not other for other in known):
