@@ -9,7 +9,6 @@ from saving_runs import (
     ALWAYS,
     LOADERS,
     Killed,
-    Rows,
     batches,
     run_small,
     same,
@@ -34,12 +33,6 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(kind, tmp_path):
             train(tmp_path / str(stop), kind, stop)
         states, count = train(tmp_path / str(stop), kind)
         assert same(states, expected) and count == total - stop, stop
-
-
-def test_a_run_at_its_end_may_be_made_longer(tmp_path):
-    train(tmp_path, "persistent", epochs=1)
-    assert same(train(tmp_path, "persistent")[0], train(tmp_path / "whole", "persistent")[0])
-    assert train(tmp_path, "persistent")[1] == 0
 
 
 def looped(path, stop, *loops, epochs=3, more=None):
@@ -69,17 +62,9 @@ def with_generator(seed, count):
     return DataLoader(batches(count), shuffle=True, generator=generator)
 
 
-def test_a_generator_waits_for_its_loader_while_the_workers_of_another_start(tmp_path):
-    def loops(path, stop):
-        workers = DataLoader(batches(2), num_workers=1, persistent_workers=True)
-        return looped(path, stop, over(workers), over(with_generator(1, 4)))
-
-    same_when_killed(loops, tmp_path, (6, 12))
-
-
 @cases
 def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
-    """Two loaders with generators of their own, whose states wait until they are read."""
+    """Two loaders have generators, whose states wait until they are read, and one has workers."""
 
     def loops(path, stop):
         a = with_generator(0, 6)
@@ -94,10 +79,11 @@ def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
                 if len(seen) % 10 == 4:
                     break
 
-        return looped(path, stop, left_early, over(with_generator(1, 6)), epochs=2)
+        workers = DataLoader(batches(2), num_workers=1, persistent_workers=True)
+        return looped(path, stop, left_early, over(workers), over(with_generator(1, 4)), epochs=2)
 
-    expected = same_when_killed(loops, tmp_path, (4, 14))
-    assert len(expected[0]) < 2 * 12
+    expected = same_when_killed(loops, tmp_path, (4, 11))
+    assert len(expected[0]) == 4 + 2 + 4 + 4 + 2 + 4
 
 
 @cases
@@ -114,7 +100,7 @@ def test_a_loader_that_is_made_with_random_numbers_in_every_epoch(tmp_path):
     def loops(path, stop):
         return looped(path, stop, over(permuted), over(zipped), epochs=2)
 
-    same_when_killed(loops, tmp_path, (2, 3, 8))
+    same_when_killed(loops, tmp_path, (2, 8))
 
 
 def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
@@ -126,25 +112,6 @@ def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
         return seen, objects["model"].state_dict()
 
     same_when_killed(loops, tmp_path, (3, 5))
-
-
-def test_a_number_of_updates_over_a_loader_again_and_again(tmp_path):
-    """Each loop counts its own; the windows from before the stop count."""
-
-    def loops(path, stop):
-        objects, seen = small(), []
-        loaders = (DataLoader(batches(5), shuffle=True), batches(3), [])
-        with resumable(path, every=ALWAYS, seen=seen, **objects):
-            for loader, updates in zip(loaders, (4, 3, 2), strict=True):
-                for x in objects["step"].over(loader, updates=updates):
-                    if len(seen) == stop:
-                        raise Killed
-                    objects["step"](x)
-                    seen.append(x.sum().item())
-        assert objects["step"].updates == 4 + 3
-        return seen, objects["model"].state_dict(), torch.rand(())
-
-    assert len(same_when_killed(loops, tmp_path, (5, 6, 8))[0]) == 14
 
 
 def test_two_loops_side_by_side_are_refused(tmp_path):
@@ -229,18 +196,11 @@ def test_generators_of_random_numbers_are_given_or_found_in_the_loader(tmp_path)
     same_when_killed(loops, tmp_path, (8, 13))
 
 
-class StatefulRows(Rows):
-    """Only its presence counts: `over` has to find that it is in the loader."""
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
 def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):
-    loader, objects = DataLoader(StatefulRows(), 3), small()
+    class Data(list):
+        state_dict, load_state_dict = dict, print  # only their presence counts
+
+    loader, objects = DataLoader(Data(batches())), small()
     with (
         pytest.raises(ValueError, match=r"data is a part of the loader.*`data=loader`"),
         resumable(tmp_path, data=loader.dataset, **objects),
@@ -249,21 +209,21 @@ def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "error", "words"),
+    ("before", "now", "words"),
     [
-        (batches, lambda: batches(4), ValueError, "over 8 batches .* over 4 batches"),
-        (batches, lambda: iter(batches(2)), ValueError, "over 8 batches .* over 0 batches"),
-        (lambda: iter(batches()), lambda: iter(batches(2)), RuntimeError, "after 5 .* has 2"),
+        (batches, lambda: batches(4), "over 8 batches .* over 4 batches"),
+        (batches, lambda: iter(batches(2)), "over 8 batches .* over 0 batches"),
+        (lambda: iter(batches()), lambda: iter(batches(2)), "after 5 .* has 2"),
     ],
 )
-def test_another_loader_than_the_checkpoint_was_written_with(before, now, error, words, tmp_path):
+def test_another_loader_than_the_checkpoint_was_written_with(before, now, words, tmp_path):
     def kill(count):
         if count == 5:
             raise Killed
 
     with pytest.raises(Killed):
         run_small(tmp_path, loader=before(), at_batch=kill, every=ALWAYS)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         run_small(tmp_path, loader=now())
 
 

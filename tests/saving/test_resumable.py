@@ -39,8 +39,8 @@ def raising(**signals):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("kind", ["shuffled", "stream"])
-def test_a_signal_waits_for_the_next_moment_between_two_batches(name, kind, tmp_path):
+def test_a_signal_waits_for_the_next_moment_between_two_batches(name, tmp_path):
+    kind = "shuffled" if name == "SIGINT" else "stream"
     expected, total = train(None, kind)
     number = getattr(signal, name)
     found = signal.getsignal(number)
@@ -48,10 +48,7 @@ def test_a_signal_waits_for_the_next_moment_between_two_batches(name, kind, tmp_
         path = tmp_path / str(at)
         with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit) as stopped:
             train(path, kind, every=NEVER, at_batch=raising(**{name: at}))
-        if name == "SIGINT":
-            assert str(path) in str(stopped.value)
-        else:
-            assert stopped.value.code == 128 + 15
+        assert name == "SIGINT" or stopped.value.code == 128 + 15
         assert signal.getsignal(number) is found
         states, count = train(path, kind, every=NEVER)
         assert same(states, expected) and count == total - at - 1, at
@@ -61,16 +58,10 @@ def test_a_handler_of_a_signal_may_let_the_run_go_on(tmp_path):
     handled = []
     signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
     expected, total = train(None)
-    for every in (3, 5):
-        states, count = train(tmp_path / str(every), at_batch=raising(SIGTERM=every), every=NEVER)
-        assert same(states, expected) and count == total
-    assert handled == [signal.SIGTERM] * 2
-
-
-def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with resumable(tmp_path, **small()):
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # and one that is ignored stays so
+    states, count = train(tmp_path, at_batch=raising(SIGTERM=3, SIGINT=5), every=NEVER)
+    assert same(states, expected) and count == total
+    assert handled == [signal.SIGTERM]
 
 
 def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
@@ -97,7 +88,7 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             pass  # and where it came, a state is not whole
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not tmp_path.exists() or not names(tmp_path)
+    assert not names(tmp_path)
 
 
 def test_a_signal_between_two_epochs_and_one_after_the_last(tmp_path):
@@ -168,7 +159,7 @@ def test_after_an_exception_nothing_is_written(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         run_small(tmp_path / "run", at_batch=fail)
-    assert not (tmp_path / "run").exists()
+    assert not names(tmp_path / "run")
 
 
 def test_a_run_at_its_end_has_nothing_left_to_do_and_may_be_made_longer(tmp_path):
@@ -188,7 +179,6 @@ def test_a_run_at_its_end_has_nothing_left_to_do_and_may_be_made_longer(tmp_path
 def test_nothing_is_written_while_a_parameter_is_not_finite(tmp_path):
     objects = small()
     model = objects["model"]
-    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
 
     def spoil(count):
         if count == 2:
@@ -208,13 +198,9 @@ def test_nothing_is_written_while_a_parameter_is_not_finite(tmp_path):
     ("options", "error", "words"),
     [
         ({"every": 60.0}, TypeError, "60.0 `every=timedelta(minutes=10)`"),
-        ({"every": True}, TypeError, "True `every=1000`"),
         ({"every": 0}, ValueError, "every=0 `every=1000`"),
-        ({"every": timedelta(seconds=-1)}, ValueError, "timedelta(days=-1 `every="),
         ({"keep": 0}, ValueError, "keep=0 `keep=2`"),
-        ({"keep": 1.0}, TypeError, "keep=1.0 `keep=2`"),
-        ({"log": (1, 2)}, TypeError, "log=(1, 2) state_dict `log=[...]`"),
-        ({"model": nn.Linear}, TypeError, "model=<class state_dict"),
+        ({"log": (1, 2)}, TypeError, "log=(1, 2) state_dict `log=[]`"),
         ({"step": []}, ValueError, "model, optimizer, step no step `resumable(path, model=model"),
     ],
 )
@@ -224,34 +210,33 @@ def test_an_argument_that_does_not_fit_is_refused_with_the_corrected_call(option
     assert all(word in str(raised.value) for word in words.split())
 
 
-def test_a_block_is_entered_once_and_its_epochs_are_counted_in_it(tmp_path):
+def test_a_step_is_in_one_block_at_a_time_and_a_block_may_be_entered_again(tmp_path):
     objects = small()
-    with pytest.raises(TypeError, match=r"2\.0.*`run\.epochs\(3\)`"):
-        resumable("x", **objects).epochs(2.0)
     with pytest.raises(RuntimeError, match="`with resumable"):
-        resumable("x", **objects).epochs(2)
+        next(resumable("x", **objects).epochs(2))
     with (
         resumable(tmp_path / "a", **objects) as run,
         pytest.raises(RuntimeError, match=r"in the block of another.*`resumable"),
     ):
         resumable(tmp_path / "b", **objects).__enter__()
-    with pytest.raises(RuntimeError, match="make a new `resumable"), run:
-        pass
     with resumable(tmp_path / "b", **objects):  # the step was given back
         pass
+    for expected in (2, 0):
+        with run:
+            assert len(list(run.epochs(2))) == expected
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_the_loop(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file/run .*\(Not a directory\): give a writable path"):
+    with pytest.raises(ValueError, match=r"file.*: give a writable path"):
         resumable(tmp_path / "file" / "run", **small()).__enter__()
     run_small(tmp_path / "run")
 
     def is_read_only(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(os, "mkdir", is_read_only)
-    with pytest.raises(ValueError, match=r"run .*\(Read-only file system\).*`shutil\.copytree"):
+    monkeypatch.setattr("tempfile.mkdtemp", is_read_only)
+    with pytest.raises(ValueError, match=r"Read-only file system.*`shutil\.copytree"):
         run_small(tmp_path / "run")
 
 
@@ -260,30 +245,24 @@ def test_what_the_step_changes_and_was_not_given_is_warned_of(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     step = train_step(optimizer, after=[schedule.step, lambda: None])(lambda x: model(x).mean())
-    with pytest.warns(UserWarning, match="SGD, ExponentialLR, 2 parameters.*`resumable"):
+    with pytest.warns(UserWarning, match="SGD, Parameter, ExponentialLR.*`resumable"):
         resumable(tmp_path, step=step)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumable(tmp_path, step=step, model=model, optimizer=optimizer, schedule=schedule)
 
 
-def with_another_group(objects):
-    objects["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-
-
-def with_another_optimizer(objects):
-    objects["optimizer"] = torch.optim.SGD(objects["model"].parameters())
-
-
 @pytest.mark.filterwarnings("ignore:the step changes")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda o: o.update(ema=[]), "of model, optimizer, step, .* ema, model, optimizer, step"),
-        (lambda o: o.update(small(torch.float64)), r"weight was float32\[32, 8\] and is float64"),
-        (lambda o: o["model"].append(nn.Linear(8, 8)), r"model\.3\.weight was missing and is f"),
-        (with_another_group, r"optimizer\.param_groups\.1 was missing and is 1 parameters"),
-        (with_another_optimizer, "was 4 parameters, lr, weight_decay and is 4 .*momentum"),
+        (lambda o: o.update(ema=[]), "objects.*'ema', 'model', 'optimizer', 'step'"),
+        (lambda o: o["model"].append(nn.Linear(8, 8)), r"model\.3\.weight.*\[8, 8\]"),
+        (lambda o: o["model"].__setitem__(2, nn.Linear(32, 9)), r"\[8, 32\].*\.2\..*\[9, 32\]"),
+        (
+            lambda o: o["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+            r"'4 parameters'\] as optimizer.*'4 parameters', '1 parameters'",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_changes_nothing(change, words, tmp_path):

@@ -8,7 +8,8 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_tensors_arrays_and_containers_come_back_as_they_were(tmp_path):
         "view": big[:, ::2].transpose(0, 1),
         "sparse": torch.eye(3).to_sparse().to_dense(),
         "containers": [OrderedDict(b=1, a=2), Counter("aab"), {1, 2}, frozenset("x"), b""],
-        "kinds": [torch.Size([1, 2]), torch.float16, deque([1, torch.ones(2)], 3), 1j],
+        "kinds": [torch.Size([1, 2]), torch.float16, 1j],
     }
     arrays = [np.arange(3, dtype=np.int16), np.float64(1.5), np.zeros((2, 0)), np.bool_(True)]
     arrays += [np.array(["ab"]), np.zeros(2, [("a", "i4"), ("b", "f8")])]
@@ -101,32 +102,32 @@ def test_tensors_arrays_and_containers_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"a": [1, object()]}, r"log\.a\.1 is of type builtins\.object.*`torch\.serialization"),
-        ({"f": len}, r"log\.f is of type builtins\.builtin_function_or_method"),
-        ({"f": lambda: 0}, r"log\.f is of type builtins\.function"),
-        ({"s": torch.eye(2).as_subclass(Tagged)}, r"log\.s is of type test_storage\.Tagged"),
-        ({"n": np.array([None])}, r"log\.n is of type numpy\.ndarray"),
-        ({"x": [Small(1)]}, r"log\.x\.0 is of type test_storage\.Small.*globals\(\[Small\]\)`"),
+        ([1, object()], r"log .*\(builtins\.object\).*`torch\.serialization"),
+        (len, r"log .*builtins\.len"),
+        (lambda: 0, r"log .*lambda"),
+        (torch.eye(2).as_subclass(Tagged), r"log .*test_storage\.Tagged"),
+        (np.array([None]), r"log .*Object arrays"),
+        ([Small(1)], r"log .*test_storage\.Small"),
     ],
 )
 def test_what_cannot_be_stored_is_named_and_no_checkpoint_is_written(value, words, tmp_path):
     with pytest.raises(TypeError, match=words):  # before the loop, if it is there already
-        run_small(tmp_path, objects={**small(), "log": value}, at_batch=pytest.fail)
-    log, counts = {}, []
+        run_small(tmp_path, objects={**small(), "log": [value]}, at_batch=pytest.fail)
+    log, counts = [], []
 
     def change(count):
         counts.append(count)
-        log.update(value)
+        log.append(value)
 
     with pytest.raises(TypeError, match=words):  # after the first update
         run_small(tmp_path, objects={**small(), "log": log}, at_batch=change)
     assert len(counts) == 2
     with (
-        pytest.raises(TypeError, match=words),
-        resumable(tmp_path, **small(), log=(log := {})) as r,
+        pytest.raises(TypeError, match=words.replace("log", "this run")),
+        resumable(tmp_path, **small(), log=(log := [])) as run,
     ):
-        list(r.epochs(1))
-        log.update(value)
+        list(run.epochs(1))
+        log.append(value)
     run_small(tmp_path, loader=[])
     assert names(tmp_path) == ["00000001"]
 
@@ -134,7 +135,7 @@ def test_what_cannot_be_stored_is_named_and_no_checkpoint_is_written(value, word
 def test_a_class_that_the_user_allows_is_stored(tmp_path):
     with torch.serialization.safe_globals([Small]):
         assert through(tmp_path, [Small(3)])[0].value == 3
-    with pytest.raises(ValueError, match=r"asks for test_storage\.Small.*`torch\.serialization"):
+    with pytest.raises(pickle.UnpicklingError, match=r"test_storage\.Small"):
         resumable(tmp_path, kept=Kept(), **small()).__enter__()
 
 
@@ -219,53 +220,49 @@ def test_after_damage_the_one_before_is_kept_until_there_are_newer_ones(tmp_path
         run_small(tmp_path)
 
 
-@pytest.mark.parametrize("after", range(11))
-def test_killed_in_the_middle_of_a_save(after, tmp_path, monkeypatch):
+def test_killed_in_the_middle_of_a_save(tmp_path, monkeypatch):
     """At each of the calls that change something on the disk."""
-    run_small(tmp_path)
+    run_small(tmp_path / "whole", 2, objects=(whole := small()))
     calls = []
 
     def counted(function):
         def call(*arguments, **options):
             calls.append(function)
-            if len(calls) > after:
+            if len(calls) == after:
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "rename"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-        patch.setattr(Path, "mkdir", counted(Path.mkdir))
-        with pytest.raises(Killed):
-            run_small(tmp_path, 2, keep=1, every=99)
-    objects = small()
-    assert run_small(tmp_path, 2, objects=objects) in (0, 8)
-    assert not any(name.startswith(".") for name in names(tmp_path))
-    whole = small()
-    run_small(tmp_path / "whole", 2, objects=whole)
-    assert same(objects["model"].state_dict(), whole["model"].state_dict())
+    for after in range(3, 99):
+        path = tmp_path / str(after)
+        run_small(path)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            patch.setattr(Path, "mkdir", counted(Path.mkdir))
+            try:
+                run_small(path, 2, keep=1, every=99)
+                break
+            except Killed:
+                pass
+        assert run_small(path, 2, objects=(objects := small())) in (0, 8)
+        assert same(objects["model"].state_dict(), whole["model"].state_dict())
+    assert after > 15
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize(
-    "function",
-    [
-        "torch.distributed.checkpoint.FileSystemReader.read_data",
-        "torch.distributed.checkpoint.FileSystemWriter.write_data",
-        "torch.save",
-    ],
-)
-def test_ctrl_c_and_a_full_disk_come_out_as_they_are(function, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["FileSystemReader.read_data", "FileSystemWriter.write_data"])
+def test_ctrl_c_and_a_full_disk_come_out_as_they_are(name, error, tmp_path, monkeypatch):
     """Within PyTorch's exception they would be no KeyboardInterrupt, and not even an Exception."""
     run_small(tmp_path)
 
     def fail(*arguments, **options):
         raise error("it")
 
-    monkeypatch.setattr(function, fail)
+    monkeypatch.setattr(f"torch.distributed.checkpoint.{name}", fail)
     with pytest.raises(error, match="it"):
         run_small(tmp_path, 2)
 
@@ -301,26 +298,19 @@ def forge(folder, name, content):
     manifest.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
 
 
-@pytest.mark.parametrize("name", ["rank0.pt", "shared.pt", "__0_0.distcp"])
-def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(name, tmp_path):
+@pytest.mark.parametrize("name", [".metadata", "rank0.pt", "shared.pt", "__0_0.distcp"])
+def test_code_in_a_checkpoint_is_never_run(name, tmp_path):
+    """What has it is refused, and .metadata, which is a pickle for PyTorch's tools, not read."""
     run_small(tmp_path)
     thing = Malicious()
     thing.path = str(tmp_path / "ran")
     others = (Metadata({"a": BytesStorageMetadata()}), Metadata({}, planner_data=thing))
     for content in (thing, *(others if name == "shared.pt" else ())):
         forge(tmp_path / "00000001", name, content)
-        with pytest.raises(Exception, match="" if name == "__0_0.distcp" else "asks for"):
+        words = None if name == "__0_0.distcp" else "Weights only"
+        with nullcontext() if name == ".metadata" else pytest.raises(Exception, match=words):
             run_small(tmp_path)
         assert not (tmp_path / "ran").exists()
-
-
-def test_metadata_of_pytorch_is_never_unpickled(tmp_path):
-    run_small(tmp_path)
-    thing = Malicious()
-    thing.path = str(tmp_path / "ran")
-    forge(tmp_path / "00000001", ".metadata", thing)
-    assert run_small(tmp_path) == 0
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_of_another_format(tmp_path):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from trainkit.core.loop import length_of
 from trainkit.core.plan import check
-from trainkit.saving.randomness import INNER, RandomStates, within
+from trainkit.saving.randomness import RandomStates, within
 
 
 @dataclass
@@ -23,14 +23,14 @@ class Pass:
     A loader with a state of its own is not read again: it goes to the position itself.
     """
 
-    begin: dict[str, Any]  # random states
     loader: str | None  # the name of a loader with a state of its own
     size: int  # of the loader; 0 without a length
-    closed: int  # windows, when `over` was called
+    begin: dict[str, Any]  # random states
+    ahead: dict[str, Any] | None = None  # random states before the batch after the position
+    now: dict[str, Any] | None = None  # random states at the position
     delivered: int = 0
     counted: int = 0  # delivered, without the fillers of a rank that has run out
     read: int = 0
-    ahead: dict[str, Any] | None = None  # random states before the batch after the position
 
 
 class Position:
@@ -50,44 +50,38 @@ class Position:
         # What remains to be done to return to the position that was loaded.
         self._passes_to_skip = 0
         self._resumed: Pass | None = None
-        self._then: dict[str, Any] = {}
         # Random states at the beginning of the epoch, or after its last pass: what stands between
         # the passes, and runs again, may make a loader with them.
         self._between = random.now()
 
-    def epochs(
-        self, n: int, begin: Callable[[], None], is_stopped: Callable[[], bool]
-    ) -> Iterator[int]:
-        """The epochs that are left. ``begin()`` is called before those that are not resumed."""
+    def epochs(self, n: int, begin: Callable[[], None]) -> Iterator[int]:
+        """Yield the epochs that are left. Call ``begin`` before those that are not resumed."""
         while self.epoch < n:
             if self._resumed is None:
                 begin()
                 self._between = self._random.now()
             yield self.epoch
-            if is_stopped():
-                return
             self.epoch += 1
             self._passes = self._passes_to_skip = 0
             self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two batches; with the states of loaders, by name, in ``loaders``."""
-        now, loaders = self.current, dict(self._ends)
-        if now is not None:
-            now.ahead, _ = self._ahead.get(now.counted, (None, None))
-            if now.loader is not None:
-                loaders[now.loader] = self._loader_state(now)
+        """Return the state between two batches, with the states of loaders in ``loaders``."""
+        current, now, loaders = self.current, self._random.now(), dict(self._ends)
+        if current is not None:
+            current.now, (current.ahead, _) = now, self._ahead.get(current.counted, (None, None))
+            if current.loader is not None:
+                loaders[current.loader] = self._loader_state(current)
         return {
             "epoch": self.epoch,
             "passes": self._passes,
-            "pass": None if now is None else dict(vars(now)),
-            "random": self._random.now(),
-            "between": self._between,
+            "pass": None if current is None else dict(vars(current)),
+            "between": now if current is None else self._between,
             "loaders": loaders,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
-        """Of another number of ranks only finished epochs and passes count."""
+        """On another number of ranks, return to the beginning of the pass."""
         self.epoch = state["epoch"]
         self._passes = self._passes_to_skip = state["passes"]
         if not same_ranks:
@@ -98,78 +92,56 @@ class Position:
             self._objects[name].load_state_dict(loader_state)
             if resumed is None or resumed.loader != name:
                 next(iter(self._objects[name]), None)  # end the pass, of which nothing is left
-        self._then = state["random"]
-        self._between = self._then if resumed is None else state["between"]
+        self._between = state["between"]
         self._random.set(self._between)
 
     def run(
-        self,
-        loader: Iterable[Any],
-        deliver: Callable[[Iterable[Any], Any], Iterator[Any]],
-        closed: Callable[[], int],
-        updates: int | None = None,
+        self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
-        """What ``deliver(loader, batch)`` yields, from the loaded position on, where ``batch`` was.
-
-        ``closed()`` windows are closed. With ``updates``, the loader is read again and again until
-        so many more are, and all of it counts as one pass.
-        """
+        """Yield what ``deliver(rest of the loader, batch before it)`` does."""
         self._random.add_from(loader)
         if self._passes_to_skip:
             self._passes_to_skip -= 1
             if not self._passes_to_skip:
                 self._random.set(self._between)
             return
-        name, size, begin = self._name(loader), length_of(loader), closed()
-
-        def is_over() -> bool:
-            return updates is not None and closed() >= begin + updates
-
+        name, found, batch = self._name(loader), self._resumed, None
         if name is None:
             self._start_workers(loader)
+        now, states_at = Pass(name, length_of(loader), self._random.now()), dict[int, Any]()
+        if found is not None:
+            states_at = {found.counted: found.ahead, found.read: found.now}
+            now, self._resumed = self._return(found, now), None
+        reading, self.current = self._read(loader, now, states_at), now
         try:
-            while True:
-                now, found = Pass(self._random.now(), name, size, begin), self._resumed
-                if found is not None:
-                    now, begin, self._resumed = self._resume(now, found), found.closed, None
-                self.current, reading, batch = now, self._read(loader, now, found), None
-                if is_over():  # when its checkpoint was written, too
-                    self._random.set(self._then)
-                    return
-                for _ in range(now.counted - now.read):
-                    batch = next(reading, self)
-                if batch is self:
-                    raise RuntimeError(
-                        f"the checkpoint is from after {now.counted} batches of this pass, and the "
-                        f"loader has {now.read}: give that loader, `step.over(loader)`"
-                    )
-                for delivery in deliver(_Rest(loader, reading, now.counted), batch):
-                    now.delivered += 1
-                    now.counted += not getattr(delivery, "is_filler", False)
-                    yield delivery._replace(number=now.delivered - 1)
-                    if is_over():
-                        return
-                if updates is None or not now.delivered:
-                    return
+            for _ in range(now.counted - now.read):
+                batch = next(reading, self)
+            message = f"{now.counted} batches of this pass, and the loader has {now.read}: {SAME}"
+            check(batch is not self, ValueError, f"the checkpoint is from after {message}")
+            for delivery in deliver(_Rest(loader, reading, now.counted), batch):
+                now.delivered += 1
+                now.counted += not getattr(delivery, "is_filler", False)
+                yield delivery._replace(number=now.delivered - 1)
         finally:
-            if name is not None and self.current is not None:
-                self._ends[name] = self._loader_state(self.current)
+            if name is not None:
+                self._ends[name] = self._loader_state(now)
             self.current, self._passes, self._between = None, self._passes + 1, self._random.now()
 
-    def _resume(self, now: Pass, found: Pass) -> Pass:
-        """Put the random states, and a loader with a state of its own, where the pass began."""
-        was, this = (f"{one.size} batches of {one.loader or 'a loader'}" for one in (found, now))
-        advice = "give that loader, `step.over(loader)`, and the same objects, or a new path"
-        message = f"the checkpoint is from a pass over {was}, and this one is over {this}: {advice}"
-        check(was == this, ValueError, message)
+    def _return(self, found: Pass, begun: Pass) -> Pass:
+        """Return to the beginning of a pass, or into it if the loader has a state of its own."""
+        was, now = (f"{p.size} batches of {p.loader or 'a loader'}" for p in (found, begun))
+        message = f"the checkpoint is from a pass over {was}, and this one is over {now}: {SAME}"
+        check(was == now, ValueError, message)
         self._random.set(found.begin)
-        if now.loader is None:
+        if found.loader is None:
             return replace(found, read=0)
-        self._objects[now.loader].state_dict()  # torchdata draws a random number here, once
+        self._objects[found.loader].state_dict()  # torchdata draws a random number here, once
         return replace(found, read=found.counted)
 
-    def _read(self, loader: Iterable[Any], now: Pass, found: Pass | None) -> Iterator[Any]:
-        states_at = {found.counted: found.ahead, found.read: self._then} if found else {}
+    def _read(
+        self, loader: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
+    ) -> Iterator[Any]:
+        """Yield batches. Before one whose index is in ``states_at``, set these random states."""
         iterator, self._ahead = iter(loader), {}
         while True:
             if (states := states_at.get(now.read)) is not None:
@@ -187,38 +159,41 @@ class Position:
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Start workers that persist, which draws a random number, outside of any pass."""
-        for part in within(loader, ("iterable",)):
+        for part in within(loader):
             if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
                 iter(part)
                 self._random.set(states)
 
     def _loader_state(self, now: Pass) -> Any:
-        """The state of a loader at the position, which it may have been read beyond."""
+        """Return the state of a loader at the position, which it may have been read beyond."""
         _, state = self._ahead.get(now.counted, (None, None))
         return self._objects[now.loader or ""].state_dict() if state is None else state
 
     def _name(self, loader: Iterable[Any]) -> str | None:
-        """The name of a loader with a state of its own, also within a progress bar."""
-        outer = {id(part) for part in within(loader, ("iterable",))}
-        inner = {id(part) for part in within(loader, INNER)} - outer
+        """Return the name of a loader with a state of its own, also within a progress bar."""
         for name, thing in self._objects.items():
-            if id(thing) in outer:
+            if any(thing is part for part in within(loader)):
+                advice = f"leave it out, or give a StatefulDataLoader, `{name}=loader`"
+                message = f"{name} is a part of the loader, whose position `over` finds: {advice}"
+                check(thing is loader or isinstance(thing, DataLoader), ValueError, message)
                 return name
-            advice = f"leave it out, or give a StatefulDataLoader, `{name}=loader`"
-            message = f"{name} is a part of the loader, whose position `over` finds: {advice}"
-            check(id(thing) not in inner, ValueError, message)
         return None
 
 
+SAME = "give that loader, `step.over(loader)`, and the same objects, or a new path"
+
+
+@dataclass
 class _Rest:
     """A loader without its first ``skipped`` batches."""
 
-    def __init__(self, loader: Iterable[Any], iterator: Iterator[Any], skipped: int) -> None:
-        self._loader, self._iterator, self._skipped = loader, iterator, skipped
+    loader: Iterable[Any]
+    iterator: Iterator[Any]
+    skipped: int
 
     def __iter__(self) -> Iterator[Any]:
-        return self._iterator
+        return self.iterator
 
     def __len__(self) -> int:
-        return max(len(self._loader) - self._skipped, 0)  # type: ignore[arg-type]
+        return max(len(self.loader) - self.skipped, 0)  # type: ignore[arg-type]

@@ -16,24 +16,21 @@ from trainkit.core.precision import current_device
 # How sources give and take states: torch.Generator and numpy.random; random; torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
 # The attributes under which loaders and progress bars hold each other.
-INNER = ("iterable", "dataset", "batch_sampler", "sampler")
+PARTS = ("iterable", "dataset", "batch_sampler", "sampler")
 
 
 def is_source(thing: Any) -> bool:
-    """Whether a thing is a generator of random numbers that has a state."""
-    kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    if numpy := sys.modules.get("numpy.random"):
-        kinds += (numpy.Generator, numpy.RandomState)
-    return isinstance(thing, kinds) and not isinstance(thing, random.SystemRandom)
+    """Return whether a thing is a generator of random numbers that has a state."""
+    is_of_numpy = type(thing).__module__ in ("numpy.random._generator", "numpy.random.mtrand")
+    return is_of_numpy or isinstance(thing, (torch.Generator, random.Random))
 
 
-def within(loader: Any, names: Iterable[str]) -> list[Any]:
-    """The loader, the values of its attributes of these names, their attributes, and so on."""
+def within(loader: Any) -> list[Any]:
+    """Return the loader, its parts, their parts, and so on."""
     found = [loader]
-    for part in found:
-        attributes = getattr(part, "__dict__", {})
-        held = [attributes[name] for name in names if name in attributes]
-        found += [thing for thing in held if all(thing is not other for other in found)]
+    for thing in found:
+        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name in PARTS]
+        found += [part for part in parts if all(part is not other for other in found)]
     return found
 
 
@@ -46,54 +43,42 @@ class RandomStates:
 
     def add_from(self, loader: Iterable[Any]) -> None:
         """Add the generators of a loader and its samplers, and set states that wait for them."""
-        for part in within(loader, INNER):
+        for part in within(loader):
             for source in getattr(part, "__dict__", {}).values():
                 known = self._sources().values()
                 if is_source(source) and all(source is not other for other in known):
-                    name = f"loader {len(self._generators)}"
-                    self._generators[name] = source
-                    self.set({name: self._waiting.pop(name)} if name in self._waiting else {})
+                    self._generators[f"loader {len(self._generators)}"] = source
+        waiting, self._waiting = self._waiting, {}
+        self.set(waiting)
 
     def now(self) -> dict[str, Any]:
-        """The states, as values that do not change."""
-        return {name: _methods(source)[0]() for name, source in self._sources().items()}
+        """Return the states, as values that do not change."""
+        return {name: _access(source)[0]() for name, source in self._sources().items()}
 
     def set(self, states: Mapping[str, Any]) -> None:
-        """Put states back; those of generators in unread loaders wait for ``add_from``."""
+        """Put states back. The states of generators in unread loaders wait for ``add_from``."""
         if "numpy" in states:
             import_module("numpy.random")
-        if any(name.startswith("device ") for name in states):
-            _devices(start=True)
-        sources = self._sources()
-        for name, state in states.items():
-            if name in sources:
-                _methods(sources[name])[1](state)
-            elif name.startswith("loader "):
-                self._waiting[name] = state
+        sources = self._sources(start=any(name.startswith("device ") for name in states))
+        self._waiting |= {name: state for name, state in states.items() if name not in sources}
+        for name in states.keys() & sources:
+            _access(sources[name])[1](states[name])
 
-    def _sources(self) -> dict[str, Any]:
+    def _sources(self, start: bool = False) -> dict[str, Any]:
         sources = {"python": random, "torch": torch.default_generator}
         if numpy := sys.modules.get("numpy.random"):
             sources["numpy"] = numpy
-        devices = {f"device {i}": source for i, source in enumerate(_devices())}
-        return {**sources, **devices, **self._generators}
+        # A device has no generators before this process uses one. On MPS its module has the state.
+        module: Any = torch.get_device_module(current_device())
+        if start and hasattr(module, "init"):
+            module.init()
+        whole = [module] if hasattr(module, "get_rng_state") else []
+        devices = enumerate(getattr(module, "default_generators", whole))
+        return {**sources, **{f"device {i}": source for i, source in devices}, **self._generators}
 
 
-def _devices(start: bool = False) -> list[Any]:
-    """The generators of the accelerators; empty before this process uses one."""
-    device = current_device()
-    if device.type == "cpu":
-        return []
-    module: Any = torch.get_device_module(device)
-    if start and hasattr(module, "init"):
-        module.init()
-    # On MPS the module itself has the state.
-    whole = [module] if hasattr(module, "get_rng_state") else []
-    return list(getattr(module, "default_generators", whole))
-
-
-def _methods(source: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """What gets the state of a source, and what sets it."""
+def _access(source: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """Return what gets the state of a source, and what sets it."""
     for get, put in METHODS:
         if hasattr(source, get):
             return getattr(source, get), getattr(source, put)

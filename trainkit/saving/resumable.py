@@ -19,7 +19,7 @@ from trainkit.ranks.collectives import all_gather_objects, rank, world_size
 from trainkit.saving.objects import Objects
 from trainkit.saving.position import Position
 from trainkit.saving.randomness import RandomStates
-from trainkit.saving.storage import Checkpoints, Saved, check_storable, first_of_ranks, load
+from trainkit.saving.storage import Checkpoints, check_storable, first_of_ranks, load
 
 POSITION = ".position"  # no object has this name
 DUE = 1  # a request to save. Other requests are signals; SIGHUP, which has this number, is not ours
@@ -61,47 +61,42 @@ class resumable:
         keep: int = 2,
         **objects: Any,
     ) -> None:
-        is_time = isinstance(every, timedelta)
         advice = "`every=timedelta(minutes=10)` or `every=1000`"
-        message = f"every={every!r} is no time and no number of updates: {advice}"
-        check(is_time or _is_int(every), TypeError, message)
-        amount = every.total_seconds() + 1 if isinstance(every, timedelta) else every
-        check(amount >= 1, ValueError, f"every={every!r} is too small: {advice}")
-        check(_is_int(keep), TypeError, f"keep={keep!r} is no number of checkpoints: `keep=2`")
-        check(keep >= 1, ValueError, f"keep={keep} keeps no checkpoint to fall back on: `keep=2`")
-        self._every, self._path = every, Path(path)
+        message = f"every={every!r} is neither a time nor a number of updates: {advice}"
+        check(isinstance(every, (timedelta, int)), TypeError, message)
+        check(isinstance(every, timedelta) or every >= 1, ValueError, message)
+        message = f"keep={keep!r} is not a number of checkpoints, at least 1: `keep=2`"
+        check(isinstance(keep, int) and keep >= 1, ValueError, message)
+        self._every, self._keep = every, keep
+        self._path = Path(path).absolute()  # the loop may change folders
         self._objects = Objects(objects)
         self._objects.warn_of_missing()
-        self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
-        self._checkpoints = Checkpoints(self._path.absolute(), keep)  # the loop may change folders
+        self._readers: list[Any] = []  # how the steps read loaders outside of the block
         self.resumed_from: Path | None = None
-        self._signals = _Signals()
-        self._readers: list[Any] = []  # how the steps read loaders before
-        self._is_entered = self._is_changed = self._is_nested = self._is_checked = False
-        self._saved_at, self._saved_updates = 0.0, 0
-        # On several ranks: what they request together, and the end of the window in this pass.
-        self._common_request, self._window_end = 0, 0
 
     def __enter__(self) -> resumable:
-        advice = "its objects are where it left them: make a new `resumable(path, ...)`"
-        check(not self._is_entered, RuntimeError, f"this block was entered before, and {advice}")
-        found = [step._deliver for step in self._objects.steps]
-        is_free = not any(getattr(read, "func", None) is resumable._deliver for read in found)
-        advice = "give all objects to one `resumable(path, ...)`"
-        check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
-        self._check_storable()
-        self._checkpoints.check_path()
-        if (saved := self._checkpoints.newest()) is not None:
-            self._load(saved)
-            self.resumed_from = saved.path
-        self._note_time()
-        self._is_entered = True
         steps = self._objects.steps
         for step in steps:
-            if world_size() > 1 and step._updater is None:
-                step._prepare()  # the step then reads in lockstep
-        self._readers = [step._deliver for step in steps]
-        for step, read in zip(steps, self._readers, strict=True):
+            if step._updater is None:
+                step._prepare()  # on several ranks it then reads loaders in lockstep
+        readers = [step._deliver for step in steps]
+        is_free = all(getattr(read, "func", None) is not resumable._deliver for read in readers)
+        advice = "give all objects to one `resumable(path, ...)`"
+        check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
+        self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
+        self._checkpoints = Checkpoints(self._path, self._keep)
+        self._signals = _Signals()
+        self._is_nested = self._is_checked = False
+        # On several ranks: what they request together, and the end of the window in this pass.
+        self._common_request = self._window_end = 0
+        self._check_storable()
+        self._checkpoints.check_path()
+        if (found := self._checkpoints.newest()) is not None:
+            self._load(*found)
+            self.resumed_from = found[0]
+        self._note_time()
+        self._readers = readers
+        for step, read in zip(steps, readers, strict=True):
             step._deliver = functools.partial(resumable._deliver, self, step, read)
         self._signals.catch()
         return self
@@ -118,31 +113,25 @@ class resumable:
         self._signals.follow()
 
     def epochs(self, n: int) -> Iterator[int]:
-        """The numbers of the epochs that are left, of 0 to n - 1. A second loop counts on.
+        """Yield the numbers of the epochs that are left, of 0 to n - 1. A second loop counts on.
 
         Raises:
-            TypeError: if ``n`` is no int.
             RuntimeError: outside of the block.
         """
-        check(_is_int(n), TypeError, f"run.epochs({n!r}): give the number of all, `run.epochs(3)`")
         check(bool(self._readers), RuntimeError, "run.epochs outside of `with resumable() as run:`")
-        return self._epochs(n)
-
-    def _epochs(self, n: int) -> Iterator[int]:
-        for epoch in self._position.epochs(n, self._begin_epoch, lambda: self._signals.stopped):
+        for epoch in self._position.epochs(n, self._begin_epoch):
             yield epoch
+            if self._signals.stopped:
+                return
             self._is_changed = True
 
     def _begin_epoch(self) -> None:
-        if self._position.current is None and not self._signals.stopped:
-            self._handle_request(max(all_gather_objects(self._pending_request())))
+        self._handle_request(max(all_gather_objects(self._pending_request())))
 
     # Between two micro-batches.
 
-    def _deliver(
-        self, step: Step[Any], read: Any, loader: Iterable[Any], *updates: int
-    ) -> Iterator[Any]:
-        """How ``step.over`` reads a loader in this block; see ``Position.run``."""
+    def _deliver(self, step: Step[Any], read: Any, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield what ``step.over`` reads in this block; see ``Position.run``."""
 
         def deliver(rest: Iterable[Any], last_batch: Any) -> Any:
             if world_size() == 1:
@@ -154,11 +143,11 @@ class resumable:
             # A loop in the body of another one is a part of that one's micro-batch.
             self._is_nested = True
             try:
-                yield from read(loader, *updates)
+                yield from read(loader)
             finally:
                 self._is_nested = False
             return
-        for delivery in self._position.run(loader, deliver, lambda: step._closed, *updates):
+        for delivery in self._position.run(loader, deliver):
             self._is_changed = True
             yield delivery
             advice = "end the inner one first, or `step.over(zip(a, b), other_step)`"
@@ -189,7 +178,7 @@ class resumable:
         return self._common_request if is_end and not is_open else 0
 
     def _pending_request(self, about_to_close: int = 0) -> int:
-        """A signal that came; DUE if it is time to save, by the clock of rank 0; else 0."""
+        """Return a signal that came; DUE if it is time to save, by the clock of rank 0; else 0."""
         if self._signals.pending or rank() > 0:
             return self._signals.pending
         if isinstance(self._every, timedelta):
@@ -197,18 +186,14 @@ class resumable:
         return DUE * (self._updates() + about_to_close - self._saved_updates >= self._every)
 
     def _handle_request(self, request: int) -> None:
-        if request:
+        if request and not self._signals.stopped:
             self._save()
         if request > DUE:
             self._signals.pending = request  # it may have come to another rank
-            try:
-                self._signals.follow()
-            except KeyboardInterrupt as error:
-                error.args = error.args or (f"saved in {self._path}: run it again to resume",)
-                raise
+            self._signals.follow()
 
     def _updates(self) -> int:
-        """Of the step with most, skipped ones included: their number waits for no device."""
+        """Return the updates of the step with most, skipped ones included, without a wait."""
         return max(step._closed for step in self._objects.steps)
 
     # Saving and loading.
@@ -232,13 +217,11 @@ class resumable:
         self._saved_at, self._saved_updates = time.monotonic(), self._updates()
         self._is_changed = False
 
-    def _load(self, saved: Saved) -> None:
-        states = load(saved, self._objects.patterns())
+    def _load(self, path: Path, ranks: int) -> None:
+        states = load(path, ranks, self._objects.patterns())
         position = states.pop(POSITION)
-        if misfit := self._objects.misfit(states):
-            advice = "give the same objects, or another path to begin anew"
-            raise ValueError(f"the checkpoint {saved.path} does not fit: {misfit}; {advice}")
-        same_ranks = saved.ranks == world_size()
+        self._objects.check_fit(states)
+        same_ranks = ranks == world_size()
         if not same_ranks:  # an open window is the share of one of those ranks
             for name in self._objects.of(Step):
                 for key in ("window", "gradients"):
@@ -260,25 +243,23 @@ class _Signals:
         """Replace the handlers of signals, in the main thread, except of ignored signals."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not of Python
                     self._handlers[number] = signal.signal(number, self._handle)
 
     def release(self) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)
 
     def follow(self) -> None:
         """Do what the pending signal would have done."""
         number, self.pending = self.pending, 0
         if not number:
             return
-        handler = self._handlers.get(number, signal.getsignal(number))
-        self.stopped = True
-        if callable(handler):
-            handler(number, None)
-        elif handler is not signal.SIG_IGN:
+        handler, self.stopped = self._handlers.get(number), True
+        if not callable(handler):
             raise SystemExit(128 + number)
-        self.stopped = False  # the handler lets the run go on
+        handler(number, None)
+        self.stopped = False  # the handler lets the run continue
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -288,7 +269,3 @@ class _Signals:
             self.release()
             self.pending = number
             self.follow()
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
