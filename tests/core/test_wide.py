@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import BATCHES, OPTIMIZERS, distance, loss_of, make_batches, make_model
+from oracles import OPTIMIZERS, distance, loss_of, make_batches, make_model
 from torch import nn
 
 from trainkit import accumulate, frozen, train_step

@@ -20,7 +20,7 @@ from trainkit.core.plan import Plan, check
 from trainkit.core.result import StepResult
 from trainkit.core.step import MicroBatch, Step
 from trainkit.core.warning import warn
-from trainkit.core.window import Window, weighted_mean
+from trainkit.core.window import weighted_mean
 
 P = ParamSpec("P")
 

@@ -432,7 +432,7 @@ class MicroBatch:
         del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
-        """Remember the gradients as they are: inside a block only ``step.backward`` changes them."""
+        """Remember the gradients as they are: inside a block ``step.backward`` changes them."""
         if window is not None and window.can_watch:
             all_of, lent = self.step._plan.parameters(), window.lent
             self.left = versions([p for i, p in enumerate(all_of) if self.lent is None or lent[i]])
