@@ -244,6 +244,6 @@ def _plan_of(part: Any) -> Plan:
     if isinstance(part, Surrounding) and not isinstance(part, type):
         return Plan(surroundings=(part,))
     raise TypeError(
-        f"{shown(part)} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers in "
-        "one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
+        f"{shown(part)} is not a part: give parts one by one, `accumulate(4), amp()`, optimizers "
+        "in one list, `[a, b]`, and the rest by name, `module=model, after=scheduler.step`"
     )
