@@ -90,7 +90,9 @@ class Window:
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
-        if len(parameters) != len(self.sums):  # the first backward, or a parameter group was added
+        if not self.sums:
+            self.sums, self.lent = [None] * len(parameters), [False] * len(parameters)
+        elif len(parameters) != len(self.sums):  # a parameter group was added
             known = {id(p): i for i, p in enumerate(self.parameters)}
             places = [known.get(id(p), -1) for p in parameters]
             self.sums = [self.sums[i] if i >= 0 else None for i in places]
