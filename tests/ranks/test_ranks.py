@@ -3,11 +3,13 @@
 Starting processes takes seconds: two starts, of two ranks and of four, run everything.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -533,7 +535,8 @@ def test_ranks_in_groups_train_apart():
             assert rank >= 2 or distance(parameters, theirs) <= 1e-12
 
 
-def test_two_hosts_restart_when_a_worker_is_killed_and_training_continues(tmp_path):
+def on_two_hosts(folder, seconds):
+    """Train under torchrun on two hosts, one of whose workers is killed once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -553,14 +556,25 @@ def test_two_hosts_restart_when_a_worker_is_killed_and_training_continues(tmp_pa
         for host in ("127.0.0.1", "127.0.0.2"):
             command = [sys.executable, "-m", "torch.distributed.run", *options, host, script]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            agents += [subprocess.Popen([*command, str(tmp_path)], env=environment, **pipes)]
+            pipes["start_new_session"] = True
+            agents += [subprocess.Popen([*command, str(folder)], env=environment, **pipes)]
         for agent in agents:
-            printed, _ = agent.communicate(timeout=SECONDS)
+            printed, _ = agent.communicate(timeout=seconds)
             assert agent.returncode == 0, printed
     finally:
         for agent in agents:
-            agent.terminate()  # it ends its workers
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)  # with its workers
             agent.wait()
+
+
+def test_two_hosts_restart_when_a_worker_is_killed_and_training_continues(tmp_path):
+    try:
+        on_two_hosts(tmp_path, 60)
+    except subprocess.TimeoutExpired:  # torchrun's hosts did not meet in time on a busy machine
+        tmp_path = tmp_path / "again"
+        tmp_path.mkdir()
+        on_two_hosts(tmp_path, SECONDS)
     assert (tmp_path / "killed").exists()
     for rank in range(2):
         assert distance(torch.load(tmp_path / f"rank{rank}.pt"), expected(2, True, None)) <= 1e-12
