@@ -66,7 +66,7 @@ def run_trial(
             row.largest_batch = largest_batch(parts, task, task.rows)
         rows.append(row)
     known = {"target": target, "device": str(task.device), "rows": task.rows, "steps": steps}
-    return {**known, "variants": rows, "advice": conclude(rows)}
+    return {**known, "variants": rows}
 
 
 def load(target: str, device: str | None) -> Task:
@@ -210,25 +210,6 @@ def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
     return unit * bisect.bisect_left(range(unit, 64 * rows + 1, unit), True, key=fails)
 
 
-def conclude(rows: Sequence[Row]) -> list[str]:
-    """Return what follows from the measurements."""
-    plain, half, *others = rows
-    if plain.seconds is None or plain.peak_bytes is None:
-        fitting = ", ".join(row.name for row in rows if row.seconds) or "none of these"
-        return [f"This batch does not fit as it is; it does with {fitting}."]
-    lines = []
-    if half.seconds:
-        ratio = half.seconds / plain.seconds
-        verdict = "use it" if ratio < 0.95 else "leave it out, unless for its memory"
-        lines.append(f"amp() takes {ratio:.2f}x the time: {verdict}.")
-    exact = [row for row in others if row.name.startswith(("microbatch", "recompute"))]
-    limit = 0.9 * plain.peak_bytes
-    saving = [(row.seconds, row.name) for row in exact if (row.peak_bytes or limit) < limit]
-    if saving:
-        lines.append(f"If memory is short, use {min(saving)[1]} first.")
-    return lines
-
-
 def table(found: dict[str, Any]) -> str:
     """Return the result of ``run_trial`` as text; nan was not measured."""
     title = "{target} on {device}, a batch of {rows} rows; the median of {steps} steps"
@@ -241,4 +222,4 @@ def table(found: dict[str, Any]) -> str:
         memory = f"{peak / 2**20:8.1f} MiB {peak / plain_peak:6.2f}x"
         lines.append(f"{row.name:<40} {time} {memory} {row.largest_batch or '-':>14}")
     lines += [f"{row.name}: {row.failure}" for row in rows if row.failure]
-    return "\n".join([*lines, "", *found["advice"]])
+    return "\n".join(lines)
