@@ -52,16 +52,15 @@ class Seam(NamedTuple):
 class Statement:
     """A top-level statement with the comments above it."""
 
-    def __init__(self, node: ast.stmt, lines: list[str], above: int) -> None:
+    def __init__(self, node: ast.stmt, lines: list[str]) -> None:
         self.node, self.lines, self.seams = node, lines, list(_seams(node))
         self.begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
-        while self.begin > above and lines[self.begin - 1].startswith("#"):
+        while lines[self.begin - 1].startswith("#"):
             self.begin -= 1
         self.end = node.end_lineno or 0
         self.text = "\n".join(lines[self.begin : self.end])
         symbols = symtable.symtable(self.text, "cell", "exec").get_symbols()
-        bound = (s for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace())
-        self.binds = {symbol.get_name() for symbol in bound}
+        self.binds = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
 
     def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
         """The lines of this statement after some edits, with an error for what is missing."""
@@ -78,7 +77,7 @@ class Source:
     """A file of the package."""
 
     def __init__(self, file: str, text: str) -> None:
-        tree, lines, above = ast.parse(text), text.splitlines(), 0
+        tree, lines = ast.parse(text), text.splitlines()
         self.file, self.doc = file, ast.get_docstring(tree) or ""
         self.statements: list[Statement] = []
         self.own: dict[str, str] = {}  # names imported from trainkit, and their files
@@ -91,11 +90,8 @@ class Source:
                     name = (alias.asname or alias.name).partition(".")[0]
                     imported = getattr(node, "module", ""), ast.unparse(alias)
                     self.foreign.setdefault(name, set()).add(imported)
-            elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-                pass  # the annotations of a cell are never evaluated
-            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                self.statements.append(Statement(node, lines, above))
-            above = node.end_lineno or 0
+            elif not ast.unparse(node).startswith("if TYPE_CHECKING:"):  # for annotations alone
+                self.statements.append(Statement(node, lines))
         self.imports = list(self.own.values())
         self.seams = [seam for statement in self.statements for seam in statement.seams]
         self.own |= {name: file for seam in self.seams for file, name in seam.targets}
@@ -129,9 +125,8 @@ def _used(code: str) -> frozenset[str]:
     """The global names that a top-level statement looks up, in annotations too."""
     tables, found = [symtable.symtable(code, "cell", "exec")], set[str]()
     for table in tables:  # grows
-        is_top = table.get_type() == "module"
         symbols = (s for s in table.get_symbols() if s.is_referenced())
-        found.update(s.get_name() for s in symbols if is_top or s.is_global())
+        found.update(s.get_name() for s in symbols if s.is_global())
         tables += table.get_children()
     return frozenset(found)
 
@@ -321,16 +316,13 @@ def _law(lines: list[str]) -> list[str]:
 def add_lift(commands: Any) -> None:
     """Add ``lift`` to the commands of ``python -m trainkit``."""
     parser = commands.add_parser("lift", help="print the code of some names as one notebook cell")
-    names = "public names, and words of optional code, such as ranks"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
-    inline = "print code to paste as it is; it defines a hundred names beside yours"
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to print, or words: ranks")
     parser.add_argument("--all", action="store_true", help="everything, optional code too")
     docstrings = parser.add_mutually_exclusive_group()
     docstrings.add_argument("--docs", action="store_true", help="keep docstrings whole")
     docstrings.add_argument("--bare", action="store_true", help="drop docstrings")
-    parser.add_argument("--inline", action="store_true", help=inline)
-    output = "write a file instead of printing a cell"
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help=output)
+    parser.add_argument("--inline", action="store_true", help="print code to paste as it is")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file instead")
     parser.set_defaults(run=functools.partial(_run, parser))
 
 

@@ -14,7 +14,7 @@ import statistics
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -42,17 +42,6 @@ class Task(NamedTuple):
 
 
 MakePart = Callable[[Task], Any]
-
-
-@dataclass
-class Row:
-    """A row of the table; None was not measured."""
-
-    name: str
-    seconds: float | None = None
-    peak_bytes: int | None = None
-    largest_batch: int | None = None
-    failure: str = ""
 
 
 def run_trial(
@@ -118,9 +107,12 @@ def _quarter(task: Task) -> int:
     return -(-(task.rows or 1) // 4)
 
 
-def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Row:
-    """Measure a variant: the median of the time of the steps after a first one, and the memory."""
-    row = Row(name)
+def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> SimpleNamespace:
+    """Measure a variant: the median of the time of the steps after a first one, and the memory.
+
+    Return a row of the table; None was not measured.
+    """
+    row = SimpleNamespace(name=name, seconds=None, peak_bytes=None, largest_batch=None, failure="")
 
     def clock() -> float:
         torch.get_device_module(task.device).synchronize()
