@@ -2,7 +2,6 @@
 
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from oracles import make_model
 
 import trainkit
-from trainkit.tools.doctor.machine import advise, examine, find_facts, find_faults, report
+from trainkit.tools.doctor.machine import advise, find_facts, find_faults, report
 
-TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old\n(found version 11040)."
 FACTS = {
     "torch": "2.13.0+cpu",
     "cuda": None,
     "driver": None,
-    "cuda_warning": "",
     "devices": {"cpu": "Some CPU"},
     "kind": "cpu",
     "capability": (),
@@ -82,7 +79,6 @@ def test_the_code_of_the_advice_runs(machine):
 FAULTS = [
     (cpu(driver="550.54"), "error", "built for CPUs", "install torch"),
     (cpu(cuda="13.0", driver="470.1"), "error", "CUDA 13.0; the NVIDIA driver is 470.1", "update"),
-    (cpu(cuda="13.0", cuda_warning="broken"), "error", "broken", "nvidia-smi"),
     (gpu(6, 0, failures=["cuda:0: no kernel image"]), "error", "cuda:0: no kernel", "CUDA 12.6"),
     (cpu(cpus=2), "warning", "8 threads on 2 CPUs", "OMP_NUM_THREADS=2"),
     (gpu(7, 5, cpus=2), "warning", "8 threads on 2 CPUs", "OMP_NUM_THREADS=2"),
@@ -164,16 +160,6 @@ def test_a_device_that_does_not_compute_says_why(monkeypatch):
     assert find_facts().failures == [
         f"{device}: division by zero" for device in find_facts().devices
     ]
-
-
-def test_the_warning_of_torch_about_the_driver_is_kept_in_one_line(monkeypatch):
-    def is_available():
-        warnings.warn(TOO_OLD, stacklevel=1)
-        return False
-
-    monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    found = examine()
-    assert found["machine"].cuda_warning == TOO_OLD.replace("\n", " ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nvidia-smi is found by the shell")

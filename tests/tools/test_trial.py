@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from trainkit.tools.doctor.trial import (
-    Row,
     Task,
-    conclude,
     largest_batch,
     make_variants,
     peak_memory,
@@ -196,9 +194,6 @@ def test_a_batch_that_does_not_fit_is_a_result(user):
     found = tried("too_large")
     is_out = ["out of memory" in failure for failure in column(found, "failure")]
     assert is_out == [True, True, True, False, True, False]
-    assert found["advice"] == [
-        "This batch does not fit as it is; it does with microbatch(2), all of these."
-    ]
 
 
 @pytest.mark.parametrize(
@@ -261,28 +256,11 @@ def test_steps_are_in_training_mode_and_draw_the_same_random_numbers(user, monke
     assert seen[4][1] == pytest.approx(seen[0][1], rel=0.01)  # the first step of plain and of amp
 
 
-def test_the_table_has_ratios_and_advice(user):
+def test_the_table_has_ratios(user):
     lines = table(run_trial("users_own:pair", 1, "cpu", None)).splitlines()
     assert lines[0] == "users_own:pair on cpu, a batch of 8 rows; the median of 1 steps"
     assert lines[3].startswith("plain ") and lines[3].count(" 1.00x") == 2
     assert max(map(len, lines)) <= 100
-    assert any(line.startswith("amp() takes ") for line in lines[-2:])
-
-
-def rows(**changes):
-    figures = {"plain": (1.0, 100), "amp()": (0.5, 60), "frozen a": (0.1, 10)}
-    figures |= {"microbatch(2)": (1.1, 30), "recompute a": (1.3, 20), "all of these": (0.7, 9)}
-    return [Row(name, *values) for name, values in (figures | changes).items()]
-
-
-def test_the_advice_follows_from_the_figures():
-    use, saving = conclude(rows())
-    assert use == "amp() takes 0.50x the time: use it."
-    assert saving == "If memory is short, use microbatch(2) first."
-    assert "recompute a first" in conclude(rows(**{"microbatch(2)": (1.6, 30)}))[1]
-    assert "leave it out" in conclude(rows(**{"amp()": (1.2, 60)}))[0]
-    assert len(conclude(rows(**{"microbatch(2)": (1.1, 99), "recompute a": (1.3, 95)}))) == 1
-    assert len(conclude(rows(**{"microbatch(2)": (None, None), "recompute a": (1, 95)}))) == 1
 
 
 def block(mebibytes):

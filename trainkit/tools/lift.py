@@ -21,27 +21,24 @@ import importlib.metadata
 import importlib.resources
 import re
 import symtable
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ALWAYS = ("advice", "language", "state")  # words that go without saying
 Name = tuple[str, str]  # a file, such as "core/step", and a name in it
 Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
-Missing = Callable[["Seam"], str | None]  # the word of a seam whose target is not in the cell
+Missing = dict["Seam", str]  # seams whose targets are not in the cell, and their words
 
 
 class Seam(NamedTuple):
     """An import of trainkit inside a function: its lines, and the end of its block."""
 
+    file: str
     targets: frozenset[Name]
     begin: int
     end: int
     block_end: int
-
-    @property
-    def file(self) -> str:
-        return min(self.targets)[0]
 
     def edit(self, lines: list[str], missing: str | None, error: str) -> Edit:
         """Remove the import, or replace it and the rest of its block by an error."""
@@ -55,21 +52,20 @@ class Seam(NamedTuple):
 class Statement:
     """A top-level statement with the comments above it."""
 
-    def __init__(self, node: ast.stmt, lines: list[str], above: int) -> None:
+    def __init__(self, node: ast.stmt, lines: list[str]) -> None:
         self.node, self.lines, self.seams = node, lines, list(_seams(node))
         self.begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
-        while self.begin > above and lines[self.begin - 1].startswith("#"):
+        while lines[self.begin - 1].startswith("#"):
             self.begin -= 1
         self.end = node.end_lineno or 0
         self.text = "\n".join(lines[self.begin : self.end])
         symbols = symtable.symtable(self.text, "cell", "exec").get_symbols()
-        bound = (s for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace())
-        self.binds = {symbol.get_name() for symbol in bound}
+        self.binds = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
 
     def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
         """The lines of this statement after some edits, with an error for what is missing."""
         result, line = list[str](), self.begin
-        of_seams = [seam.edit(self.lines, missing(seam), error) for seam in self.seams]
+        of_seams = [seam.edit(self.lines, missing.get(seam), error) for seam in self.seams]
         for begin, end, replacement in sorted([*edits, *of_seams]):
             if begin >= line:  # not in lines that are gone
                 result += self.lines[line:begin] + replacement
@@ -81,23 +77,21 @@ class Source:
     """A file of the package."""
 
     def __init__(self, file: str, text: str) -> None:
-        tree, lines, above = ast.parse(text), text.splitlines(), 0
+        tree, lines = ast.parse(text), text.splitlines()
         self.file, self.doc = file, ast.get_docstring(tree) or ""
         self.statements: list[Statement] = []
         self.own: dict[str, str] = {}  # names imported from trainkit, and their files
         self.foreign: dict[str, set[tuple[str, str]]] = {}  # other imports: module and member
         for node in tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                self.own |= {name: file for file, name in _targets(node)}
-                for alias in node.names:
+                own = {name: file for file, name in _targets(node)}
+                self.own |= own
+                for alias in () if own else node.names:
                     name = (alias.asname or alias.name).partition(".")[0]
                     imported = getattr(node, "module", ""), ast.unparse(alias)
                     self.foreign.setdefault(name, set()).add(imported)
-            elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-                pass  # the annotations of a cell are never evaluated
-            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                self.statements.append(Statement(node, lines, above))
-            above = node.end_lineno or 0
+            elif not ast.unparse(node).startswith("if TYPE_CHECKING:"):  # for annotations alone
+                self.statements.append(Statement(node, lines))
         self.imports = list(self.own.values())
         self.seams = [seam for statement in self.statements for seam in statement.seams]
         self.own |= {name: file for seam in self.seams for file, name in seam.targets}
@@ -123,7 +117,7 @@ def _seams(statement: ast.stmt) -> Iterator[Seam]:
         for node in block:
             if targets := _targets(node):
                 end, block_end = node.end_lineno or 0, block[-1].end_lineno or 0
-                yield Seam(frozenset(targets), node.lineno - 1, end, block_end)
+                yield Seam(targets[0][0], frozenset(targets), node.lineno - 1, end, block_end)
 
 
 @functools.cache
@@ -131,9 +125,8 @@ def _used(code: str) -> frozenset[str]:
     """The global names that a top-level statement looks up, in annotations too."""
     tables, found = [symtable.symtable(code, "cell", "exec")], set[str]()
     for table in tables:  # grows
-        is_top = table.get_type() == "module"
         symbols = (s for s in table.get_symbols() if s.is_referenced())
-        found.update(s.get_name() for s in symbols if is_top or s.is_global())
+        found.update(s.get_name() for s in symbols if s.is_global())
         tables += table.get_children()
     return frozenset(found)
 
@@ -149,8 +142,9 @@ class Package:
         self._origin = {name: initial.own[name] for name in self.public}
         for file in self._origin.values():
             self._read(file)
-        words = {self.word(seam) for source in self.sources.values() for seam in source.seams}
-        self.words = sorted(words.difference(self.public, ALWAYS))
+        seams = [seam for source in self.sources.values() for seam in source.seams]
+        self._words = {seam: self._word(seam) for seam in seams}
+        self.words = sorted({*self._words.values()}.difference(self.public, ALWAYS))
 
     def _parse(self, file: str) -> Source:
         path = self._root.joinpath(*f"{file}.py".split("/"))
@@ -165,37 +159,31 @@ class Package:
             for seam in source.seams:
                 self._read(seam.file)
 
-    def word(self, seam: Seam) -> str:
+    def _word(self, seam: Seam) -> str:
         """The folder of the target of a seam if nothing in there is public, else the file."""
         folder, _, file = seam.file.rpartition("/")
         is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
         return file if is_public or not folder else folder
 
     def missing(self, names: Sequence[str]) -> Missing:
-        """What tells the word of a seam if its target is not in a cell of some names."""
-        needed, words = self.reached(names, self.word), {*names, *ALWAYS}
-
-        def missing(seam: Seam) -> str | None:
-            word = self.word(seam)
-            return None if word in words or seam.targets <= needed else word
-
-        return missing
+        """The seams whose targets are not in a cell of some names, and the words to add."""
+        needed, given = self.reached(names, self._words), {*names, *ALWAYS}
+        words = self._words.items()
+        return {s: word for s, word in words if word not in given and not s.targets <= needed}
 
     def reached(self, names: Iterable[str], missing: Missing) -> set[Name]:
         """All that some names need."""
         found = set[Name]()
         left = [(self._origin[name], name) for name in names if name in self.public]
-        while left:
-            file, name = left.pop()
-            source = self.sources[file]
-            binding = [statement for statement in source.statements if name in statement.binds]
-            if not binding and name in source.own:
-                left.append((source.own[name], name))
-            elif (file, name) not in found and (binding or name in source.foreign):
+        for file, name in left:  # grows
+            if (file, name) not in found:
                 found.add((file, name))
-                for statement in binding:
-                    used = _used("\n".join(statement.code(missing)))
-                    left += [(file, name) for name in used | statement.binds]
+                source = self.sources[file]
+                left.append((source.own.get(name, file), name))
+                for statement in source.statements:
+                    if name in statement.binds:
+                        used = _used("\n".join(statement.code(missing)))
+                        left += [(file, name) for name in used | statement.binds]
         return found
 
 
@@ -320,25 +308,21 @@ def _law(lines: list[str]) -> list[str]:
     indent = " " * (len(text) - len(text.lstrip()))
     head = _SECTION.split(text)[0]
     block = re.search(rf"::\n(\n|{indent} .*\n?)+", head)
-    law = (head[: block.end()] if block else head.partition("\n\n")[0]).rstrip()
-    if text[len(law) :].strip() in ("", '"""'):
-        return lines
+    law = head[: block.end()] if block else head.partition("\n\n")[0]
+    law = law.rstrip().removesuffix('"""').rstrip()
     return [*law.splitlines(), f'{indent}"""'] if "\n" in law else [f'{law}"""']
 
 
 def add_lift(commands: Any) -> None:
     """Add ``lift`` to the commands of ``python -m trainkit``."""
     parser = commands.add_parser("lift", help="print the code of some names as one notebook cell")
-    names = "public names, and words of optional code, such as ranks"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
-    inline = "print code to paste as it is; it defines a hundred names beside yours"
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to print, or words: ranks")
     parser.add_argument("--all", action="store_true", help="everything, optional code too")
     docstrings = parser.add_mutually_exclusive_group()
     docstrings.add_argument("--docs", action="store_true", help="keep docstrings whole")
     docstrings.add_argument("--bare", action="store_true", help="drop docstrings")
-    parser.add_argument("--inline", action="store_true", help=inline)
-    output = "write a file instead of printing a cell"
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help=output)
+    parser.add_argument("--inline", action="store_true", help="print code to paste as it is")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file instead")
     parser.set_defaults(run=functools.partial(_run, parser))
 
 
@@ -352,11 +336,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             print(code if given.inline else f"%%writefile trainkit.py\n{code}", end="")
         else:
             given.output.write_text(code, encoding="utf-8")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    except OSError as error:
-        remedy = "give a file in a folder that exists: `-o trainkit.py`"
-        parser.error(f"-o {given.output}: {error.strerror}; {remedy}")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,18 +26,14 @@ def find_facts() -> SimpleNamespace:
     """Return what matters for training, from torch and the operating system."""
     find_driver: Any = collect_env.get_nvidia_driver_version
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.is_available()
-        device = current_device()
-        half, names = native_dtype(device.type), _name_devices(device.type)
+    device = current_device()
+    half, names = native_dtype(device.type), _name_devices(device.type)
     flags = set(_read("/proc/cpuinfo").split()) & {"avx512_bf16", "amx_bf16", "bf16"}  # bf16: ARM
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return SimpleNamespace(
         torch=torch.__version__,
         cuda=torch.version.cuda,  # that torch was built for
         driver=None if is_hidden else find_driver(collect_env.run),  # even if torch cannot use it
-        cuda_warning=" ".join(" ".join(str(w.message) for w in caught).split()),
         devices=names,
         kind=device.type,
         capability=torch.cuda.get_device_capability() if is_nvidia else (),
@@ -114,9 +109,9 @@ def find_faults(m: SimpleNamespace) -> list[dict[str, str]]:
     threads_fit = m.threads <= m.cpus and (m.kind != "cpu" or m.cpus <= 2 * m.threads)
     rules = (
         (
-            m.kind == "cpu" and (m.driver or m.cuda_warning),
+            m.kind == "cpu" and m.driver,
             "error",
-            f"torch is built for {built}; the NVIDIA driver is {m.driver}. {m.cuda_warning}",
+            f"torch is built for {built}; the NVIDIA driver is {m.driver}",
             f"`nvidia-smi`; update the driver, or install torch for a CUDA it supports: {install}",
         ),
         (

@@ -14,7 +14,7 @@ import statistics
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -44,17 +44,6 @@ class Task(NamedTuple):
 MakePart = Callable[[Task], Any]
 
 
-@dataclass
-class Row:
-    """A row of the table; None was not measured."""
-
-    name: str
-    seconds: float | None = None
-    peak_bytes: int | None = None
-    largest_batch: int | None = None
-    failure: str = ""
-
-
 def run_trial(
     target: str, steps: int, device: str | None, layers: Sequence[str] | None
 ) -> dict[str, Any]:
@@ -66,7 +55,7 @@ def run_trial(
             row.largest_batch = largest_batch(parts, task, task.rows)
         rows.append(row)
     known = {"target": target, "device": str(task.device), "rows": task.rows, "steps": steps}
-    return {**known, "variants": rows, "advice": conclude(rows)}
+    return {**known, "variants": rows}
 
 
 def load(target: str, device: str | None) -> Task:
@@ -118,9 +107,12 @@ def _quarter(task: Task) -> int:
     return -(-(task.rows or 1) // 4)
 
 
-def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Row:
-    """Measure a variant: the median of the time of the steps after a first one, and the memory."""
-    row = Row(name)
+def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> SimpleNamespace:
+    """Measure a variant: the median of the time of the steps after a first one, and the memory.
+
+    Return a row of the table; None was not measured.
+    """
+    row = SimpleNamespace(name=name, seconds=None, peak_bytes=None, largest_batch=None, failure="")
 
     def clock() -> float:
         torch.get_device_module(task.device).synchronize()
@@ -210,25 +202,6 @@ def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
     return unit * bisect.bisect_left(range(unit, 64 * rows + 1, unit), True, key=fails)
 
 
-def conclude(rows: Sequence[Row]) -> list[str]:
-    """Return what follows from the measurements."""
-    plain, half, *others = rows
-    if plain.seconds is None or plain.peak_bytes is None:
-        fitting = ", ".join(row.name for row in rows if row.seconds) or "none of these"
-        return [f"This batch does not fit as it is; it does with {fitting}."]
-    lines = []
-    if half.seconds:
-        ratio = half.seconds / plain.seconds
-        verdict = "use it" if ratio < 0.95 else "leave it out, unless for its memory"
-        lines.append(f"amp() takes {ratio:.2f}x the time: {verdict}.")
-    exact = [row for row in others if row.name.startswith(("microbatch", "recompute"))]
-    limit = 0.9 * plain.peak_bytes
-    saving = [(row.seconds, row.name) for row in exact if (row.peak_bytes or limit) < limit]
-    if saving:
-        lines.append(f"If memory is short, use {min(saving)[1]} first.")
-    return lines
-
-
 def table(found: dict[str, Any]) -> str:
     """Return the result of ``run_trial`` as text; nan was not measured."""
     title = "{target} on {device}, a batch of {rows} rows; the median of {steps} steps"
@@ -241,4 +214,4 @@ def table(found: dict[str, Any]) -> str:
         memory = f"{peak / 2**20:8.1f} MiB {peak / plain_peak:6.2f}x"
         lines.append(f"{row.name:<40} {time} {memory} {row.largest_batch or '-':>14}")
     lines += [f"{row.name}: {row.failure}" for row in rows if row.failure]
-    return "\n".join([*lines, "", *found["advice"]])
+    return "\n".join(lines)
