@@ -426,7 +426,7 @@ TABLE = {
             V, "nan", "finite", "len(batch)"),
         (weight_now_and_then, T, "after 1", "with", "return loss, weight"),
         (within_itself, R, "", "under way", "step.backward(loss)"),
-        (hooked, V, "hooks", "incomplete gradients", "handle.remove()"),
+        (hooked, V, "hooks", "partial sums", "handle.remove()"),
         (lambda w: w.fits(max_skips=3)(w.loss)(),
             V, "max_skips", "finite check", "max_norm=math.inf"),
         (lambda w: skips(w, max_norm=1.0),

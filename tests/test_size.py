@@ -22,7 +22,7 @@ def test_code_is_counted_without_docstrings_comments_and_blank_lines(size):
 
 # The design asks for a core of 1,050 lines, a package of 3,800, and a cell of accumulate and amp of
 # 1,000 lines of code in 1,250. These bounds are what was reached: they may shrink, and never grow.
-CORE, PACKAGE, CELL = 1106, 4180, (1132, 1430)
+CORE, PACKAGE, CELL = 1102, 4100, (1125, 1420)
 
 
 def test_the_package_is_small(size):

@@ -111,5 +111,5 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float, zero: Tensor) -> T
 
 
 # Read in C: many gradients are looked at before each update.
-_dtype, _layout, _device = (operator.attrgetter(name) for name in ("dtype", "layout", "device"))
-_name = operator.attrgetter("__name__")
+_dtype, _layout = operator.attrgetter("dtype"), operator.attrgetter("layout")
+_device, _name = operator.attrgetter("device"), operator.attrgetter("__name__")

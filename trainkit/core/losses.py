@@ -50,10 +50,8 @@ def _refuse(loss: Any) -> None:
         raise ValueError(f"the loss must be a single number, got {_shown(loss)}: `loss.mean()`")
     if not loss.is_floating_point():
         raise TypeError(f"the loss must be floating, got {_shown(loss)}: `return loss, weight`")
-    raise ValueError(
-        "the loss has no graph, and nothing would be learned: return it without `.detach()` or "
-        "`no_grad`, and check that not all below it is frozen (a tied head is, with its embedding)"
-    )
+    hint = "is all below it frozen (a tied head is, with its embedding)?"
+    raise ValueError(f"the loss has no graph: return it without `.detach()` or `no_grad`; {hint}")
 
 
 def _check_weight(weight: Any, kind: type) -> None:

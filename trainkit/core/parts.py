@@ -148,8 +148,8 @@ def accumulate(
             raise TypeError(f"n is a number, or a function of the updates so far, {came}") from None
         except ValueError:  # a function that is not written in Python may have no signature
             pass
-    came = f"sums are in torch.float32, or for None in the dtype of the parameter, got {dtype!r}"
-    check(dtype in (None, torch.float32), ValueError, f"{came}: `dtype=torch.float32`")
+    fits = dtype is None or dtype == torch.float32
+    check(fits, ValueError, f"sums are float32 or None, got {dtype!r}: `dtype=torch.float32`")
     plan = Plan(lengths=(n,), **options_of(module))
     if dtype is not None:
         from trainkit.wide import WideWindow

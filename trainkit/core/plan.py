@@ -91,8 +91,7 @@ def check_plan(plan: Plan) -> torch.device:
     parameters = plan.parameters()
     check(bool(parameters), ValueError, "the plan has no parameters: `train_step(optimizer)`")
     hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
-    seen = "post-accumulate-gradient hooks would see scaled, incomplete gradients"
-    check(not hooked, ValueError, f"{seen}: `handle.remove()`")
+    check(not hooked, ValueError, "hooks after accumulation see partial sums: `handle.remove()`")
     looks = plan.precision is not None or plan.max_norm is not None or plan.max_skips is None
     check(looks, ValueError, "max_skips needs a finite check: add `amp()` or `max_norm=math.inf`")
     return parameters[0].device

@@ -266,8 +266,7 @@ class Step(Generic[P]):
 
     def _closes(self) -> bool:
         """Return whether the micro-batch under way is the last of its window."""
-        window = self._window
-        assert window is not None
+        window = self._window or self._new_window()
         return self._delivery.is_last or window.size + self._size >= window.length
 
     def _micro_batch(self) -> MicroBatch:

@@ -43,11 +43,8 @@ class Replica:
     def before_backward(self) -> None:
         """Raise RuntimeError if the gradients of a backward would not be reduced."""
         if self.reduces is False:
-            raise RuntimeError(
-                "DistributedDataParallel has reduced the gradients of this window, and would not "
-                "reduce those of a further loss: add the losses, `step.backward(loss + further)`, "
-                "or call the model again before it"
-            )
+            late = "DistributedDataParallel has reduced this window and ignores a further loss"
+            raise RuntimeError(f"{late}: add the losses, `step.backward(loss + further)`")
         self.reduces = False if self.reduces else None
 
     def _note_forward(self, *_: Any) -> None:
@@ -68,14 +65,10 @@ class Replica:
         added = [name for key, (name, _) in named.items() if key in trained - known]
         frozen = [name for key, (name, _) in named.items() if key in known - trained]
         if added:
-            raise ValueError(
-                f"{len(added)} of {len(named)} parameters (first {added[0]!r}) became trainable "
-                "after DistributedDataParallel was made, which never reduces them: unfreeze first, "
-                "`unfreeze(model, layers)`, then `DistributedDataParallel(model)`"
-            )
+            came = f"{len(added)} of {len(named)} parameters (first {added[0]!r}) became trainable"
+            remedy = "`unfreeze(model, layers)` first, then `DistributedDataParallel(model)`"
+            raise ValueError(f"{came} after they were wrapped, and are never reduced: {remedy}")
         if not module.find_unused_parameters:
-            raise ValueError(
-                f"{len(frozen)} of {len(named)} parameters (first {frozen[0]!r}) were frozen after "
-                "DistributedDataParallel was made, which waits for their gradients: freeze first, "
-                "`freeze(model, layers)`, or freeze all, or pass `find_unused_parameters=True`"
-            )
+            came = f"{len(frozen)} of {len(named)} parameters (first {frozen[0]!r}) were frozen"
+            remedy = "`freeze(model, layers)` first, or wrap with `find_unused_parameters=True`"
+            raise ValueError(f"{came} after they were wrapped, and are waited for: {remedy}")

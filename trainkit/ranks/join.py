@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.core.loop import mark_last
-from trainkit.core.plan import Plan
+from trainkit.core.plan import Plan, check
 from trainkit.core.update import Updater
 from trainkit.core.window import Size, Weight, Window, power_of_two_near
 from trainkit.ranks.collectives import all_gather_ints, world_size
@@ -40,21 +40,14 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     ranks = Ranks(step, plan, updater.zero.device)
     if ranks.count == 1 and not ranks.is_wrapped:
         return plan, deliver
-    if not (ranks.is_wrapped or _has_shards(plan)):
-        raise ValueError(
-            f"{ranks.count} ranks run, and each would train its own model: give the module wrapped "
-            "in DistributedDataParallel or FSDP2, `train_step(..., module=ddp_model)`"
-        )
-    if plan.window is not None:
-        raise ValueError(
-            "accumulate(dtype=torch.float32) is for one process: keep parameters in float32, "
-            "`model.float()`, and compute in half precision, `amp()`"
-        )
-    if ranks.count > 1 and updater.looks and ranks.fsdp1:
-        raise ValueError(
-            "FullyShardedDataParallel leaves each rank a part of the gradients, and only that part "
-            "would be clipped and checked: wrap with FSDP2, `fully_shard(model)`"
-        )
+    alone = f"each of {ranks.count} ranks would train its own model: give the wrapped one"
+    is_shared = ranks.is_wrapped or _has_shards(plan)
+    check(is_shared, ValueError, f"{alone}, `train_step(..., module=ddp_model)`")
+    single = "accumulate(dtype=torch.float32) is for one process: `model.float()` and `amp()`"
+    check(plan.window is None, ValueError, single)
+    is_partial = ranks.count > 1 and updater.looks and bool(ranks.fsdp1)
+    part = "under FullyShardedDataParallel a rank would clip and check its part of the gradients"
+    check(not is_partial, ValueError, f"{part} alone: `fully_shard(model)`")
     if ranks.count > 1 and ranks.device.type != "cpu":
         updater.lag = 16
     if ranks.count > 1 and deliver is mark_last:
@@ -106,7 +99,6 @@ class Ranks:
             self.group = meshes[0].get_group()
         buckets = any(replica.module.gradient_as_bucket_view for replica in self.replicas)
         self.can_watch = not (buckets or self.fsdp1 or self.fsdp2)  # else gradients move elsewhere
-        self.is_reducing = False
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
@@ -116,8 +108,6 @@ class Ranks:
             for replica in self.replicas:
                 stack.enter_context(replica.around(closes))
             stack.enter_context(reducing(closes, self.fsdp1, self.fsdp2))
-            stack.callback(setattr, self, "is_reducing", False)
-            self.is_reducing = closes
             yield
 
     def all_reduce(self, *numbers: Weight, by: Any = dist.ReduceOp.SUM) -> tuple[Tensor, Any]:
@@ -215,11 +205,6 @@ class RankedWindow(Window):
 
     def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Lend the sums for the update, and return them, reduced over ranks."""
-        if not self.ranks.is_reducing:
-            raise RuntimeError(
-                "step.close() comes after the last backward, in which ranks reduce gradients: "
-                "close the window with its last micro-batch, `step.last(batch)`"
-            )
         for replica in self.ranks.replicas:
             replica.may_wait, replica.reduces = True, None
         if self._reduced is not None:

@@ -64,20 +64,16 @@ def lockstep(
         has_more = any(more for _, more in told)
         if batch is None and 0 in counts and any(counts):
             missing = [rank for rank, count in enumerate(counts) if not count]
-            raise ValueError(
-                f"the loaders of ranks {missing} have no batch, and such a rank cannot join the "
-                "others: give every rank at least one, for example with a DistributedSampler"
-            )
+            remedy = "give every rank at least one, `DistributedSampler(dataset)`"
+            raise ValueError(f"the loaders of ranks {missing} have no batch: {remedy}")
         for i in range(max(counts)):
             is_filler = i >= min(left, length)
             if not is_filler:
                 batch = ahead.popleft() if ahead else next(iterator, _END)
                 seen += 1
                 if batch is _END:
-                    raise RuntimeError(
-                        f"a loader of length {size} ended before batch {seen}, and other ranks "
-                        "wait for it: return the true number of batches from `__len__`"
-                    )
+                    came = f"a loader of length {size} ended before batch {seen}"
+                    raise RuntimeError(f"{came}, and ranks wait for it: correct its `__len__`")
             # The loop may remove entries of its batch, which may have to be repeated.
             given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
             present = sum(count > i for count in counts) / len(counts)
