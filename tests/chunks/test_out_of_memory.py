@@ -341,13 +341,6 @@ step = train_step(optimizer, microbatch("auto"))(lambda x: (weight * x.mean()).s
 step.chunk_sizes[1] = 1
 limit_memory(5 * 2**24)
 assert step(torch.ones(4, 1)).updated  # with its gradient twice
-limit_memory(3 * 2**24)
-try:
-    step(torch.ones(4, 1))
-except RuntimeError as error:  # the limit is tight
-    assert "single row" in str(error)
-else:
-    raise AssertionError
 """
 
 
