@@ -259,7 +259,7 @@ def test_an_optimizer_that_steps_within_backward_is_refused():
     handle = model[0].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
     step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
     before = model[0].weight.clone()
-    with pytest.raises(ValueError, match=r"post-accumulate-gradient hooks.*`handle.remove\(\)`"):
+    with pytest.raises(ValueError, match=r"hooks.*`handle.remove\(\)`"):
         step(BATCHES[0])
     assert torch.equal(model[0].weight, before)
     handle.remove()
@@ -405,7 +405,7 @@ def test_reentrant_checkpointing_under_a_frozen_stem():
             assert said[0].startswith("only 2 of 6 trainable parameters received a gradient")
             model[2].requires_grad_(False)
             with (
-                pytest.raises(ValueError, match=r"no graph.*not all below it is frozen"),
+                pytest.raises(ValueError, match=r"no graph.*frozen"),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")

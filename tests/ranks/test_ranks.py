@@ -294,7 +294,7 @@ def fsdp1_is_refused_where_a_norm_is_asked(rank, ranks, how):
     model = FullyShardedDataParallel(base, device_id=torch.device("cpu"), use_orig_params=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     batches = make_batches([3] * 4, seed=rank)
-    with pytest.raises(ValueError, match="wrap with FSDP2"):
+    with pytest.raises(ValueError, match="`fully_shard"):
         train_step(optimizer, module=model, max_norm=1.0)(loss_function(model, False))(batches[0])
     step = train_step(optimizer, accumulate(2), module=model)(loss_function(model, True))
     for batch in batches:
@@ -309,7 +309,7 @@ def without_a_wrapper_it_is_an_error(rank, ranks, how):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for module in (None, model):
         step = train_step(optimizer, module=module)(loss_function(model, False))
-        with pytest.raises(ValueError, match=r"^2 ranks.*`train_step.*module=ddp_model"):
+        with pytest.raises(ValueError, match=r"2 ranks.*`train_step.*module=ddp_model"):
             step(make_batches([3])[0])
 
 
