@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,19 @@ _CAUSES = {
     "modified by an inplace operation": "the step updates after backward: remove "
     "`optimizer.step()`, or put it below the yield",
 }
+
+
+def described(step: Any) -> str:
+    """Return the plan of a step and where it is, without running ``after``."""
+    plan, window = step._plan, step._window
+    parts = [getattr(step._function, "__qualname__", None)]
+    parts += [f"accumulate({n if callable(n) or n < math.inf else None})" for n in plan.lengths]
+    parts += [type(part).__name__ for part in (*plan.optimizers, *plan.surroundings)]
+    parts += ["amp()"] if plan.precision is not None else []
+    skipped = int(step._skips)
+    parts += [f"updates={step._closed - skipped}", f"skipped={skipped}"]
+    parts += [f"open window of {len(window.losses)}"] if window and window.losses else []
+    return f"Step({', '.join(filter(None, parts))})"
 
 
 def explain(error: RuntimeError) -> None:

@@ -17,14 +17,14 @@ class WideWindow(Window):
     there no fused kernel divides it, and the true sum is rounded.
     """
 
-    def __init__(self, length: int, reference: Weight | None) -> None:
+    def __init__(self, length: float, reference: Weight | None, is_sum: bool = False) -> None:
         check(
             hasattr(torch.Tensor, "grad_dtype"),
             ValueError,
             "accumulate(dtype=torch.float32) needs a torch whose tensors have `grad_dtype`: keep "
             "parameters in float32, `model.float()`, and compute in half, `amp()`",
         )
-        super().__init__(length, reference)
+        super().__init__(length, reference, is_sum)
         self.parts = 1
 
     def lend(self, parameters: list[nn.Parameter]) -> None:

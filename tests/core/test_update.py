@@ -553,12 +553,24 @@ def test_after_runs_once_for_each_applied_update(fused, late, monkeypatch):
     assert (step.updates, step.skipped) == (2, 1)
 
 
-def test_after_does_not_wait_and_has_run_before_the_next_update(monkeypatch, reads):
+def counting_scheduler(optimizer, calls):
+    class Counting(torch.optim.lr_scheduler.ConstantLR):
+        def step(self):
+            super().step()
+            calls.append(1)
+
+    scheduler = Counting(optimizer)
+    calls.clear()
+    return scheduler
+
+
+def test_a_scheduler_does_not_wait_and_has_run_before_the_next_update(monkeypatch, reads):
     arrived = []
     monkeypatch.setattr(Answer, "known", lambda answer: bool(arrived))
     model, calls = make_model(torch.float32), []
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    step = train_step(optimizer, accumulate(2), max_norm=1.0, after=lambda: calls.append(1))
+    scheduler = counting_scheduler(optimizer, calls)
+    step = train_step(optimizer, accumulate(2), max_norm=1.0, after=scheduler.step)
     step = step(lambda batch: loss_of(model, batch))
     seen = []
     for _ in range(4):
@@ -576,11 +588,26 @@ def test_after_does_not_wait_and_has_run_before_the_next_update(monkeypatch, rea
     assert len(calls) == 4 and result.updated
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_what_changes_the_model_after_an_update_has_run_when_the_call_returns(monkeypatch, several):
+    """A clamp, a teacher or an average may be read by any forward that follows."""
+    monkeypatch.setattr(Answer, "known", lambda answer: False)
+    calls, late, model = [], [], make_model(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters())
+    after = [counting_scheduler(optimizer, late).step, lambda: calls.append(1)]
+    step = train_step(optimizer, after=after if several else after[1:])
+    step = step(lambda batch: loss_of(model, batch))
+    for n in (1, 2):
+        step(BATCHES[0])
+        assert len(calls) == n and len(late) == n * several
+
+
 @pytest.mark.parametrize("read", [lambda step, result: step.settle(), lambda s, r: r.updated])
 def test_after_is_owed_until_the_wait_for_the_verdict_is_over(monkeypatch, model, optimizer, read):
     """A slow device is interrupted in that wait, and the scheduler must not miss the update."""
     calls = []
-    step = train_step(optimizer, after=lambda: calls.append(1))(lambda batch: loss_of(model, batch))
+    scheduler = counting_scheduler(optimizer, calls)
+    step = train_step(optimizer, after=scheduler.step)(lambda batch: loss_of(model, batch))
     monkeypatch.setattr(Answer, "known", lambda answer: False)
     result = step(make_batches([4])[0])
     with monkeypatch.context() as patch:

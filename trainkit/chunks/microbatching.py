@@ -195,13 +195,13 @@ class Chunk(MicroBatch):
         self.is_revocable = is_revocable
         self.aside: tuple[Any, ...] | None = None  # the window, its sums and their parameters
 
-    def backward(self, loss: Tensor, weight: Any) -> None:
+    def backward(self, loss: Tensor, weight: Any, options: dict[str, Any] | None = None) -> None:
         """Run backward of a loss, without the sums of the window."""
         window = self.step._window
         if self.is_revocable and self.aside is None and window is not None:
             self.aside = window, window.sums, window.parameters
             window.parameters, window.sums, window.lent = [], [], []
-        super().backward(loss, weight)
+        super().backward(loss, weight, options)
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""

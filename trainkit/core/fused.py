@@ -9,27 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
-def step_all(optimizers: Sequence[Optimizer], told: dict[str, Tensor]) -> None:
+def step_all(optimizers: Sequence[Any], told: dict[str, Tensor]) -> None:
     """Step the optimizers. Fused kernels read ``told``: they divide gradients by ``grad_scale``
     where they read them, and return at once where ``found_inf`` is 1. Call ``forget`` afterwards.
     """
     for optimizer in optimizers:
-        vars(optimizer).update(told)
+        if told:
+            vars(optimizer).update(told)
         optimizer.step()
 
 
-def forget(optimizers: Sequence[Optimizer]) -> None:
+def forget(optimizers: Sequence[Any]) -> None:
     """Remove what ``step_all`` told: left behind, it makes the next GradScaler.step raise."""
     for optimizer in optimizers:
-        vars(optimizer).pop("grad_scale", None)
-        vars(optimizer).pop("found_inf", None)
+        kept = getattr(optimizer, "__dict__", {})  # an optimizer of one's own may have none
+        kept.pop("grad_scale", None)
+        kept.pop("found_inf", None)
 
 
-def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bool:
+def can_fuse(optimizers: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
     """Return whether the kernels of all optimizers may divide these gradients.
 
     ``_step_supports_amp_scaling`` does not tell: wrappers pass it on and ignore ``grad_scale``, and
@@ -45,7 +47,7 @@ def can_fuse(optimizers: Sequence[Optimizer], gradients: Sequence[Tensor]) -> bo
     return len(set(owned)) == len(owned)
 
 
-def _is_fused(optimizer: Optimizer) -> bool:
+def _is_fused(optimizer: Any) -> bool:
     if type(optimizer) not in (Adam, AdamW, SGD, Adagrad):
         return False
     for group in optimizer.param_groups:
@@ -63,15 +65,15 @@ def _is_fused(optimizer: Optimizer) -> bool:
     )
 
 
-def seed_momentum(optimizers: Sequence[Optimizer]) -> None:
+def seed_momentum(optimizers: Sequence[Any]) -> None:
     """Give fused SGD the momentum buffers that it lacks, as zeros.
 
     Its kernel gets uninitialised buffers in a first step, and leaves them so if that step is
     skipped: the next step turns the weights into nan. It also raises if a parameter joins later.
     """
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if not (group.get("momentum") and group.get("fused")):
+        for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+            if not (group["momentum"] and group["fused"]):
                 continue
             states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
             joining = [p for p, state in states.items() if state.get("momentum_buffer") is None]

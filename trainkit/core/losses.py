@@ -1,14 +1,16 @@
-"""What a step function hands over: a loss, and perhaps a weight."""
+"""What a step function hands over: a loss, perhaps a weight, and whatever is beside them."""
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainkit.core.plan import shown
 
@@ -39,6 +41,39 @@ def read_loss(output: Any) -> tuple[Tensor, Any]:
     if weight is not None:
         _check_weight(weight, kind)
     return output, weight
+
+
+def detached(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a value with every tensor in it detached, at any depth, and all else as it was."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    memo = {} if memo is None else memo
+    if isinstance(value, _WHOLE) or id(value) in memo:
+        return memo.get(id(value), value)
+    found = memo[id(value)] = value  # where a cycle ends
+    if isinstance(value, (tuple, list, set, frozenset)):
+        items = []
+        for item in value:
+            if isinstance(item, Tensor):  # without a call
+                item = item.detach()
+            elif not isinstance(item, _WHOLE):
+                item = detached(item, memo)
+            items.append(item)
+        found = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif isinstance(value, Mapping):
+        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for name, item in value.items():
+            found[name] = detached(item, memo)
+    elif hasattr(value, "__dict__"):
+        own = {name: detached(item, memo) for name, item in vars(value).items()}
+        if any(own[name] is not item for name, item in vars(value).items()):
+            found = copy.copy(value)
+            vars(found).update(own)
+    memo[id(value)] = found
+    return found
+
+
+_WHOLE = (int, float, str, bytes, type(None), type, nn.Module, types.FunctionType, types.ModuleType)
 
 
 def _refuse(loss: Any) -> None:

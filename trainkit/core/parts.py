@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainkit.core.plan import (
+    Optimizer,
     Plan,
     Surrounding,
     check,
     check_length,
+    check_stepping,
     optimizers_of,
     options_of,
     shown,
@@ -55,7 +56,8 @@ class Part(Step[[Any]]):
     def __enter__(self) -> StepResult:
         cut = "a block has no arguments to cut: `train_step(optimizer, ...)(function)`"
         check(self._plan.step is None, ValueError, cut)
-        check(bool(self._plan.optimizers), ValueError, "no optimizer: `train_step(optimizer)`")
+        if not self._closed:
+            check_stepping(self._plan)
         return super().__enter__()
 
 
@@ -108,9 +110,10 @@ def train_step(
 
 
 def accumulate(
-    n: int | Callable[[int], int],
+    n: int | Callable[[int], int | None] | None,
     module: nn.Module | None = None,
     *,
+    reduction: Literal["mean", "sum"] = "mean",
     dtype: torch.dtype | None = None,
 ) -> Part:
     """Make one update of every n micro-batches.
@@ -125,7 +128,9 @@ def accumulate(
     ``accumulate(a * b)``.
 
     Args:
-        n: micro-batches in a window, or a function from the number of updates so far to that.
+        n: micro-batches in a window, or a function from the number of updates so far to that. With
+            None only ``step.close()``, ``step.last`` and the end of ``step.over`` close a window.
+        reduction: "sum" adds up the losses in place of taking their mean.
         module: the module that is trained, needed only where the plan has no optimizer.
         dtype: torch.float32 adds up the gradients of half-precision parameters in float32.
 
@@ -138,8 +143,9 @@ def accumulate(
 
     Source: https://github.com/huggingface/transformers/issues/34242
     """
+    length: Any = n
     if not callable(n) or isinstance(n, nn.Module):
-        check_length(n)
+        length = check_length(n)
     else:
         try:
             inspect.signature(n).bind(0)
@@ -150,7 +156,9 @@ def accumulate(
             pass
     fits = dtype is None or dtype == torch.float32
     check(fits, ValueError, f"sums are float32 or None, got {dtype!r}: `dtype=torch.float32`")
-    plan = Plan(lengths=(n,), **options_of(module))
+    fits = reduction in ("mean", "sum")
+    check(fits, ValueError, f"no reduction {reduction!r}: `accumulate(4, reduction='sum')`")
+    plan = Plan(lengths=(length,), is_sum=reduction == "sum", **options_of(module))
     if dtype is not None:
         from trainkit.wide import WideWindow
 

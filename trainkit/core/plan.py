@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from trainkit.core.precision import Precision
 
@@ -25,17 +25,34 @@ class Surrounding(Protocol):
         """Return a new context manager for one micro-batch."""
 
 
+@runtime_checkable
+class Optimizer(Protocol):
+    """What a step needs of an optimizer, whether it is a ``torch.optim.Optimizer`` or not."""
+
+    param_groups: Any
+
+    def step(self) -> Any:
+        """Update the parameters by their gradients."""
+
+    def zero_grad(self) -> Any:
+        """Forget the gradients."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a step is to do, without any state. ``a + b`` is ``b + a``."""
 
     # Plans add these up.
     modules: tuple[nn.Module, ...] = ()
-    lengths: tuple[int | Callable[[int], int], ...] = ()
+    lengths: tuple[float | Callable[[int], int | None], ...] = ()
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
     # Each of these is given once.
     optimizers: tuple[Optimizer, ...] = ()
+    is_sum: bool = False  # whether the losses of a window are added up
     precision: Precision | None = None
     max_norm: float | None = None
     norm_type: float = 2.0
@@ -51,7 +68,7 @@ class Plan:
             a, b = getattr(self, name), getattr(other, name)
             if name in ("modules", "lengths", "after", "surroundings"):
                 both[name] = a + b
-            elif unset in (a, b) or (name == "window" and a is b):
+            elif unset in (a, b) or (name in ("window", "is_sum") and a is b):
                 both[name] = b if a == unset else a
             else:
                 twice = f"{_NAMES.get(name, name)} was given twice, {shown(a)} and {shown(b)}"
@@ -97,10 +114,12 @@ def check_plan(plan: Plan) -> torch.device:
     return parameters[0].device
 
 
-def check_length(n: Any) -> int:
-    """Return n if it is a number of micro-batches; else TypeError or ValueError."""
+def check_length(n: Any) -> float:
+    """Return n if it is a number of micro-batches, inf for None; else TypeError or ValueError."""
+    if n is None:
+        return math.inf
     wanted = f"n counts micro-batches, an int of at least 1, got {shown(n)}: `accumulate(4)`"
-    check(isinstance(n, int) and not isinstance(n, bool), TypeError, wanted)
+    check(isinstance(n, numbers.Integral) and not isinstance(n, bool), TypeError, wanted)
     check(1 <= n <= sys.maxsize, ValueError, wanted)
     return int(n)
 
@@ -109,18 +128,34 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
+        is_one = isinstance(one, Optimizer) and not isinstance(one, type)
         came = f"expected an optimizer, got {type(one).__name__} {shown(one)}"
-        check(isinstance(one, Optimizer), TypeError, f"{came}: `AdamW(model.parameters())`")
-        step = getattr(type(one), "step", None)  # a mock of an optimizer has none
-        closure = None if step is None else inspect.signature(step).parameters.get("closure")
-        needs_one = closure is not None and closure.default is inspect.Parameter.empty
-        came = f"{type(one).__name__}.step needs a closure to run the loss again"
-        check(not needs_one, TypeError, f"{came}: call `optimizer.step(closure)` yourself")
+        missing = [name for name in _ABILITIES if not hasattr(one, name)]
+        lacks = f" without {', '.join(missing)}" if len(missing) < len(_ABILITIES) else ""
+        check(is_one, TypeError, f"{came}{lacks}: `AdamW(model.parameters())`")
     remedy = "`train_step([optimizer_a, optimizer_b])`"
     check(bool(found), ValueError, f"got no optimizer: {remedy}")
     is_once = len({id(one) for one in found}) == len(found)
     check(is_once, ValueError, f"an optimizer was given twice, and would step twice: {remedy}")
     return found
+
+
+_ABILITIES = ("param_groups", "step", "zero_grad", "state_dict")
+
+
+def check_stepping(plan: Plan) -> None:
+    """Raise ValueError or TypeError if a step cannot step the optimizers itself."""
+    remedy = "`train_step(optimizer)`, or `yield loss`"
+    check(bool(plan.optimizers), ValueError, f"no optimizer was given: {remedy}")
+    for one in plan.optimizers:
+        try:
+            closure = inspect.signature(one.step).parameters.get("closure")
+        except (TypeError, ValueError):  # it may be written in C, or a mock
+            closure = None
+        needs_one = closure is not None and closure.default is inspect.Parameter.empty
+        needs_one = needs_one or hasattr(one, "first_step")  # SAM
+        came = f"{type(one).__name__}.step runs the loss again, and needs a closure"
+        check(not needs_one, TypeError, f"{came}: `yield loss`, and step the optimizer below it")
 
 
 def options_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +15,16 @@ class StepResult:
 
     Attributes:
         loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
+        output: what the step function returned or yielded, with every tensor in it detached. None
+            in a block, and from ``step.close()``.
         complete: whether this call closed a window.
         grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
             on the device. None where no norm was computed.
     """
 
     # On the class: a result is made for every micro-batch, and most of them keep most of these.
-    loss: Tensor | None = None
+    loss: Tensor = None  # type: ignore[assignment]
+    output: Any = None
     complete = False
     grad_norm: Tensor | None = None
     _skipped: bool | Tensor = False
@@ -29,9 +33,14 @@ class StepResult:
     _count = 0
 
     @property
-    def window_loss(self) -> Tensor | None:
-        """The weighted mean of the window's losses up to this call: 0-d, computed when read."""
-        return None if self._window is None else self._window.mean_loss(self._count)
+    def window_loss(self) -> Tensor:
+        """The weighted mean of the window's losses up to this call: 0-d, computed when read.
+
+        Their sum with ``reduction="sum"``. None where a call counted no loss.
+        """
+        if self._window is None:
+            return None  # type: ignore[return-value]
+        return self._window.mean_loss(self._count)
 
     @property
     def updated(self) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import math
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +21,20 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
+from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
-from trainkit.core.loop import Delivery, mark_last, over
-from trainkit.core.losses import read_loss
-from trainkit.core.plan import Plan, Surrounding, check, check_length, check_plan
+from trainkit.core.loop import OUTSIDE, Batches, Delivery, length_of, mark_last, over
+from trainkit.core.losses import detached, read_loss
+from trainkit.core.plan import (
+    Plan,
+    Surrounding,
+    check,
+    check_length,
+    check_plan,
+    check_stepping,
+)
 from trainkit.core.result import StepResult
 from trainkit.core.update import Answer, Updater
 from trainkit.core.warning import warn
@@ -58,8 +68,11 @@ class Step(Generic[P]):
         # From micro-batch to micro-batch.
         self._running: MicroBatch | None = None
         self._size: Size = 1
-        self._delivery = Delivery(None, False)
+        self._delivery = OUTSIDE
         self._ended_early = False
+        self._yields = inspect.isgeneratorfunction(function)
+        self._after_may_be_late = True
+        self._said: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
         self._watchers: list[Any] = []
 
@@ -73,13 +86,15 @@ class Step(Generic[P]):
                     output = running.forward(*args, **kwargs)
             loss, weight = read_loss(output)
             running.backward(loss, weight)
-            running.result.loss = loss.detach()
+            result = running.result
+            result.loss = loss.detach()
+            result.output = result.loss if output is loss else detached(output)
             running.finish()
             running.leave()
         except BaseException:
             running.leave()
             raise
-        return running.result
+        return result
 
     def __enter__(self) -> StepResult:
         running = self._begin()
@@ -105,13 +120,21 @@ class Step(Generic[P]):
                 elif running.lent is None and is_changed(running.left, are_lent=False):
                     from trainkit.advice import NO_LOSS
 
-                    warn(NO_LOSS)
+                    raise RuntimeError(NO_LOSS)
             running.leave()
         except BaseException:
             running.leave()
             raise
 
-    def backward(self, loss: Any, weight: Weight | None = None) -> None:
+    def backward(
+        self,
+        loss: Any,
+        weight: Weight | None = None,
+        *,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+        inputs: Any = None,
+    ) -> None:
         """Run backward of a loss: of *the* loss in a block, of a further loss anywhere.
 
         Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from
@@ -121,6 +144,7 @@ class Step(Generic[P]):
         Args:
             loss: 0-d, floating, with a graph; or whatever else a step function may return.
             weight: the number of things the loss is the mean of, an int or a 0-d integer tensor.
+            create_graph, retain_graph, inputs: passed to ``Tensor.backward``.
 
         Raises:
             TypeError, ValueError: for another loss or weight, before anything is changed.
@@ -133,7 +157,9 @@ class Step(Generic[P]):
             raise RuntimeError(f"step.backward(loss) is called inside a micro-batch: {where}")
         loss, weight = read_loss(loss if weight is None else (loss, weight))
         detached = loss.detach()
-        running.backward(loss, weight)
+        options = {"create_graph": create_graph, "retain_graph": retain_graph, "inputs": inputs}
+        is_plain = not create_graph and retain_graph is None and inputs is None
+        running.backward(loss, weight, {} if is_plain else options)
         running.watch(running.lent)
         if running.result.loss is None:
             running.result.loss = detached
@@ -146,7 +172,13 @@ class Step(Generic[P]):
         finally:
             self._delivery = found
 
-    def over(self, loader: Iterable[T], *others: Step[Any], progress: Any = False) -> Iterator[T]:
+    def over(
+        self,
+        loader: Iterable[T],
+        *others: Step[Any],
+        updates: int | None = None,
+        progress: Any = False,
+    ) -> Iterator[T]:
         """Iterate over a loader, and let its last batch close the open windows of the steps.
 
         Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
@@ -156,22 +188,57 @@ class Step(Generic[P]):
         Args:
             loader: what a loop can iterate over.
             others: further steps whose windows end with the loader.
+            updates: iterate over the loader again and again, until this step has closed so many
+                windows. The end of the loader then closes none.
             progress: True shows a bar of tqdm; a mapping of arguments is passed to tqdm.
 
         Raises:
-            TypeError: for another loader, step or ``progress``.
-            ValueError: on several ranks, if one of them has no batch.
+            TypeError: for another loader, step, ``updates`` or ``progress``.
+            ValueError: if the loader ends before ``updates``, or a rank has no batch at all.
         """
         is_iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
         for fits, given in ((is_iterable, loader), *((isinstance(s, Step), s) for s in others)):
             came = f"over takes a loader and then steps, got {type(given).__name__}"
             check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
-        batches = over(loader, (self, *others))
+        if updates is not None:
+            came = f"updates counts windows, an int of at least 1, got {updates!r}"
+            is_count = isinstance(updates, int) and not isinstance(updates, bool)
+            check(is_count, TypeError, f"{came}: `step.over(loader, updates=1000)`")
+            check(updates >= 1, ValueError, f"{came}: `step.over(loader, updates=1000)`")
+        length = length_of(loader) if updates is None else 0
+        batches = Batches(over(loader, (self, *others), updates), length)
         if progress is False:
             return batches
         from trainkit.watch.progress import with_progress
 
         return with_progress(batches, loader, (self, *others), progress)
+
+    def close(self) -> StepResult:
+        """Make the update of the open window now, divided by what is in it.
+
+        Equivalent to ``step.last`` with the micro-batch before. Where no window is open it does
+        nothing, and ``result.complete`` is False.
+
+        Raises:
+            RuntimeError: inside a micro-batch, and for a step that yields, whose update code only a
+                call can reach: ``step.last(batch)``.
+        """
+        is_between = self._running is None
+        check(is_between, RuntimeError, "step.close() inside a micro-batch: call it after `step()`")
+        running = self._begin()
+        try:
+            window, result = self._window, running.result
+            if window is not None and window.reduce(self._plan.parameters()):
+                last = "`step.last(batch)`, or return the loss in place of `yield loss`"
+                check(not self._yields, RuntimeError, f"a step that yields has no close(): {last}")
+                running.lent, result._window, result._count = window, window, len(window.losses)
+                running.close(window)
+                running.lent = None
+            running.leave()
+        except BaseException:
+            running.leave()
+            raise
+        return running.result
 
     def discard(self) -> None:
         """Drop the open window, if there is one: nothing applied, nothing counted."""
@@ -204,6 +271,14 @@ class Step(Generic[P]):
         self.settle()
         return int(self._skips)
 
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale now; None without one. Reading it may wait."""
+        if self._updater is None:
+            self._prepare()
+        scale = self._updater.scale
+        return None if scale is None else scale.item()
+
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the counters, the loss scale, and the open window with its gradients.
 
@@ -221,6 +296,15 @@ class Step(Generic[P]):
         from trainkit.saving.state import load_into
 
         load_into(self, state)
+
+    def __repr__(self) -> str:
+        from trainkit.advice import described
+
+        return described(self)
+
+    def __reduce__(self) -> Any:
+        sent = "a step belongs to its process, with its model and its optimizer"
+        raise TypeError(f"{sent}: send data alone, or make the step there, `train_step(...)(f)`")
 
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"
@@ -255,13 +339,17 @@ class Step(Generic[P]):
             from trainkit.ranks.join import join
 
             plan, deliver = join(self, updater)
+        self._after_may_be_late = all(
+            isinstance(getattr(call, "__self__", None), LRScheduler) for call in plan.after
+        )
         self._plan, self._deliver, self._updater = plan, deliver, updater
 
     def _new_window(self) -> Window:
-        length = 1
+        length: float = 1
         for n in self._plan.lengths:
             length *= check_length(n(self.updates)) if callable(n) else n
-        window: Window = (self._plan.window or Window)(length, self._reference)
+        kind, is_sum = self._plan.window or Window, self._plan.is_sum
+        window: Window = kind(length, self._reference, is_sum)
         return window
 
     def _closes(self) -> bool:
@@ -311,15 +399,15 @@ class MicroBatch:
         plan, function = self.step._plan, self.step._function
         output = function(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, types.GeneratorType):
-            self.generator = output
+            self.generator, self.step._yields = output, True
             if plan.after:
                 raise ValueError("a step that yields takes no `after`: call it below the yield")
             return run_to_yield(output)
-        if not plan.optimizers:
-            raise ValueError("no optimizer was given: `train_step(optimizer)`, or `yield loss`")
+        if not self.step._closed:
+            check_stepping(plan)
         return output
 
-    def backward(self, loss: Tensor, weight: Any) -> None:
+    def backward(self, loss: Tensor, weight: Any, options: dict[str, Any] | None = None) -> None:
         """Add the gradient of a loss, times its share, to the sums of the window."""
         step, parameters = self.step, self.step._plan.parameters()
         if self.left:
@@ -339,7 +427,7 @@ class MicroBatch:
             raise TypeError(f"{came}: `step.backward(first, weight)`")
         try:
             window.lend(parameters)
-            _run_backward(loss, step._updater.seed(loss, self.share))
+            _run_backward(loss, step._updater.seed(loss, self.share), options)
         except BaseException as error:
             step.discard()  # at once: a block may catch this and continue
             if isinstance(error, RuntimeError):
@@ -357,6 +445,12 @@ class MicroBatch:
         window.add(result.loss, self.weight, self.step._size)
         result._window, result._count = window, len(window.losses)
         if closes:
+            if window.size < window.length < math.inf:
+                if self.step._ended_early:
+                    from trainkit.advice import SHORT_WINDOWS
+
+                    warn(SHORT_WINDOWS)
+                self.step._ended_early = True
             self.close(window)
         else:
             window.take()
@@ -367,12 +461,6 @@ class MicroBatch:
     def close(self, window: Window) -> None:
         """Turn the gradients of a complete window into an update."""
         step, result, parameters = self.step, self.result, self.step._plan.parameters()
-        if window.size < window.length:
-            if step._ended_early:
-                from trainkit.advice import SHORT_WINDOWS
-
-                warn(SHORT_WINDOWS)
-            step._ended_early = True
         if step._owed is not None:
             step.settle()
         for watcher in step._watchers:
@@ -407,7 +495,7 @@ class MicroBatch:
             if own is not None and verdict.skipped is not True:
                 window.parameters = []  # what becomes of ``.grad`` is up to the update code
             window.drop()
-            if owed is not None and owed.known():
+            if owed is not None and (owed.known() or not step._after_may_be_late):
                 step.settle()
 
     def leave(self) -> None:
@@ -450,17 +538,19 @@ class MicroBatch:
 _run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
 
 
-def _run_backward(loss: Tensor, seed: Tensor) -> None:
-    """Run ``loss.backward(gradient=seed)`` with autocast off."""
+def _run_backward(loss: Tensor, seed: Tensor, options: dict[str, Any] | None) -> None:
+    """Run ``loss.backward(gradient=seed, **options)`` with autocast off."""
     if torch.is_autocast_enabled(loss.device.type):  # in a block, or around the whole loop
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+            loss.backward(gradient=seed, **options or {})  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # or every later forward would use the old weights
-    elif type(loss) is Tensor:  # without the checks of Tensor.backward, which take 15 us
+    elif (
+        type(loss) is Tensor and not options
+    ):  # without the checks of Tensor.backward, which take 15 us
         run = _run_on_cpu if loss.is_cpu else _engine_run_backward
         run((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     else:
-        loss.backward(gradient=seed)  # type: ignore[no-untyped-call]
+        loss.backward(gradient=seed, **options or {})  # type: ignore[no-untyped-call]
 
 
 def _keep_casts_fresh(step: Step[Any]) -> None:

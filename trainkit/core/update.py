@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,10 +106,12 @@ class Updater:
             divisor = _times(divisor, self.scale)
         norm = found_inf = None
         if self.looks:
-            scaled = total_norm(gradients, self.plan.norm_type, self.zero)
+            with torch.no_grad():
+                scaled = total_norm(gradients, self.plan.norm_type, self.zero)
             found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
-        if own is None and window.can_fuse and can_fuse(optimizers, gradients):
+        has_graph = any(map(_requires_grad, gradients))  # of ``backward(create_graph=True)``
+        if own is None and window.can_fuse and not has_graph and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
             verdict = Verdict(told.get("found_inf", False), found_inf, norm)
             window.narrow()
@@ -116,7 +119,10 @@ class Updater:
         factor = self._factor(divisor, norm)
         if factor is None:
             return Verdict(True, found_inf, norm), None
-        if factor != 1.0 and gradients:
+        if factor != 1.0 and has_graph:
+            for parameter in window.parameters:
+                parameter.grad = None if parameter.grad is None else parameter.grad * factor
+        elif factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
         window.narrow()
         return Verdict(False, found_inf, norm), own or functools.partial(step_all, optimizers, {})
@@ -177,6 +183,9 @@ class Updater:
     def forgive(self) -> None:
         """Forget the skips so far."""
         self.skips, self.latest, self.asked = 0, [], None
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _times(divisor: Weight, factor: Tensor) -> Tensor:

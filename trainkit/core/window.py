@@ -30,10 +30,13 @@ class Window:
 
     can_fuse = True  # whether a fused optimizer may divide the sums
     can_watch = True  # whether only autograd changes a sum that is lent
-    kept = ("length", "parts", "reference", "weighted", "size", "weights")  # in a state_dict
+    may_be_open = False  # where a loop begins: it is from a checkpoint
+    # In a state_dict.
+    kept = ("length", "parts", "reference", "weighted", "size", "weights", "is_sum")
 
-    def __init__(self, length: int, reference: Weight | None) -> None:
-        self.length = self.parts = length
+    def __init__(self, length: float, reference: Weight | None, is_sum: bool = False) -> None:
+        self.length, self.is_sum = length, is_sum
+        self.parts = 1 if is_sum or length == math.inf else length
         self.reference = reference  # None before the first weight of a run
         self.losses: list[Tensor] = []
         self.weights: list[Weight] = []
@@ -50,6 +53,9 @@ class Window:
             came, were = ("without", "with") if self.weighted else ("with", "without")
             mixed = f"a loss came {came} a weight, after {len(self.losses)} {were} one"
             raise TypeError(f"{mixed}: give one with each, `return loss, weight`, or with none")
+        if self.is_sum and weight is not None:
+            came = "got a weight, and reduction='sum' adds up losses as they are"
+            raise TypeError(f"{came}: `return loss`, or `accumulate(n)`")
         self.weighted = weight is not None
         if weight is None:
             return float(size) / self.parts
@@ -71,7 +77,7 @@ class Window:
         """Return the number by which the sums are still to be divided."""
         if self.weighted and self.reference is not None:
             return self.total() / (self.reference * self.parts)
-        return float(self.size) / self.parts
+        return 1.0 if self.is_sum else float(self.size) / self.parts
 
     def is_empty(self) -> bool | Tensor:
         """Return whether all weights are zero; a 0-d tensor where only the device knows."""
@@ -85,8 +91,10 @@ class Window:
         return power_of_two_near(self.total(), self.size, self.reference)
 
     def mean_loss(self, count: int) -> Tensor:
-        """Return the weighted mean of the first losses, 0-d; nan where all weights are zero."""
-        return weighted_mean(self.losses[:count], self.weights[:count])
+        """Return the weighted mean of the first losses, or their sum; nan without any weight."""
+        return weighted_mean(
+            self.losses[:count], self.weights[:count], 1.0 if self.is_sum else None
+        )
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
         """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
@@ -112,6 +120,10 @@ class Window:
                     sums[i] = gradient
                     parameter.grad = None
                 lent[i] = False
+
+    def reduce(self, parameters: list[nn.Parameter]) -> bool:
+        """Make an open window ready to be closed as it is. Return whether there is one."""
+        return bool(self.losses)
 
     def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Lend the sums for the update, and return them."""
@@ -170,11 +182,16 @@ def as_weight(given: Any, device: torch.device) -> Weight:
     return given.detach().to(device, _wide(device))
 
 
-def weighted_mean(losses: list[Tensor], weights: list[Weight]) -> Tensor:
-    """Return the mean as 0-d tensor in the dtype of the losses; nan where all weights are zero."""
+def weighted_mean(
+    losses: list[Tensor], weights: list[Weight], divisor: Weight | None = None
+) -> Tensor:
+    """Return the sum of weighted losses over the divisor, or else over the sum of the weights.
+
+    0-d in the dtype of the losses; nan where all weights are zero.
+    """
     pairs = zip(losses, weights, strict=True)
     total: Any = sum(loss.to(_wide(loss.device)) * weight for loss, weight in pairs)
-    mean: Tensor = (total / sum(weights)).to(losses[0].dtype)
+    mean: Tensor = (total / (sum(weights) if divisor is None else divisor)).to(losses[0].dtype)
     return mean
 
 

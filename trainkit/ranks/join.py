@@ -130,8 +130,10 @@ class RankedWindow(Window):
 
     kept = (*Window.kept, "absent")  # type: ignore[assignment]
 
-    def __init__(self, ranks: Ranks, length: int, reference: Weight | None) -> None:
-        super().__init__(length, reference)
+    def __init__(
+        self, ranks: Ranks, length: float, reference: Weight | None, is_sum: bool = False
+    ) -> None:
+        super().__init__(length, reference, is_sum)
         self.ranks, self.hidden = ranks, HiddenSums(ranks.fsdp2)
         self.can_watch = ranks.can_watch
         self.absent = (

@@ -50,7 +50,7 @@ def load_into(step: Any, state: Any) -> None:
 def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Window:
     """Return a window as it was. ``factor`` makes up for another loss scale."""
     window: Window = step._new_window()
-    window.losses = list(state["losses"])
+    window.losses, window.may_be_open = list(state["losses"]), True
     for name in window.kept:
         setattr(window, name, state[name])
     window.weights = list(window.weights)
