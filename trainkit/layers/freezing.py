@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pydoc import locate
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from trainkit.layers.blocks import Block
 from trainkit.layers.language import (
     Chosen,
     Layers,
+    Selection,
     Slot,
     check_module,
     normalise,
@@ -37,6 +41,8 @@ class frozen(Block):
         module: the module that the layers belong to.
         layers: patterns ("encoder.layer[:2]", "**.bias"), submodules, parameters or predicates
             ``(name, parameter) -> bool``, one or several. "**" is everything, ``[]`` nothing.
+        buffers: False leaves the owners of buffers as they are: a BatchNorm goes on with the
+            statistics of its batches, as with ``requires_grad_(False)`` alone.
         eval_mode: puts the selected modules into evaluation mode too, with their dropout.
 
     Raises:
@@ -55,17 +61,22 @@ class frozen(Block):
     """
 
     def __init__(
-        self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False
+        self,
+        module: nn.Module,
+        layers: Layers = "**",
+        *,
+        buffers: bool = True,
+        eval_mode: bool = False,
     ) -> None:
         super().__init__()
         check_module(module, "frozen(model, 'embeddings')")
-        self._chosen, self._eval_mode = Chosen(module, layers), eval_mode
+        self._chosen, self._modes = Chosen(module, layers), (buffers, eval_mode)
 
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
-        slots, modules, owners = self._chosen.now()
-        modules, holder = owners + (modules if self._eval_mode else []), object()
+        selection, holder = self._chosen.now(), object()
+        slots, modules = selection.slots, _held(selection, *self._modes)
         try:
             # Ctrl-C may come after any call: what was found is noted before it is changed.
             for *_, parameter in slots:
@@ -84,10 +95,15 @@ class frozen(Block):
                 raise
 
 
+def _held(selection: Selection, buffers: bool, eval_mode: bool) -> list[nn.Module]:
+    """The modules to keep in evaluation mode."""
+    owners, others = selection.buffer_owners, selection.modules if eval_mode else []
+    return owners + others if buffers else [m for m in others if m not in owners]
+
+
 def _release(slots: list[Slot], modules: list[nn.Module], holder: object) -> None:
     for slot in slots:
-        found = _found.get(id(slot.parameter))
-        if found is not None:
+        if found := _found.get(id(slot.parameter)):
             found.holders.discard(holder)
             if not found.holders:
                 found.restore(slot)
@@ -107,8 +123,7 @@ class _Found:
     def restore(self, slot: Slot) -> None:
         name, owner, parameter = slot
         try:
-            parameter.requires_grad = self.requires_grad
-            parameter.grad = self.grad
+            parameter.requires_grad, parameter.grad = self.requires_grad, self.grad
         except RuntimeError:  # after a cast or a move inside, the gradient does not fit
             parameter.grad = None
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
@@ -122,8 +137,10 @@ class _Found:
 _found: dict[int, Any] = {}
 
 
-def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
-    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same ``layers``.
+def freeze(
+    module: nn.Module, layers: Layers = "**", *, buffers: bool = True, eval_mode: bool = False
+) -> list[str]:
+    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same arguments.
 
     Equivalent to this; inside a ``frozen`` block it holds from its end on::
 
@@ -153,7 +170,7 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         if found := _found.get(id(parameter)):
             found.requires_grad, found.grad = False, None
         parameter.requires_grad, parameter.grad = False, None
-    for owner in selection.buffer_owners:
+    for owner in _held(selection, buffers, eval_mode):
         _pin(owner, "freeze")
     return [slot.name for slot in selection.slots]
 
@@ -247,9 +264,9 @@ class _Pin:
     On the instance, where torch.compile notices it. Compiled models ignore hooks added later.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.asked = module, module.training
-        self.train = vars(module).get("train")  # the user's own, on the instance
+    def __init__(self, module: nn.Module, asked: bool, train: Any) -> None:
+        self.module, self.asked = module, asked
+        self.train = train  # the user's own, on the instance
         self.holders: set[object] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -262,26 +279,57 @@ class _Pin:
             self.module.training = False
         return self.module
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the module stays in evaluation mode until ``unfreeze``."""
-        return {**vars(self), "holders": {"freeze"}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (self.module, "train", (self.asked, self.train))
 
 
-def _pin(module: nn.Module, holder: object) -> None:
-    pin = vars(module).get("train")
-    if not isinstance(pin, _Pin):
-        pin = _Pin(module)
+class _Copied:
+    """Pins the copy of a module until ``unfreeze``.
+
+    A file loads without trainkit, too: what cannot be located is None there, and has no
+    ``__call__``, so that ``getattr`` takes the place of this and finds the plain ``train``.
+    """
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __call__(self, module: nn.Module, name: str, state: tuple[bool, Any]) -> _Pin:
+        vars(module)[name] = _Pin(module, *state)
+        return _pin(module, "freeze")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+_copied = _Copied(getattr, _Copied(locate, f"{__name__}._copied"), "__call__", getattr)
+
+
+def reset_running_stats(module: nn.Module) -> None:
+    """Replaces the method of this name: frozen statistics stay, and a lazy module makes its own.
+
+    Copies and files look a method up by its name.
+    """
+    if isinstance(module, LazyModuleMixin):
+        type(module).reset_running_stats(module)  # type: ignore[attr-defined]
+
+
+def _pin(module: nn.Module, holder: object) -> _Pin:
+    if not isinstance(pin := vars(module).get("train"), _Pin):
+        pin = _Pin(module, module.training, pin)
     pin.holders.add(holder)
     vars(module)["train"] = pin
+    if hasattr(type(module), "reset_running_stats"):
+        vars(module)["reset_running_stats"] = types.MethodType(reset_running_stats, module)
     module.training = False
+    return pin
 
 
 def _unpin(module: nn.Module, holder: object) -> None:
-    pin = vars(module).get("train")
-    if isinstance(pin, _Pin):
+    if isinstance(pin := vars(module).get("train"), _Pin):
         pin.holders.discard(holder)
         if not pin.holders:
             module.training = pin.asked
+            vars(module).pop("reset_running_stats", None)
             if pin.train is None:
                 del vars(module)["train"]
             else:

@@ -6,6 +6,7 @@
     "**.LayerNorm", "**.bias"                `**` stands for any number of components, none included
     lambda name, parameter: ...              a predicate over the named parameters
     ["embeddings", "encoder.layer[:2]"]      several of these; [] is nothing
+    ["**", "!head"]                          everything but the head, in any order
 
 A path to a module means everything under it.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from itertools import chain, compress
+from itertools import chain
 from operator import is_, methodcaller
 from typing import Any, NamedTuple
 
@@ -52,20 +53,17 @@ class Chosen:
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
         self._module, self.layers = module, normalise(layers)
-        self._known, self._empty = list[Any](), list[Any]()
-        self._members, self._buffers = list[Any](), list[Any]()
+        self._members, self._buffers, self._known = list[Any](), list[Any](), list[Any]()
         self.now()
 
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
         now, known = self._structure(), self._known
-        if any(self._empty) or len(now) != len(known) or not all(map(is_, now, known)):
+        if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
-            members = [own for m in modules for own in (m._modules, m._parameters)]
-            buffers = [m._buffers for m in modules]
-            self._members, self._buffers = list(filter(None, members)), list(filter(None, buffers))
-            self._empty = [own for own in members + buffers if not own]
+            self._members = [own for m in modules for own in (m._modules, m._parameters)]
+            self._buffers = [m._buffers for m in modules]
             self._known = self._structure()
         return self._selection
 
@@ -82,10 +80,8 @@ def normalise(layers: Layers) -> tuple[Any, ...]:
     words = tuple(layers) if isinstance(layers, Iterable) and not _is_layer(layers) else (layers,)
     for word in words:
         if not _is_layer(word):
-            raise TypeError(
-                f"a layer is a pattern, a submodule, a parameter or a predicate, got {word!r}: "
-                "`model.head`, or `'**'` for all and `[]` for none"
-            )
+            wanted = "a layer is a pattern, a submodule, a parameter or a predicate"
+            raise TypeError(f"{wanted}, got {word!r:.60}: `model.head`")
     return words
 
 
@@ -106,14 +102,12 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     for part in module.modules():
         if hasattr(type(part), "set_reshard_after_backward"):
             part.reshard()  # type: ignore[operator]  # FSDP2 leaves it gathered after an evaluation
-    parts = [part for layer in layers for part in _find(module, layer)]
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    inside = [(*m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
-    chosen = set(map(id, chain(parts, *inside)))
-    for m in module.modules():
-        own = set(map(id, m.parameters()))
-        if own and own <= chosen:  # all parameters of a module mean its buffers too
-            chosen.update(map(id, m.buffers()))
+    minus = [layer for layer in layers if isinstance(layer, str) and layer.startswith("!")]
+    plus = [layer for layer in layers if layer not in minus]
+    if minus and not plus:
+        raise ValueError(f'{minus[0]!r} alone has nothing to be taken out of: `["**", "!head"]`')
+    chosen = reach(module, plus) - reach(module, minus)
+    modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
         Slot(f"{path}.{name}".lstrip("."), owner, parameter)
         for path, owner in module.named_modules(remove_duplicate=False)
@@ -121,9 +115,22 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
         if parameter is not None and id(parameter) in chosen
     ]
     # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
-    moving = chosen.intersection(id(b) for b in module.buffers() if b.dtype != torch.bool)
-    owns_one = [not moving.isdisjoint(map(id, m.buffers(recurse=False))) for m in module.modules()]
-    return Selection(slots, modules, list(compress(module.modules(), owns_one)))
+    moving = {id(b) for b in module.buffers() if b.dtype != torch.bool and id(b) in chosen}
+    owners = [m for m in module.modules() if not moving.isdisjoint(map(id, m._buffers.values()))]
+    return Selection(slots, modules, owners)
+
+
+def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
+    """Ids of all that layers select: modules as a whole, parameters and buffers."""
+    parts = [part for layer in layers for part in _find(module, layer)]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    inside = [(m, *m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
+    reached = set(map(id, chain(parts, *inside)))
+    for m in module.modules():
+        own = set(map(id, m.parameters()))
+        if own and own <= reached:  # all parameters of a module mean its buffers too
+            reached.update(map(id, m.buffers()))
+    return reached
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -136,7 +143,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _find(module: nn.Module, layer: Any) -> list[Any]:
     if isinstance(layer, str):
-        found = _match(module, layer)
+        found = _match(module, layer.removeprefix("!"))
         if not found:
             raise ValueError(_no_match(module, layer))
     elif isinstance(layer, (nn.Module, nn.Parameter)):
@@ -173,10 +180,8 @@ def _components(pattern: str) -> list[str]:
     components = re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split(".")
     for component in components:
         if not _COMPONENT.fullmatch(component):
-            raise ValueError(
-                f"the pattern {pattern!r} cannot be read at {component!r}: it takes names, `*`, "
-                "`**` and indices, with dots between, `'encoder.layer[:2].attention'`, `'**.bias'`"
-            )
+            call = "`'encoder.layer[:2].attention'`, `'**.bias'`"
+            raise ValueError(f"the pattern {pattern!r} cannot be read at {component!r}: {call}")
     return components
 
 
@@ -194,13 +199,18 @@ def _members(module: nn.Module) -> list[tuple[str, Any]]:
     return [(key, part) for group in groups for key, part in group.items() if part is not None]
 
 
-def _no_match(module: nn.Module, pattern: str) -> str:
+def _no_match(module: nn.Module, layer: str) -> str:
+    pattern = layer.removeprefix("!")
+    owner, is_index, _ = pattern.rpartition("[")
+    if is_index and any(isinstance(part, nn.Parameter) for part in _match(module, owner)):
+        hook = "`weight.register_hook(lambda grad: grad.index_fill(0, rows, 0))`"
+        return f"{layer!r} means rows, and a parameter freezes as a whole: {hook} holds its rows"
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
-    ends = ["**." + name.rpartition(".")[2] for name in names]
-    spelled = {name.lower(): name for name in reversed(names + ends)}
-    near = difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)
-    hints = [spelled[name] for name in near] or [name for name in names if "." not in name][:8]
+    known = dict.fromkeys([*names, *("**." + name.rpartition(".")[2] for name in names)])
+    hints: list[str] = difflib.get_close_matches(pattern, known, 3, 0.5)
+    hints = hints or [name for name in names if "." not in name][:8]
     if _match(module, f"**.{pattern}"):
         hints = [f"**.{pattern}"]
-    found = f"the pattern {pattern!r} matches nothing in the {type(module).__name__}"
-    return f"{found}; try {', '.join(map(repr, hints))}"
+    found = f"the pattern {layer!r} matches nothing in the {type(module).__name__}"
+    sign = "!" * layer.startswith("!")
+    return f"{found}; try {', '.join(repr(sign + hint) for hint in hints)}"

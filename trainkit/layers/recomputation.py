@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.layers.blocks import Block
-from trainkit.layers.language import Chosen, Layers, check_module, select, unwrapped
+from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrapped
 
 
 class recompute(Block):
@@ -52,7 +52,7 @@ class recompute(Block):
         check_module(module, "recompute(model, 'encoder.layer')")
         self._module, self._chosen = module, Chosen(module, layers)
         for layer in self._chosen.layers:
-            if not _regions(module, select(module, (layer,)).modules):
+            if not _regions(module, reach(unwrapped(module), [layer])):
                 raise ValueError(
                     f"{layer!r:.60} selects no module with a forward, and only modules can run "
                     "again: name the blocks, `recompute(model, 'encoder.layer')`"
@@ -61,7 +61,8 @@ class recompute(Block):
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
-        modules, holder = _regions(self._module, self._chosen.now().modules), object()
+        chosen, holder = set(map(id, self._chosen.now().modules)), object()
+        modules = _regions(self._module, chosen)
         regions: list[_Region] = []
         try:
             for module in modules.values():
@@ -77,14 +78,13 @@ class recompute(Block):
                     region.take_off()
 
 
-def _regions(module: nn.Module, selected: list[nn.Module]) -> dict[str, nn.Module]:
-    """The outermost of the selected modules that have a forward, by name."""
-    chosen = set(map(id, selected))
+def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
+    """The outermost modules that are chosen with all in them and have a forward, by name."""
     found: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
         has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
-        if has_forward and id(module) in chosen:
+        if has_forward and chosen.issuperset(map(id, module.modules())):
             found[name] = module
         else:
             for child_name, child in module.named_children():
