@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pydoc import locate
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from trainkit.layers.blocks import Block
 from trainkit.layers.language import (
@@ -80,9 +80,7 @@ class frozen(Block):
         try:
             # Ctrl-C may come after any call: what was found is noted before it is changed.
             for *_, parameter in slots:
-                found = _found.get(id(parameter)) or _Found(parameter)
-                found.holders.add(holder)
-                _found[id(parameter)] = found
+                _found.setdefault(id(parameter), _Found(parameter)).holders.add(holder)
                 parameter.requires_grad, parameter.grad = False, None
             for module in modules:
                 _pin(module, holder)
@@ -165,7 +163,8 @@ def freeze(
         ['0.weight', '0.bias']
     """
     check_module(module, "freeze(model, 'embeddings')")
-    selection = select(module, normalise(layers))
+    selection = select(module, words := normalise(layers))
+    _warn_of_one_level(module, words)
     for *_, parameter in selection.slots:
         if found := _found.get(id(parameter)):
             found.requires_grad, found.grad = False, None
@@ -173,6 +172,16 @@ def freeze(
     for owner in _held(selection, buffers, eval_mode):
         _pin(owner, "freeze")
     return [slot.name for slot in selection.slots]
+
+
+def _warn_of_one_level(module: nn.Module, layers: tuple[Any, ...]) -> None:
+    """Warn of a pattern such as "*.bias" that leaves most parameters of this name out."""
+    for layer in layers:
+        if isinstance(layer, str) and layer.startswith("*.") and layer[2:].isidentifier():
+            few, count = (len(select(module, (word,)).slots) for word in (layer, f"*{layer}"))
+            if count > 4 * few:
+                found = f"{layer!r} selects {few} of {count} parameters, one level down"
+                warnings.warn(f"{found}: `'*{layer}'` selects all", stacklevel=3)
 
 
 def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
@@ -202,7 +211,8 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         ['0.weight', '0.bias']
     """
     check_module(module, "unfreeze(model, 'embeddings')")
-    selection = select(module, normalise(layers))
+    selection = select(module, words := normalise(layers))
+    _warn_of_one_level(module, words)
     # Integers, as quantised weights are, have no gradient.
     slots = [
         s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
@@ -264,13 +274,14 @@ class _Pin:
     On the instance, where torch.compile notices it. Compiled models ignore hooks added later.
     """
 
-    def __init__(self, module: nn.Module, asked: bool, train: Any) -> None:
-        self.module, self.asked = module, asked
-        self.train = train  # the user's own, on the instance
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.asked = module, getattr(module, "training", True)
+        names = "train", "reset_running_stats"  # which may be the user's own, on the instance
+        self.found = {name: vars(module)[name] for name in names if name in vars(module)}
         self.holders: set[object] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        train = self.train or functools.partial(type(self.module).train, self.module)
+        train = self.found.get("train") or functools.partial(type(self.module).train, self.module)
         try:
             self.module.training = self.asked
             train(*args, **kwargs)
@@ -280,45 +291,39 @@ class _Pin:
         return self.module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.module, "train", (self.asked, self.train))
+        return _copied, (self.module, "train", [self.asked, self.found])
 
 
-class _Copied:
-    """Pins the copy of a module until ``unfreeze``.
+class _Copied(functools.partial[Any]):
+    """Pins the copy of a module until ``unfreeze``. Pickled, it is the call of a partial.
 
-    A file loads without trainkit, too: what cannot be located is None there, and has no
-    ``__call__``, so that ``getattr`` takes the place of this and finds the plain ``train``.
+    Files load without trainkit, too. What cannot be located is None there, and has no ``__call__``,
+    so that ``getattr`` takes the place of this and finds the plain ``train``.
     """
 
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = function, args
-
-    def __call__(self, module: nn.Module, name: str, state: tuple[bool, Any]) -> _Pin:
-        vars(module)[name] = _Pin(module, *state)
-        return _pin(module, "freeze")
+    def __call__(self, module: nn.Module, name: str, state: list[Any]) -> _Pin:
+        pin = _pin(module, "freeze")
+        pin.asked, pin.found = state
+        return pin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
+        return self.func, self.args
 
 
 _copied = _Copied(getattr, _Copied(locate, f"{__name__}._copied"), "__call__", getattr)
 
 
 def reset_running_stats(module: nn.Module) -> None:
-    """Replaces the method of this name: frozen statistics stay, and a lazy module makes its own.
-
-    Copies and files look a method up by its name.
-    """
-    if isinstance(module, LazyModuleMixin):
-        type(module).reset_running_stats(module)  # type: ignore[attr-defined]
+    """Replaces the method of this name, by which pickle looks it up: frozen statistics stay."""
 
 
 def _pin(module: nn.Module, holder: object) -> _Pin:
     if not isinstance(pin := vars(module).get("train"), _Pin):
-        pin = _Pin(module, module.training, pin)
+        pin = _Pin(module)
     pin.holders.add(holder)
     vars(module)["train"] = pin
-    if hasattr(type(module), "reset_running_stats"):
+    # A lazy module resets its statistics when it makes them.
+    if hasattr(type(module), "reset_running_stats") and not hasattr(module, "cls_to_become"):
         vars(module)["reset_running_stats"] = types.MethodType(reset_running_stats, module)
     module.training = False
     return pin
@@ -329,8 +334,9 @@ def _unpin(module: nn.Module, holder: object) -> None:
         pin.holders.discard(holder)
         if not pin.holders:
             module.training = pin.asked
-            vars(module).pop("reset_running_stats", None)
-            if pin.train is None:
-                del vars(module)["train"]
-            else:
-                vars(module)["train"] = pin.train
+            # `train` last, because the pin must be found again after Ctrl-C.
+            for name in ("reset_running_stats", "train"):
+                if name in pin.found:
+                    vars(module)[name] = pin.found[name]
+                else:
+                    vars(module).pop(name, None)

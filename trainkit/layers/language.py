@@ -17,15 +17,14 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from itertools import chain
-from operator import is_, methodcaller
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
-Layers = Layer | Iterable[Layer]
+Layers = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool] | Iterable[Any]
 _CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
 _COMPONENT = re.compile(
     r"\*\*|\[-?\d+\]|\[(-?\d+)?:(-?\d+)?(:(-?0*[1-9]\d*)?)?\]|(?!.*\*\*)[^\[\]]+", re.DOTALL
@@ -62,17 +61,16 @@ class Chosen:
         if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
-            self._members = [own for m in modules for own in (m._modules, m._parameters)]
-            self._buffers = [m._buffers for m in modules]
+            self._members = [own.values() for m in modules for own in (m._modules, m._parameters)]
+            self._buffers = [m._buffers.values() for m in modules]
             self._known = self._structure()
         return self._selection
 
     def _structure(self) -> list[Any]:
         # A step asks for every micro-batch, so without a loop in Python. Many modules replace their
         # buffers in every forward; only the type of a buffer counts, which is another for None.
-        members = chain.from_iterable(map(methodcaller("values"), self._members))
-        buffers = chain.from_iterable(map(methodcaller("values"), self._buffers))
-        return [self._module, *members, *map(type, buffers)]
+        buffers = map(type, chain.from_iterable(self._buffers))
+        return [self._module, *chain.from_iterable(self._members), *buffers]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
@@ -109,10 +107,9 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     chosen = reach(module, plus) - reach(module, minus)
     modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
-        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
-        for path, owner in module.named_modules(remove_duplicate=False)
-        for name, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in chosen
+        Slot(name, module.get_submodule(name.rpartition(".")[0]), parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if id(parameter) in chosen
     ]
     # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
     moving = {id(b) for b in module.buffers() if b.dtype != torch.bool and id(b) in chosen}
@@ -123,12 +120,12 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
 def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
     """Ids of all that layers select: modules as a whole, parameters and buffers."""
     parts = [part for layer in layers for part in _find(module, layer)]
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    inside = [(m, *m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
+    whole = [part for part in parts if isinstance(part, nn.Module)]
+    inside = [(*m.modules(), *m.parameters(), *m.buffers()) for m in whole]
     reached = set(map(id, chain(parts, *inside)))
     for m in module.modules():
-        own = set(map(id, m.parameters()))
-        if own and own <= reached:  # all parameters of a module mean its buffers too
+        # All parameters of a module mean its buffers too.
+        if (own := set(map(id, m.parameters()))) and own <= reached:
             reached.update(map(id, m.buffers()))
     return reached
 
@@ -163,33 +160,28 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
 
 def _match(module: nn.Module, pattern: str) -> list[Any]:
     found: list[Any] = [module]
-    for component in _components(pattern):
+    # `layer[:2].*.bias` has the components `layer`, `[:2]`, `*` and `bias`.
+    for component in re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split("."):
+        if not _COMPONENT.fullmatch(component):
+            raise ValueError(
+                f"{pattern!r} cannot be read at {component!r}: `'a[:2].b'`, `'**.bias'`"
+            )
         modules = [part for part in found if isinstance(part, nn.Module)]
         if component == "**":
             found = [inner for m in modules for inner in m.modules()]
         elif component.startswith("["):
-            found = [item for m in modules for item in _at(m, component[1:-1])]
+            items = _slice(component[1:-1])
+            found = [part for m in modules if isinstance(m, _CONTAINERS) for part in list(m)[items]]
         else:
             name = re.compile(re.escape(component).replace(r"\*", ".*"))
             found = [member for m in modules for key, member in _members(m) if name.fullmatch(key)]
     return found
 
 
-def _components(pattern: str) -> list[str]:
-    """Split ``layer[:2].*.bias`` into ``layer``, ``[:2]``, ``*`` and ``bias``."""
-    components = re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split(".")
-    for component in components:
-        if not _COMPONENT.fullmatch(component):
-            call = "`'encoder.layer[:2].attention'`, `'**.bias'`"
-            raise ValueError(f"the pattern {pattern!r} cannot be read at {component!r}: {call}")
-    return components
-
-
-def _at(container: nn.Module, index: str) -> list[Any]:
-    items: list[Any] = list(container) if isinstance(container, _CONTAINERS) else []
+def _slice(index: str) -> slice:
     if ":" not in index:  # i is i:i+1, and -1 is -1:
         index = f"{index}:{int(index) + 1 or ''}"
-    return items[slice(*(int(bound) if bound else None for bound in index.split(":")))]
+    return slice(*(int(bound) if bound else None for bound in index.split(":")))
 
 
 def _members(module: nn.Module) -> list[tuple[str, Any]]:
@@ -207,10 +199,9 @@ def _no_match(module: nn.Module, layer: str) -> str:
         return f"{layer!r} means rows, and a parameter freezes as a whole: {hook} holds its rows"
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
     known = dict.fromkeys([*names, *("**." + name.rpartition(".")[2] for name in names)])
-    hints: list[str] = difflib.get_close_matches(pattern, known, 3, 0.5)
+    deep = f"**.{pattern}"
+    hints = [deep] if _match(module, deep) else difflib.get_close_matches(pattern, known, 3, 0.5)
     hints = hints or [name for name in names if "." not in name][:8]
-    if _match(module, f"**.{pattern}"):
-        hints = [f"**.{pattern}"]
     found = f"the pattern {layer!r} matches nothing in the {type(module).__name__}"
     sign = "!" * layer.startswith("!")
     return f"{found}; try {', '.join(repr(sign + hint) for hint in hints)}"

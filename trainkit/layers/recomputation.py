@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from trainkit.layers.blocks import Block
 from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrapped
@@ -164,10 +165,31 @@ class _Call:
         self.state = self.state or _State(self.region.module)
         token = _inside.set(True)
         try:
-            with block:
+            with block, _renorms(self.region.module):
                 return self.region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
+
+
+# How often forwards changed the weight of an Embedding(max_norm), as all its forwards may.
+_renormed = WeakTensorKeyDictionary()
+
+
+@contextmanager
+def _renorms(module: nn.Module) -> Iterator[None]:
+    """Count the changes that a forward makes by ``max_norm``: it makes them again in backward."""
+    kinds = nn.Embedding, nn.EmbeddingBag
+    found = [m for m in module.modules() if isinstance(m, kinds) and m.max_norm is not None]
+    versions = [(m.weight, m.weight._version) for m in found]
+    try:
+        yield
+    finally:
+        for weight, version in versions:
+            _renormed[weight] = _renormed.get(weight, 0) + weight._version - version
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return parameter._version - int(_renormed.get(parameter, 0))
 
 
 class _State:
@@ -186,12 +208,12 @@ class _State:
         # Integer buffers are tables or quantised weights and do not move. A single one may count.
         moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
         self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
-        self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
+        self.parameters = [(p, p.requires_grad, _version(p)) for p in module.parameters()]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for a second run, and afterwards what is there now."""
-        if any(p._version != version for p, _, version in self.parameters):
+        if any(_version(p) != version for p, _, version in self.parameters):
             raise RuntimeError(
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
                 "backward, which runs the forward again: update after the last backward"
