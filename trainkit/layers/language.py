@@ -163,9 +163,7 @@ def _match(module: nn.Module, pattern: str) -> list[Any]:
     # `layer[:2].*.bias` has the components `layer`, `[:2]`, `*` and `bias`.
     for component in re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split("."):
         if not _COMPONENT.fullmatch(component):
-            raise ValueError(
-                f"{pattern!r} cannot be read at {component!r}: `'a[:2].b'`, `'**.bias'`"
-            )
+            raise ValueError(f"{pattern!r} cannot be read at {component!r}: try `'**.bias'`")
         modules = [part for part in found if isinstance(part, nn.Module)]
         if component == "**":
             found = [inner for m in modules for inner in m.modules()]

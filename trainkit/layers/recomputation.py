@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -135,7 +135,9 @@ def _shadow(region: _Region) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         is_outermost = torch.compiler.is_compiling() or not _inside.get()
         if not (region.holders and is_outermost and torch.is_grad_enabled()):
-            return region.forward(*args, **kwargs)
+            is_plain = torch.compiler.is_compiling() or _inside.get()
+            with nullcontext() if is_plain else _renorms(region.module):
+                return region.forward(*args, **kwargs)
         values = (*args, *kwargs.values())
         if any(hasattr(value, "get_seq_length") for value in values):
             raise ValueError(
@@ -171,25 +173,25 @@ class _Call:
             _inside.reset(token)
 
 
-# How often forwards changed the weight of an Embedding(max_norm), as all its forwards may.
-_renormed = WeakTensorKeyDictionary()
+# Changes of a weight that runs made by `max_norm`. A second run makes them again.
+_renormed: MutableMapping[Any, int] = WeakTensorKeyDictionary()
 
 
 @contextmanager
 def _renorms(module: nn.Module) -> Iterator[None]:
-    """Count the changes that a forward makes by ``max_norm``: it makes them again in backward."""
+    """Count the changes that a run makes to weights of ``nn.Embedding(max_norm=...)``."""
     kinds = nn.Embedding, nn.EmbeddingBag
     found = [m for m in module.modules() if isinstance(m, kinds) and m.max_norm is not None]
-    versions = [(m.weight, m.weight._version) for m in found]
+    versions = {p: p._version for m in found for p in m.parameters(recurse=False)}
     try:
         yield
     finally:
-        for weight, version in versions:
+        for weight, version in versions.items():
             _renormed[weight] = _renormed.get(weight, 0) + weight._version - version
 
 
 def _version(parameter: nn.Parameter) -> int:
-    return parameter._version - int(_renormed.get(parameter, 0))
+    return parameter._version - _renormed.get(parameter, 0)
 
 
 class _State:
@@ -213,28 +215,30 @@ class _State:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for a second run, and afterwards what is there now."""
-        if any(_version(p) != version for p, _, version in self.parameters):
+        if changed := [p for p, _, version in self.parameters if _version(p) != version]:
+            is_renormed = all(p in _renormed for p in changed)
+            other = ", and call its Embedding(max_norm) elsewhere," if is_renormed else ""
             raise RuntimeError(
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
-                "backward, which runs the forward again: update after the last backward"
+                f"backward, which runs the forward again: update{other} after the last backward"
             )
         copies = {key: buffer.clone() for key, buffer in self.buffers.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
-        changed = []
+        replaced = []
         for owner, key, value in self.values:
             then = copies.get(id(value), value)
             now = owner.get(key, then)
             # FSDP2 exchanges sharded and whole parameters by itself.
             if now is not then and not any(hasattr(v, "full_tensor") for v in (now, then)):
-                changed.append((owner, key, now, then))
+                replaced.append((owner, key, now, then))
         try:
-            for owner, key, _, then in changed:
+            for owner, key, _, then in replaced:
                 owner[key] = then
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             yield
         finally:
-            for owner, key, now, _ in changed:
+            for owner, key, now, _ in replaced:
                 owner[key] = now
             for parameter, flag in flags:
                 parameter.requires_grad = not flag
