@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from trainkit.layers.blocks import Block
 from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrapped
@@ -135,9 +134,7 @@ def _shadow(region: _Region) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         is_outermost = torch.compiler.is_compiling() or not _inside.get()
         if not (region.holders and is_outermost and torch.is_grad_enabled()):
-            is_plain = torch.compiler.is_compiling() or _inside.get()
-            with nullcontext() if is_plain else _renorms(region.module):
-                return region.forward(*args, **kwargs)
+            return region.forward(*args, **kwargs)
         values = (*args, *kwargs.values())
         if any(hasattr(value, "get_seq_length") for value in values):
             raise ValueError(
@@ -167,31 +164,10 @@ class _Call:
         self.state = self.state or _State(self.region.module)
         token = _inside.set(True)
         try:
-            with block, _renorms(self.region.module):
+            with block:
                 return self.region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
-
-
-# Changes of a weight that runs made by `max_norm`. A second run makes them again.
-_renormed: MutableMapping[Any, int] = WeakTensorKeyDictionary()
-
-
-@contextmanager
-def _renorms(module: nn.Module) -> Iterator[None]:
-    """Count the changes that a run makes to weights of ``nn.Embedding(max_norm=...)``."""
-    kinds = nn.Embedding, nn.EmbeddingBag
-    found = [m for m in module.modules() if isinstance(m, kinds) and m.max_norm is not None]
-    versions = {p: p._version for m in found for p in m.parameters(recurse=False)}
-    try:
-        yield
-    finally:
-        for weight, version in versions.items():
-            _renormed[weight] = _renormed.get(weight, 0) + weight._version - version
-
-
-def _version(parameter: nn.Parameter) -> int:
-    return parameter._version - _renormed.get(parameter, 0)
 
 
 class _State:
@@ -210,17 +186,19 @@ class _State:
         # Integer buffers are tables or quantised weights and do not move. A single one may count.
         moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
         self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
-        self.parameters = [(p, p.requires_grad, _version(p)) for p in module.parameters()]
+        self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
+        kinds = nn.Embedding, nn.EmbeddingBag  # with max_norm, their forward changes the weight
+        found: list[Any] = [m for m in module.modules() if isinstance(m, kinds) and m.max_norm]
+        self.embeddings = {m.weight: (m, _directions(m)) for m in found}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for a second run, and afterwards what is there now."""
-        if changed := [p for p, _, version in self.parameters if _version(p) != version]:
-            is_renormed = all(p in _renormed for p in changed)
-            other = ", and call its Embedding(max_norm) elsewhere," if is_renormed else ""
+        changed = [p for p, _, version in self.parameters if p._version != version]
+        if not all(map(self._is_same, changed)):
             raise RuntimeError(
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
-                f"backward, which runs the forward again: update{other} after the last backward"
+                "backward, which runs the forward again: update after the last backward"
             )
         copies = {key: buffer.clone() for key, buffer in self.buffers.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
@@ -242,6 +220,20 @@ class _State:
                 owner[key] = now
             for parameter, flag in flags:
                 parameter.requires_grad = not flag
+
+    def _is_same(self, changed: nn.Parameter) -> bool:
+        if changed not in self.embeddings:
+            return False
+        embedding, then = self.embeddings[changed]
+        tolerance = 64 * torch.finfo(changed.dtype).eps
+        return torch.allclose(_directions(embedding), then, tolerance, tolerance)
+
+
+def _directions(embedding: Any) -> Tensor:
+    """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
+    rows: Tensor = embedding.weight.detach().float()
+    norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
+    return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1) / norms
 
 
 def _without_graph(value: Any) -> Any:
