@@ -187,8 +187,9 @@ class _State:
         moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
         self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
-        kinds = nn.Embedding, nn.EmbeddingBag  # with max_norm, their forward changes the weight
-        found: list[Any] = [m for m in module.modules() if isinstance(m, kinds) and m.max_norm]
+        # With max_norm, the forward of an embedding changes its weight.
+        inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        found: list[Any] = [m for m in inside if m.max_norm is not None]
         self.embeddings = {m.weight: (m, _directions(m)) for m in found}
 
     @contextmanager
@@ -231,8 +232,8 @@ class _State:
 
 def _directions(embedding: Any) -> Tensor:
     """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
-    rows: Tensor = embedding.weight.detach().float()
-    norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
+    rows = embedding.weight.detach().float()
+    norms: Tensor = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
     return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1) / norms
 
 
