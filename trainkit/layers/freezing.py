@@ -7,7 +7,6 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pydoc import locate
 from typing import Any
 
 from torch import nn
@@ -268,6 +267,10 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+# What a pin replaces. `train` is the last, because after Ctrl-C the pin must be found there.
+_METHODS = "reset_running_stats", "train"
+
+
 class _Pin:
     """Replaces ``module.train``: the module stays in evaluation mode, and this notes other modes.
 
@@ -276,8 +279,8 @@ class _Pin:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.asked = module, getattr(module, "training", True)
-        names = "train", "reset_running_stats"  # which may be the user's own, on the instance
-        self.found = {name: vars(module)[name] for name in names if name in vars(module)}
+        # Methods that the user replaced on the instance.
+        self.found = {n: vars(module)[n] for n in _METHODS if n in vars(module)}
         self.holders: set[object] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -291,26 +294,30 @@ class _Pin:
         return self.module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.module, "train", [self.asked, self.found])
+        from pydoc import locate  # not at the top, because it loads sysconfig
+
+        here = _Copied(getattr, _Copied(locate, f"{__name__}._pin_copy"), "__call__", getattr)
+        return here, (self.module, "train", [self.asked, self.found])
+
+
+def _pin_copy(module: nn.Module, name: str, state: list[Any]) -> _Pin:
+    """Hold the copy of a module until ``unfreeze``."""
+    pin = _pin(module, "freeze")
+    pin.asked, pin.found = state
+    return pin
 
 
 class _Copied(functools.partial[Any]):
-    """Pins the copy of a module until ``unfreeze``. Pickled, it is the call of a partial.
+    """Calls ``_pin_copy`` for deepcopy. Pickled, it is the call of a partial.
 
     Files load without trainkit, too. What cannot be located is None there, and has no ``__call__``,
-    so that ``getattr`` takes the place of this and finds the plain ``train``.
+    so that ``getattr`` takes the place of ``_pin_copy`` and finds the plain ``train``.
     """
 
-    def __call__(self, module: nn.Module, name: str, state: list[Any]) -> _Pin:
-        pin = _pin(module, "freeze")
-        pin.asked, pin.found = state
-        return pin
+    __call__ = staticmethod(_pin_copy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.func, self.args
-
-
-_copied = _Copied(getattr, _Copied(locate, f"{__name__}._copied"), "__call__", getattr)
 
 
 def reset_running_stats(module: nn.Module) -> None:
@@ -334,8 +341,7 @@ def _unpin(module: nn.Module, holder: object) -> None:
         pin.holders.discard(holder)
         if not pin.holders:
             module.training = pin.asked
-            # `train` last, because the pin must be found again after Ctrl-C.
-            for name in ("reset_running_stats", "train"):
+            for name in _METHODS:
                 if name in pin.found:
                     vars(module)[name] = pin.found[name]
                 else:

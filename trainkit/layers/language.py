@@ -120,12 +120,11 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
 def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
     """Ids of all that layers select: modules as a whole, parameters and buffers."""
     parts = [part for layer in layers for part in _find(module, layer)]
-    whole = [part for part in parts if isinstance(part, nn.Module)]
-    inside = [(*m.modules(), *m.parameters(), *m.buffers()) for m in whole]
-    reached = set(map(id, chain(parts, *inside)))
+    own = [(*m.modules(), *m.parameters(), *m.buffers()) for m in parts if isinstance(m, nn.Module)]
+    reached = set(map(id, chain(parts, *own)))
     for m in module.modules():
         # All parameters of a module mean its buffers too.
-        if (own := set(map(id, m.parameters()))) and own <= reached:
+        if (inside := set(map(id, m.parameters()))) and inside <= reached:
             reached.update(map(id, m.buffers()))
     return reached
 

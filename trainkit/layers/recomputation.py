@@ -232,9 +232,9 @@ class _State:
 
 def _directions(embedding: Any) -> Tensor:
     """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
-    rows = embedding.weight.detach().float()
-    norms: Tensor = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
-    return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1) / norms
+    rows: Tensor = embedding.weight.detach().float()
+    norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
+    return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)
 
 
 def _without_graph(value: Any) -> Any:
