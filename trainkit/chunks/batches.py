@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from trainkit.core.plan import check
@@ -21,10 +22,10 @@ class Batch:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int = 0) -> None:
-        self._arguments, self._dim = (args, dict(kwargs)), dim
-        tensors = [tensor for tensor in _find(self._arguments) if tensor.dim()]
-        packed = _find(self._arguments, lambda value: isinstance(value, PackedSequence))
-        check(not (packed or any(t.is_nested for t in tensors)), ValueError, _PACKED)
+        self._arguments, self._dim = (_Positional(args), dict(kwargs)), dim
+        tensors = _tensors(self._arguments)
+        is_packed = any(isinstance(value, PackedSequence) for value in _walk(self._arguments))
+        check(not (is_packed or any(t.is_nested for t in tensors)), ValueError, _PACKED)
         shapes = [tuple(tensor.shape) for tensor in tensors]
         whole = [shape for shape in shapes if -len(shape) <= dim < len(shape)]
         cuts, came = f"microbatch cuts tensors along dimension {dim}, got", shapes or args
@@ -36,10 +37,10 @@ class Batch:
         # The memory for a row is roughly proportional to this.
         self.size_of_row = sum(tensor.numel() for tensor in tensors) // max(self.rows, 1)
 
-    def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def chunk(self, start: int, stop: int) -> Any:
         """Return the arguments of the call for some of the rows, as views."""
         rows = slice(start, stop)
-        return self.cut(lambda value, dim: value[(*[slice(None)] * dim, rows) if dim else rows])  # type: ignore[no-any-return]
+        return self.cut(lambda value, dim: value[(*[slice(None)] * dim, rows) if dim else rows])
 
     def cut(self, function: Callable[[Any, Any], Any]) -> Any:
         """Return the arguments with ``function(value, dim)`` in place of each value with rows."""
@@ -52,7 +53,7 @@ class Batch:
     def _dim_of(self, value: Any) -> int | None:
         """Return the dimension of a value that counts rows; None if the value is not cut."""
         is_list = isinstance(value, list) or type(value) is tuple  # no record, no torch.Size
-        if is_list and len(value) == self.rows and not any(t.dim() for t in _find(value)):
+        if is_list and len(value) == self.rows and not _tensors(value):
             return 0
         is_array = torch.is_tensor(value) or hasattr(type(value), "__array_interface__")  # NumPy
         shape: Sequence[int] = getattr(value, "shape", ()) if is_array else ()
@@ -61,15 +62,24 @@ class Batch:
 
 
 _PACKED = "microbatch cuts padded tensors: `pack_padded_sequence(x, lengths)` in the function"
-_REMEDY = (
-    "pad images, cut another `dim`, or bind a table: `functools.partial(function, table=table)`"
-)
+_REMEDY = "pad images, cut another dim, bind a table: `functools.partial(function, table=table)`"
 
 
-def _find(value: Any, is_leaf: Callable[[Any], bool] = torch.is_tensor) -> list[Any]:
-    found: list[Any] = []
-    mapped(value, found.append, is_leaf)
-    return found
+class _Positional(tuple[Any, ...]):
+    """The positional arguments, which are no list of rows, however many there are."""
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Yield a value and everything in it."""
+    yield value
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _walk(item)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a value that have a dimension to cut."""
+    return [item for item in _walk(value) if isinstance(item, Tensor) and item.dim()]
 
 
 def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Any = torch.is_tensor) -> Any:

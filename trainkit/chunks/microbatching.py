@@ -95,7 +95,7 @@ class ChunkedStep(Step[P]):
                     parts.append((result.loss, weight, result.output))
             for left in reversed(range(fillers)):
                 self._size, self._is_last_chunk = 0, not left
-                args, kwargs = batch.chunk(latest, batch.rows)  # type: ignore[assignment]
+                args, kwargs = batch.chunk(latest, batch.rows)
                 result = super().__call__(*args, **kwargs)
         except BaseException:
             if parts:  # some rows of the batch are in
