@@ -1,5 +1,6 @@
 """microbatch: a batch in chunks is the batch, however it is cut."""
 
+import copy
 import functools
 
 import pytest
@@ -125,12 +126,42 @@ def test_an_empty_batch_and_a_block_by_hand_are_whole_micro_batches(size):
     assert result.updated and weight.item() == pytest.approx(-(3 + 6 + (5 if size == 2 else 7)) / 3)
 
 
+@pytest.mark.parametrize("size", [3, "auto"])
+@pytest.mark.parametrize("per_step", [True, False])
+def test_law_rows_along_the_second_dimension_with_a_list_beside_them(size, per_step):
+    torch.manual_seed(3)
+    base = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 5), "out": torch.nn.Linear(5, 4)}).double()
+    x, y = torch.randn(7, 8, 3).double(), torch.randint(4, (7, 8) if per_step else (8,))
+    scales, names, heard = [0.5, 1.0, 2.0, 0.1, 0.7, 3.0, 1.5, 0.2], tuple("abcdefgh"), []
+
+    def loss_fn(model, x, y, scales, names):
+        heard.extend(names)
+        outputs = model["out"](model["rnn"](x)[0]).transpose(1, 2)
+        losses = F.cross_entropy(outputs, y.expand(7, -1), reduction="none").mean(0)
+        return (losses * losses.new_tensor(scales)).mean()
+
+    results = []
+    for part in (microbatch(size, dim=1), accumulate(1)):
+        model = copy.deepcopy(base)
+        step = train_step(torch.optim.SGD(model.parameters(), lr=1.0), accumulate(2), part)
+        step = step(functools.partial(loss_fn, model))
+        for _ in range(4):
+            step(x, y, scales=scales, names=names)
+            if size == "auto" and not results:
+                step.chunk_sizes[21] = 3  # 7 times 3 numbers in a row
+        results.append(list(model.parameters()))
+    assert distance(*results) <= 1e-12 and heard == list(names) * 8
+
+
 def test_other_arguments_are_refused_before_anything_is_changed():
     for size in (True, 2.0, None, torch.tensor(3), "automatic"):
         with pytest.raises(TypeError, match=r"got .*: `microbatch\(8\)`"):
             microbatch(size)
     with pytest.raises(ValueError, match="got 0"):
         microbatch(0)
+    for dim in (True, 1.0, None, "time"):
+        with pytest.raises(TypeError, match=r"got .*: `microbatch\(8, dim=1\)`"):
+            microbatch(8, dim=dim)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="given twice"):

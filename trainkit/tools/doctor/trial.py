@@ -89,13 +89,17 @@ def choose_dim(task: Task) -> Task:
 
     A batch that cannot be cut keeps no rows: ``microbatch`` says why.
     """
-    found = [task]
+    otherwise = task
     for dim in (0, 1):
         with suppress(Exception):
-            found += [task._replace(rows=Batch((task.batch,), {}, dim).rows, dim=dim)]
-            compare(found[-1], [_microbatch])
-            return found[-1]
-    return found[:2][-1]
+            found = task._replace(rows=Batch((task.batch,), {}, dim).rows, dim=dim)
+            otherwise = otherwise if dim else found
+            try:
+                compare(found, [_microbatch])
+                return found
+            except NotExact:
+                otherwise = otherwise if otherwise.rows else found
+    return otherwise
 
 
 def make_variants(task: Task, layers: Sequence[str] | None) -> dict[str, list[MakePart]]:
@@ -161,7 +165,8 @@ def make_step(
 
     Modules of these kinds are in training mode. With a seed, the step returns its gradients.
     """
-    gc.collect()  # frees what the last measurement has left
+    if seed is None:
+        gc.collect()  # frees what the last measurement has left
     getattr(torch.get_device_module(task.device), "empty_cache", bool)()
     torch.manual_seed(seed or 0)
     model, gradients = copy.deepcopy(task.model).to(task.device).train(), dict[str, Tensor]()
@@ -221,9 +226,11 @@ def compare(task: Task, parts: Sequence[MakePart], is_strict: bool = True) -> st
             reason = "the function draws random numbers" if other > tolerance else _NO_MEAN
             reason = reason if is_strict else "half precision rounds it"
     except Exception as error:
-        if task.rows is None or task.rows == 1 or not is_out_of_memory(error):
+        if task.rows in (None, 1) or not is_out_of_memory(error):
             raise
-        return compare(resized(task, task.rows // 2), parts, is_strict)
+        differences = []
+    if not differences:  # here: the error is gone, and what it held
+        return compare(resized(task, (task.rows or 1) // 2), parts, is_strict)
     differ = f"the gradient differs by {differences[0]:.2g}"
     check(not is_strict or reason in ("", _DROPOUT), NotExact, f"{differ}: {reason}")
     return reason and f"{differ}: {reason}"
