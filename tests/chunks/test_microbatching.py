@@ -153,6 +153,25 @@ def test_law_rows_along_the_second_dimension_with_a_list_beside_them(size, per_s
     assert distance(*results) <= 1e-12 and heard == list(names) * 8
 
 
+@pytest.mark.parametrize(("size", "rows"), [(3, [3, 3, 2]), ("auto", [2, 2, 2, 2])])
+def test_the_output_is_a_list_with_an_entry_for_each_chunk(size, rows):
+    model = make_model()
+    (x, y), names = make_batches([8])[0], list("abcdefgh")
+
+    @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch(size))
+    def step(x, y, names):
+        outputs = model(x)
+        return {"loss": F.mse_loss(outputs, y), "outputs": outputs, "names": names}
+
+    step.chunk_sizes[7] = 2
+    expected = model(x).detach()
+    found = step(x, y, names).output
+    assert [len(entry["outputs"]) for entry in found] == rows
+    assert distance(torch.cat([entry["outputs"] for entry in found]), expected) <= 1e-12
+    assert not any(entry["outputs"].requires_grad for entry in found)
+    assert [name for entry in found for name in entry["names"]] == names
+
+
 def test_other_arguments_are_refused_before_anything_is_changed():
     for size in (True, 2.0, None, torch.tensor(3), "automatic"):
         with pytest.raises(TypeError, match=r"got .*: `microbatch\(8\)`"):
