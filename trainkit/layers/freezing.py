@@ -40,7 +40,7 @@ class frozen(Block):
         module: the module that the layers belong to.
         layers: patterns ("encoder.layer[:2]", "**.bias"), submodules, parameters or predicates
             ``(name, parameter) -> bool``, one or several. "**" is everything, ``[]`` nothing.
-        buffers: False leaves the owners of buffers as they are: a BatchNorm goes on with the
+        buffers: False leaves the owners of buffers as they are: a BatchNorm continues with the
             statistics of its batches, as with ``requires_grad_(False)`` alone.
         eval_mode: puts the selected modules into evaluation mode too, with their dropout.
 
@@ -124,8 +124,7 @@ class _Found:
         except RuntimeError:  # after a cast or a move inside, the gradient does not fit
             parameter.grad = None
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
-        other = owner._parameters.get(name.rpartition(".")[2])
-        if other is not None:
+        if (other := owner._parameters.get(name.rpartition(".")[2])) is not None:
             other = _found.get(id(other), other)
             other.requires_grad = other.requires_grad or self.requires_grad
 

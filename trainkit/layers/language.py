@@ -150,8 +150,7 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
         if not inside.issuperset(map(id, found)):
             raise ValueError(f"the {type(layer).__name__} is not in the module: try `model.head`")
     else:
-        named = module.named_parameters(remove_duplicate=False)
-        found = [parameter for name, parameter in named if layer(name, parameter)]
+        found = [p for name, p in module.named_parameters(remove_duplicate=False) if layer(name, p)]
         if not found:
             raise ValueError("the predicate is true for no parameter: `[]` selects nothing")
     return found
