@@ -94,6 +94,9 @@ _NAMES = {"precision": "amp()", "step": "microbatch()", "window": "accumulate(dt
 
 def shown(value: Any) -> str:
     """Return the beginning of a repr in one line, for a message."""
+    if isinstance(value, torch.Tensor):
+        shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
+        return f"a {value.dtype} tensor {shape} on {value.device}"
     return " ".join(repr(value).split())[:60]
 
 
@@ -128,19 +131,15 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        is_one = isinstance(one, Optimizer) and not isinstance(one, type)
-        came = f"expected an optimizer, got {type(one).__name__} {shown(one)}"
-        missing = [name for name in _ABILITIES if not hasattr(one, name)]
-        lacks = f" without {', '.join(missing)}" if len(missing) < len(_ABILITIES) else ""
-        check(is_one, TypeError, f"{came}{lacks}: `AdamW(model.parameters())`")
+        if not isinstance(one, Optimizer) or isinstance(one, type):
+            from trainkit.advice import not_an_optimizer
+
+            raise not_an_optimizer(one)
     remedy = "`train_step([optimizer_a, optimizer_b])`"
     check(bool(found), ValueError, f"got no optimizer: {remedy}")
     is_once = len({id(one) for one in found}) == len(found)
     check(is_once, ValueError, f"an optimizer was given twice, and would step twice: {remedy}")
     return found
-
-
-_ABILITIES = ("param_groups", "step", "zero_grad", "state_dict")
 
 
 def check_stepping(plan: Plan) -> None:
