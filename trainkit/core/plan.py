@@ -94,7 +94,7 @@ _NAMES = {"precision": "amp()", "step": "microbatch()", "window": "accumulate(dt
 
 def shown(value: Any) -> str:
     """Return the beginning of a repr in one line, for a message."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value):
         shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor {shape} on {value.device}"
     return " ".join(repr(value).split())[:60]
