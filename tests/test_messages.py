@@ -65,6 +65,18 @@ class Net(nn.Module):
         return x
 
 
+class Around:
+    """An optimizer around another, of which the class alone has all that a step asks for."""
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state_dict = property(lambda self: self.optimizer.state_dict)
+    step = property(lambda self: self.optimizer.step)
+    zero_grad = property(lambda self: self.optimizer.zero_grad)
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
 class World:
     """What a user has: ``w`` in the table."""
 
@@ -379,6 +391,7 @@ TABLE = {
             T, "namespace", "without param_groups, state_dict", "self.optimizer.param_groups"),
         (lambda w: train_step([[w.optimizer]]), T, "list [SGD", "", "[optimizer_a, optimizer_b]"),
         (lambda w: train_step({"g": w.optimizer}), T, "dict {'g'", "an optimizer", "[optimizer_a,"),
+        (lambda w: train_step(Around), T, "class Around", "", "Around(model.parameters())"),
         (lambda w: train_step(SGD), T, "class SGD", "an optimizer", "SGD(model.parameters())"),
         (lambda w: train_step(w.model.parameters()), T, "generator", "an optimizer", "AdamW(model"),
         (lambda w: train_step(w.x), T, "(4, 2)", "an optimizer", "AdamW(model.parameters())"),
@@ -666,6 +679,23 @@ def test_a_graph_that_was_freed_is_explained_by_both_causes(tmp_path):
         assert said.count("\n") == 1
         for remedy in ("state.detach()", "loss.backward()", "step.backward(loss)"):
             assert remedy in said
+
+
+def test_the_remedy_for_an_optimizer_around_another_makes_it_one(tmp_path):
+    """And a wrapper that hands on whatever it is asked for is one without it."""
+
+    class HandsOn:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self.optimizer, name)
+
+    for kind in (Around, HandsOn):
+        w = World(tmp_path)
+        before = w.model.head.weight.clone()
+        assert train_step(kind(w.optimizer))(w.loss_of)(w.x).updated
+        assert not w.model.head.weight.equal(before)
 
 
 def test_clipping_where_there_are_gradients_is_not_warned_of(tmp_path):

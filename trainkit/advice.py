@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainkit.core.plan import shown
+from trainkit.core.plan import ABILITIES, shown
 from trainkit.core.warning import warn
 
 SHORT_WINDOWS = (
@@ -80,8 +80,7 @@ def explain(error: Exception) -> None:
 def not_an_optimizer(given: Any) -> TypeError:
     """Return the error for what was given in place of an optimizer."""
     came, remedy = f"{type(given).__name__} {shown(given)}", "AdamW(model.parameters())"
-    abilities = "param_groups", "step", "zero_grad", "state_dict"
-    missing = [name for name in abilities if not hasattr(given, name)]
+    missing = [name for name in ABILITIES if not hasattr(given, name)]
     if isinstance(given, type):
         came, remedy = f"the class {given.__name__}", f"{given.__name__}(model.parameters())"
     elif isinstance(given, LRScheduler):

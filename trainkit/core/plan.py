@@ -25,7 +25,6 @@ class Surrounding(Protocol):
         """Return a new context manager for one micro-batch."""
 
 
-@runtime_checkable
 class Optimizer(Protocol):
     """What a step needs of an optimizer, whether it is a ``torch.optim.Optimizer`` or not."""
 
@@ -39,6 +38,9 @@ class Optimizer(Protocol):
 
     def state_dict(self) -> Any:
         """Return the state."""
+
+
+ABILITIES = "param_groups", "step", "zero_grad", "state_dict"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        if not isinstance(one, Optimizer) or isinstance(one, type):
+        if isinstance(one, type) or not all(hasattr(one, name) for name in ABILITIES):
             from trainkit.advice import not_an_optimizer
 
             raise not_an_optimizer(one)
