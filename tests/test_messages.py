@@ -403,7 +403,6 @@ TABLE = {
         (lambda w: w.fits(model=w.model), T, "'model'", "have the parameters", "module=model"),
         (lambda w: w.fits(loss_fn=w.loss), T, "'loss_fn'", "", "train_step(optimizer)(function)"),
         (clips, W, "clipped", "only after its return", "max_norm=1.0"),
-        (lambda w: torch.compile(w.step), T, "", "the function of a step", "@torch.compile"),
         (lambda w: copy.copy(w.step), T, "", "copied", "train_step(...)(f)"),
         (lambda w: copy.deepcopy(w.by_hand), T, "", "copied", "step.state_dict()"),
         (lambda w: pickle.dumps(w.step), T, "", "sent", "train_step(...)(f)"),
@@ -696,6 +695,18 @@ def test_the_remedy_for_an_optimizer_around_another_makes_it_one(tmp_path):
         before = w.model.head.weight.clone()
         assert train_step(kind(w.optimizer))(w.loss_of)(w.x).updated
         assert not w.model.head.weight.equal(before)
+
+
+def test_torch_compile_above_a_step_says_where_it_goes(tmp_path):
+    w = World(tmp_path)
+    with pytest.warns(UserWarning, match=r"without `over`.*`@torch\.compile` below"):
+        torch.compile(w.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w.fits()(torch.compile(w.loss_of, backend="eager"))
+    with warnings.catch_warnings():  # what reads every attribute of an object still may
+        warnings.simplefilter("ignore")
+        assert dict(inspect.getmembers(w.step))["updates"] == 0
 
 
 def test_clipping_where_there_are_gradients_is_not_warned_of(tmp_path):

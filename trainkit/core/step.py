@@ -308,8 +308,10 @@ class Step(Generic[P]):
 
     @property
     def _torchdynamo_orig_callable(self) -> Any:
-        """What torch.compile asks for first; it would return a function without ``over``."""
-        raise TypeError("only the function of a step is compiled: `@torch.compile` below the parts")
+        """No attribute, but torch.compile looks for it, and tools that read all attributes do."""
+        lost = "torch.compile makes a plain function of a step, without `over`"
+        warn(f"{lost}: put `@torch.compile` below `@train_step`")
+        raise AttributeError("_torchdynamo_orig_callable")
 
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"
