@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainkit.core.plan import (
-    Optimizer,
+    OptimizerLike,
     Plan,
     Surrounding,
     check,
@@ -94,7 +94,7 @@ def _explained(function: Callable[P, R]) -> Callable[P, R]:
 
 @_explained
 def train_step(
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: OptimizerLike | Sequence[OptimizerLike],
     *parts: Part | Surrounding,
     module: nn.Module | None = None,
     max_norm: float | None = None,
@@ -222,7 +222,7 @@ class Autocast(Part):
 
 @_explained
 def amp(
-    *optimizers: Optimizer,
+    *optimizers: OptimizerLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     max_norm: float | None = None,

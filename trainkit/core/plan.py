@@ -25,7 +25,7 @@ class Surrounding(Protocol):
         """Return a new context manager for one micro-batch."""
 
 
-class Optimizer(Protocol):
+class OptimizerLike(Protocol):
     """What a step needs of an optimizer, whether it is a ``torch.optim.Optimizer`` or not."""
 
     param_groups: Any
@@ -53,7 +53,7 @@ class Plan:
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
     # Each of these is given once.
-    optimizers: tuple[Optimizer, ...] = ()
+    optimizers: tuple[OptimizerLike, ...] = ()
     is_sum: bool = False  # whether the losses of a window are added up
     precision: Precision | None = None
     max_norm: float | None = None
@@ -129,7 +129,7 @@ def check_length(n: Any) -> float:
     return int(n)
 
 
-def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
+def optimizers_of(given: Any) -> tuple[OptimizerLike, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
