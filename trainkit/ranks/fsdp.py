@@ -68,10 +68,28 @@ class HiddenSums:
     def take(self) -> None:
         """Take the sums from FSDP2 again."""
         for parameter in self._lent:
-            own = getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
-            self.sums[parameter] = parameter.unsharded_accumulated_grad, own
+            self.sums[parameter] = _sums_of(parameter)
             _set_sums(parameter)
         self._lent = set()
+
+    def waiting(self) -> list[bool]:
+        """Return for every parameter whether a sum waits to be reduced. Frozen ones have none."""
+        parameters = [p for group in groups_of(self.sharded) for p in group.fsdp_params]
+        return [
+            p.sharded_param.requires_grad and _is_any(self.sums.get(p) or _sums_of(p))
+            for p in parameters
+        ]
+
+    def reduce(self) -> None:
+        """Reduce the sums, as FSDP2 does after the last backward of a window."""
+        self.lend()
+        with reducing(True, (), self.sharded):
+            for group in groups_of(self.sharded):
+                if any(_is_any(_sums_of(parameter)) for parameter in group.fsdp_params):
+                    group.post_backward()
+            for module in self.sharded:
+                if (state := module._get_fsdp_state())._is_root:
+                    state._root_post_backward_final_callback()
 
     def drop(self) -> None:
         """Forget the sums, and what a failed backward left."""
@@ -80,6 +98,15 @@ class HiddenSums:
             module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued = False
         self.take()
         self.sums = {}
+
+
+def _sums_of(parameter: Any) -> tuple[Tensor | None, Tensor | None]:
+    own = getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
+    return parameter.unsharded_accumulated_grad, own
+
+
+def _is_any(sums: tuple[Tensor | None, Tensor | None]) -> bool:
+    return any(total is not None for total in sums)
 
 
 def _set_sums(parameter: Any, wide: Tensor | None = None, own: Tensor | None = None) -> None:

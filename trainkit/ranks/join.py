@@ -7,6 +7,7 @@ of a window, so that gradients are reduced once, and averages the weights of the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from trainkit.core.window import Size, Weight, Window, power_of_two_near
 from trainkit.ranks.collectives import all_gather_ints, world_size
 from trainkit.ranks.ddp import Replica
 from trainkit.ranks.fsdp import HiddenSums, groups_of, modules_of, reducing
-from trainkit.ranks.lockstep import RankedDelivery, lockstep
+from trainkit.ranks.lockstep import lockstep
 
 
 def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]]]:
@@ -60,17 +61,13 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     return replace(plan, surroundings=(*plan.surroundings, ranks), window=window), deliver
 
 
-def needs_all_ranks(plan: Plan) -> bool:
-    """Return whether every forward or backward needs all ranks, as under FSDP."""
-    ranks = _ranks_of(plan)
-    if ranks is None:
-        return _has_shards(plan)
-    return ranks.is_joint or not all(replica.may_wait for replica in ranks.replicas)
-
-
-def group_of(plan: Plan) -> Any:
-    """Return the process group over which gradients are averaged; None for the default group."""
-    return getattr(_ranks_of(plan), "group", None)
+def group_of(plan: Plan) -> tuple[Any, bool]:
+    """Return the group of ranks that average gradients, None for the default one, and whether every
+    forward and backward needs all of them, as under FSDP.
+    """
+    if (ranks := _ranks_of(plan)) is None:
+        return None, _has_shards(plan)
+    return ranks.group, ranks.is_joint or not all(replica.may_wait for replica in ranks.replicas)
 
 
 def _ranks_of(plan: Plan) -> Ranks | None:
@@ -99,11 +96,16 @@ class Ranks:
             self.group = meshes[0].get_group()
         buckets = any(replica.module.gradient_as_bucket_view for replica in self.replicas)
         self.can_watch = not (buckets or self.fsdp1 or self.fsdp2)  # else gradients move elsewhere
+        self.size = dist.get_world_size(self.group)
+        self.averaged = self.size if self.is_wrapped else 1  # ranks whose gradients are averaged
+        if meshes and not self.replicas:
+            self.averaged = meshes[0].size()
+        self.closes = False  # whether the micro-batch under way reduces gradients
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
         """Reduce gradients in this micro-batch only if it closes a window."""
-        closes = self.step._closes()
+        self.closes = closes = self.step._closes()
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.around(closes))
@@ -136,24 +138,22 @@ class RankedWindow(Window):
         super().__init__(length, reference, is_sum)
         self.ranks, self.hidden = ranks, HiddenSums(ranks.fsdp2)
         self.can_watch = ranks.can_watch
-        self.absent = (
-            0.0  # micro-batches that ranks without a batch do not have, the mean over ranks
-        )
+        self.absent = 0.0  # micro-batches that ranks lack, the mean over ranks
+        # Of the sum of the weights and the number of micro-batches.
         self._reduced: tuple[Tensor, Any] | None = None
-        self._means: Tensor | None = (
-            None  # of the sum of the weights and the number of micro-batches
-        )
+        self._means: Tensor | None = None
 
     def share(self, weight: Weight | None, size: Size = 1) -> Weight:
         """Return the share of a loss, 0 on a rank that has no batch. Begin to average weights."""
         ranks, delivery = self.ranks, self.ranks.step._delivery
-        if ranks.count > 1 and self.reference is None and weight is not None:
+        is_first = self.reference is None and not self.is_sum and ranks.count > 1
+        if is_first and weight is not None:
             largest, work = ranks.all_reduce(weight, by=dist.ReduceOp.MAX)
             work.wait()
             self.reference = power_of_two_near(largest[0], 1, 1.0)
         share, (is_filler, absent) = super().share(weight, size), self._place(size)
-        differs = delivery.is_last and not isinstance(delivery, RankedDelivery)
-        if ranks.count > 1 and (self.weighted or differs) and ranks.step._closes():
+        differs = (self.weighted or delivery.is_last) and not self.is_sum
+        if ranks.count > 1 and differs and ranks.step._closes():
             counted = 0.0 if is_filler else float(size) if weight is None else weight
             count = float(self.size + size) - self.absent - absent
             self._reduced = ranks.all_reduce(super().total() + counted, count)
@@ -177,6 +177,8 @@ class RankedWindow(Window):
 
     def divisor(self) -> Weight:
         """Return the number by which the sums are still to be divided."""
+        if self.is_sum:
+            return 1.0 / self.ranks.averaged
         return super().divisor() if self.weighted else self._count() / self.parts
 
     def next_reference(self) -> Weight | None:
@@ -205,14 +207,63 @@ class RankedWindow(Window):
         if any(r.module.gradient_as_bucket_view and not r.may_wait for r in self.ranks.replicas):
             self.sums = [None if total is None else total.clone() for total in self.sums]
 
+    def reduce(self, parameters: list[nn.Parameter]) -> bool:
+        """Reduce the sums of an open window, on all ranks. Return whether any of them has one.
+
+        RuntimeError, before anything is changed, for sums that only a backward reduces.
+        """
+        ranks, own = self.ranks, dict(zip(map(id, self.parameters), self.sums, strict=False))
+        replicated = [p for r in ranks.replicas for p in r.named_parameters().values()]
+        sums = [own.get(id(p)) if p.requires_grad else None for p in replicated]
+        kinds = [0 if total is None else 1 + total.is_sparse for total in sums]
+        waiting = self.hidden.waiting()
+        told = all_gather_ints(ranks.group, bool(self.losses), self.weighted, *waiting, *kinds)
+        is_open, is_weighted, *largest = told.amax(0).tolist()
+        if not is_open or ranks.step._yields:
+            return bool(is_open)
+        same = largest[: len(waiting)] == told.amin(0).tolist()[2 : 2 + len(waiting)]
+        kinds = largest[len(waiting) :]
+        can = same and 2 not in kinds and (ranks.count == 1 or not ranks.fsdp1)
+        late = "step.close() cannot reduce the gradients of FSDP1, sparse ones, and those of FSDP2"
+        remedy = "`step.last(batch)`, or the end of `step.over(loader)`"
+        check(can, RuntimeError, f"{late} that only some ranks have: {remedy}")
+        ranks.step._running.lent = self  # an error from here on drops the window
+        super().lend(parameters)
+        self.hidden.reduce()
+        works = []
+        for parameter in (p for p, kind in zip(replicated, kinds, strict=True) if kind):
+            total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = (total.detach() / ranks.size).contiguous()
+            works.append(dist.all_reduce(parameter.grad, group=ranks.group, async_op=True))
+        for work in works:
+            work.wait()
+        self.weighted = bool(is_weighted)
+        if not self.losses:
+            super().add(torch.zeros((), device=ranks.device), 0.0, 0)
+        if not self.is_sum:
+            self._reduced = ranks.all_reduce(super().total(), self._count())
+        ranks.closes = True
+        for replica in ranks.replicas:
+            replica.reduces = False
+        return True
+
     def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Lend the sums for the update, and return them, reduced over ranks."""
+        """Lend the sums for the update, and return them, reduced over ranks.
+
+        RuntimeError if they are not, for example where a block fetched the last batch of a loop.
+        """
+        ranks, lent = self.ranks, list(itertools.compress(self.parameters, self.lent))
+        is_late = not ranks.closes or any(replica.has_missed(lent) for replica in ranks.replicas)
+        is_late = (is_late and ranks.count > 1) or any(self.hidden.waiting())
+        came = "gradients of this window were not reduced over ranks"
+        remedy = "call the wrapped module in its last micro-batch, and `next(loader)` outside of it"
+        check(not is_late, RuntimeError, f"{came}: {remedy}")
         for replica in self.ranks.replicas:
             replica.may_wait, replica.reduces = True, None
         if self._reduced is not None:
             reduced, work = self._reduced
             work.wait()
-            self._means = reduced / dist.get_world_size(self.ranks.group)
+            self._means = reduced / ranks.size
         return super().close(parameters)
 
     def drop(self) -> None:
@@ -223,8 +274,6 @@ class RankedWindow(Window):
     def copied_sums(self) -> dict[int, Tensor]:
         """Return copies of the sums; RuntimeError if FSDP keeps them."""
         if self.hidden.sums or self.ranks.fsdp1:
-            raise RuntimeError(
-                "step.state_dict() in an open window under FSDP, which keeps its gradients until "
-                "the window closes: call it between two windows, where `result.complete`"
-            )
+            kept = "step.state_dict() in an open window, whose gradients FSDP keeps"
+            raise RuntimeError(f"{kept}: call it between two windows, where `result.complete`")
         return super().copied_sums()
