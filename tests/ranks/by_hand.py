@@ -1,16 +1,14 @@
-"""Sums, windows without a length, ``close()`` and ``updates=N`` on 1, 2 and 4 ranks."""
+"""Checks of sums, windows without a length, ``close()`` and ``updates=N`` on 1, 2 and 4 ranks."""
 
 import copy
-import functools
 import itertools
 import math
+from itertools import chain
 
 import pytest
 import torch
-from launch import run
 from on_ranks import same_everywhere, whole, wrapped
 from oracles import distance, loss_of, make_batches, make_model
-from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from trainkit import accumulate, amp, frozen, train_step
@@ -36,20 +34,16 @@ def batches_of(rank, n):
     return make_batches([2 + (rank + i) % 3 for i in range(n)], seed=rank)
 
 
-def together(ranks, counts, split):
-    """Windows of all ranks. ``counts`` are the batches of each, ``split`` cuts those of one."""
+def windows_of(ranks, counts, split):
+    """Windows of all ranks. ``split`` cuts the batches of one rank, whose number is in counts."""
     windows = [split(batches_of(rank, counts[rank])) for rank in range(ranks)]
-    return [sum(parts, []) for parts in itertools.zip_longest(*windows, fillvalue=[])]
+    return [list(chain(*parts)) for parts in itertools.zip_longest(*windows, fillvalue=())]
 
 
-def in_windows(sizes):
-    """Cut into windows of these sizes."""
+def by(*sizes):
+    """Cut into windows of these sizes, the last of which may be short."""
     ends = list(itertools.accumulate(sizes))
-    return lambda batches: [batches[end - size : end] for size, end in zip(sizes, ends)]
-
-
-def by_threes(batches):
-    return [batches[i : i + 3] for i in range(0, len(batches), 3)]
+    return lambda batches: [batches[end - n : end] for n, end in zip(sizes, ends, strict=True)]
 
 
 class Trained:
@@ -78,12 +72,12 @@ class Trained:
 def a_window_is_the_sum_over_all_ranks(rank, ranks, how):
     """Also a short last one, on ranks that have fewer batches, and with clipping of the sum."""
     counts = [7, 4, 7, 5]
-    for max_norm, fused in ((None, False), (0.5, False), (0.5, True)):
+    for max_norm in (None, 0.5):
         part = accumulate(3, reduction="sum")
         mine = Trained(ranks, how, part, max_norm=max_norm)
         for batch in mine.step.over(batches_of(rank, counts[rank])):
             mine.see(mine.step(batch))
-        windows = together(ranks, counts, by_threes)
+        windows = windows_of(ranks, counts, by(3, 3, 3))
         theirs = oracle(windows, is_sum=True, max_norm=max_norm or math.inf)
         assert distance(mine.found(), theirs[0 if max_norm else len(windows) :]) <= 1e-12
     with pytest.raises(TypeError, match=r"reduction='sum'.*`return loss`"):
@@ -134,7 +128,7 @@ def windows_without_a_length_end_with_the_loop_and_with_last(rank, ranks, how):
         for i, batch in enumerate(mine.step.over(Loader(batches_of(rank, counts[rank])))):
             assert len(read) <= i + 2
             (mine.step.last if i == 1 else mine.step)(batch)
-        windows = together(ranks, counts, lambda batches: [batches[:2], batches[2:]])
+        windows = windows_of(ranks, counts, by(2, 9))
         assert mine.step.updates == 2
         assert distance(mine.found(), oracle(windows, weighted=weighted)[2:]) <= 1e-12
 
@@ -145,7 +139,7 @@ def a_repeated_batch_counts_nothing_in_a_window_that_last_closes(rank, ranks, ho
         mine = Trained(ranks, how, accumulate(4), weighted=weighted)
         for batch in mine.step.over(batches_of(rank, counts[rank])):
             mine.step.last(batch)
-        windows = together(ranks, counts, in_windows([1] * 4))
+        windows = windows_of(ranks, counts, by(1, 1, 1, 1))
         assert distance(mine.found(), oracle(windows, weighted=weighted)[4:]) <= 1e-12
 
 
@@ -158,7 +152,7 @@ def an_open_window_is_closed_by_hand(rank, ranks, how):
         part = accumulate(None, reduction="sum") if is_sum else accumulate(None)
         mine = Trained(ranks, how, part, weighted=weighted, max_norm=max_norm)
         assert not mine.step.close().complete
-        for window in in_windows(shapes[rank])(batches_of(rank, sum(shapes[rank]))):
+        for window in by(*shapes[rank])(batches_of(rank, sum(shapes[rank]))):
             for batch in window:
                 assert not mine.step(batch).complete
             result = mine.step.close()
@@ -166,16 +160,8 @@ def an_open_window_is_closed_by_hand(rank, ranks, how):
             assert bool(result.window_loss.isnan()) is (not window and not is_sum)
             mine.see(result)
             assert not mine.step.close().complete
-        windows = [
-            sum(parts, [])
-            for parts in zip(
-                *(
-                    in_windows(shapes[other])(batches_of(other, sum(shapes[other])))
-                    for other in range(ranks)
-                ),
-                strict=True,
-            )
-        ]
+        parts = [by(*shape)(batches_of(r, sum(shape))) for r, shape in enumerate(shapes[:ranks])]
+        windows = [list(chain(*window)) for window in zip(*parts, strict=True)]
         theirs = oracle(windows, is_sum, weighted, max_norm or math.inf)
         assert distance(mine.found(), theirs[0 if max_norm else 2 :]) <= 1e-12
         same_everywhere(whole(mine.base))
@@ -261,7 +247,7 @@ def a_window_that_closes_late_makes_no_update(rank, ranks, how):
         mine.step.backward(loss_of(mine.model, batch))
         batch = next(batches)
     assert "window" not in mine.step.state_dict()
-    mine.step.discard()
+    batches.close()
     assert distance(before, whole(mine.base)) == 0
     for batch in batches_of(rank, 3):
         result = mine.step(batch)
@@ -296,14 +282,7 @@ def a_loop_of_updates_passes_over_loaders_of_other_lengths(rank, ranks, how):
         mine.step(batch)
         if i in (1, 2, 5):
             mine.step.close()
-    windows = together(ranks, [6] * ranks, in_windows([2, 1, 3]))
-    windows = [
-        sum(parts, [])
-        for parts in zip(
-            *(in_windows([2, 1, 3])(batches_of(other, 9 + other)) for other in range(ranks)),
-            strict=True,
-        )
-    ]
+    windows = windows_of(ranks, [9, 10, 11, 12], by(2, 1, 3))
     assert mine.step.updates == 3
     assert distance(mine.found(), oracle(windows)[3:]) <= 1e-12
 
@@ -332,14 +311,3 @@ CHECKS = [
     a_loop_of_updates_passes_over_loaders_of_other_lengths,
     a_rank_that_has_no_batch_left_is_an_error_on_all,
 ]
-
-
-def everything(rank, ranks):
-    for check in CHECKS:  # a traceback names the one that fails
-        for how in ("ddp", "fsdp2"):
-            check(rank, ranks, how)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_windows_of_every_kind_are_those_of_one_process(ranks):
-    run(everything, ranks)
