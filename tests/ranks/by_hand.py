@@ -145,7 +145,7 @@ def a_repeated_batch_counts_nothing_in_a_window_that_last_closes(rank, ranks, ho
 
 def an_open_window_is_closed_by_hand(rank, ranks, how):
     """The windows of ranks may have other lengths, and be empty, where forwards are not joint."""
-    shapes = [[2, 3], [3, 1], [1, 2], [2, 0]] if how == "ddp" else [[2, 3]] * 4
+    shapes = [[2, 3], [3, 0], [1, 2], [2, 1]] if how == "ddp" else [[2, 3]] * 4
     for is_sum, weighted, max_norm in (
         (False, False, None), (False, True, 0.1), (True, False, 0.1),
     ):  # fmt: skip
