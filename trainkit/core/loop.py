@@ -18,6 +18,8 @@ class Delivery(NamedTuple):
     batch: Any
     is_last: bool
     number: int = 0
+    present: float = 1.0  # the share of ranks that have a batch at this place
+    is_filler: bool = False  # whether this rank has none, and repeats its last one for the others
 
 
 OUTSIDE = Delivery(None, False)  # of any loop

@@ -8,28 +8,12 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from trainkit.core.loop import length_of
+from trainkit.core.loop import Delivery, length_of
 from trainkit.core.plan import check
-
-
-class RankedDelivery(NamedTuple):
-    """A ``Delivery`` on several ranks.
-
-    Attributes:
-        present: the share of ranks that have a batch at this place.
-        is_filler: whether this rank has none. It repeats its last batch, which counts nothing, so
-            that the other ranks need not wait for it.
-    """
-
-    batch: Any
-    is_last: bool
-    number: int = 0
-    present: float = 1.0
-    is_filler: bool = False
 
 
 def lockstep(
@@ -37,8 +21,11 @@ def lockstep(
     window_length: Callable[[], float],
     exchange: Callable[..., Tensor],
     last_batch: Any = None,
-) -> Iterator[RankedDelivery]:
+) -> Iterator[Delivery]:
     """Yield the same number of batches on every rank.
+
+    A rank that has run out repeats its last batch, which counts nothing, so that the others need
+    not wait for it.
 
     Before every window the ranks exchange two numbers in one collective: how many micro-batches
     they have for it, and whether they have more. A loader without a length is read ahead by a
@@ -86,7 +73,7 @@ def lockstep(
             given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
             present = sum(count > i for count in counts) / len(counts)
             is_last = i + 1 == max(counts) and not has_more
-            yield RankedDelivery(given, is_last, number, present, i >= left)
+            yield Delivery(given, is_last, number, present, i >= left)
             number += 1
 
 

@@ -113,8 +113,7 @@ class RankedWindow(Window):
     def _place(self, size: Size) -> tuple[bool, float]:
         """Return whether this rank has no batch, and how much of one ranks lack on average."""
         delivery = self.ranks.step._delivery
-        is_filler = size == 0 or getattr(delivery, "is_filler", False)
-        return is_filler, (1.0 - getattr(delivery, "present", 1.0)) * float(size)
+        return size == 0 or delivery.is_filler, (1.0 - delivery.present) * float(size)
 
     def total(self) -> Weight:
         """Return the sum of the weights; of a complete window its mean over ranks."""
