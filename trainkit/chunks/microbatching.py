@@ -173,9 +173,9 @@ class ChunkedStep(Step[P]):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
         from trainkit.ranks.collectives import all_gather_ints, world_size
-        from trainkit.ranks.join import group_of, needs_all_ranks
+        from trainkit.ranks.join import group_of
 
-        needs_all, group = needs_all_ranks(self._plan), group_of(self._plan)
+        group, needs_all = group_of(self._plan)
         if self._rows is not None:
             count = -(-batch.rows // self._rows) or 1
             return int(all_gather_ints(group, count).max()) - count if needs_all else 0

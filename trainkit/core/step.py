@@ -166,7 +166,8 @@ class Step(Generic[P]):
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
-        found, self._delivery, self._ended_early = self._delivery, Delivery(None, True), False
+        found, self._ended_early = self._delivery, False
+        self._delivery = found._replace(is_last=True)  # on several ranks it tells who has a batch
         try:
             return self(*args, **kwargs)
         finally:
