@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import functools
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
-from trainkit.core.plan import check
+from trainkit.core.plan import check, shown
 from trainkit.core.step import Step
 from trainkit.core.warning import warn
 from trainkit.saving.randomness import is_source
+from trainkit.saving.storage import parts_of
 
 T = TypeVar("T")
+LOAD = Optimizer.load_state_dict
 
 
 class Objects:
@@ -116,11 +121,25 @@ class Objects:
         for name in self.of(nn.Module):
             form |= {key: list(t.shape) for key, t in _tensors(name, states.get(name))}
         for name in self.of(Optimizer):
-            groups = states.get(name, {}).get("param_groups", ())
-            form[f"{name}.param_groups"] = [
-                f"{len(group['params'])} parameters" for group in groups
-            ]
+            for key, group in _nodes(name, states.get(name)):
+                if isinstance(group, dict) and isinstance(group.get("params"), list):
+                    form[key] = f"{len(group['params'])} parameters"
         return form
+
+    def check_rebuilt(self, states: Mapping[str, Any]) -> None:
+        """Raise TypeError for what ``Optimizer.load_state_dict`` cannot put back."""
+        for name, optimizer in self.of(Optimizer).items():
+            for key, kept in _kept_for_parameters(name, states[name]):
+                is_own = key == name and type(optimizer).load_state_dict is not LOAD
+                for place, value in () if is_own else _nodes(f"{key}.state", kept):
+                    if isinstance(value, Iterable) and not isinstance(value, (Tensor, dict)):
+                        try:
+                            type(value)(part for part in value)  # type: ignore[call-arg]
+                        except Exception as error:
+                            came = f"{place} is of type {type(value).__name__}"
+                            refused = f"`optimizer.load_state_dict` would fail ({shown(error)})"
+                            advice = "keep a list or a tuple, `tuple(value)`"
+                            raise TypeError(f"{came}, and {refused}: {advice}") from None
 
     def load(self, states: Mapping[str, Any], positioned: Container[str]) -> None:
         """Put back what ``states`` returned."""
@@ -132,6 +151,8 @@ class Objects:
                 thing.update(states[name])
             else:
                 thing.load_state_dict(states[name])
+            if isinstance(thing, Optimizer):
+                _undo_casts(thing.state_dict(), states[name])
 
     def _kept(self, positioned: Container[str]) -> Iterator[tuple[str, Any]]:
         for name, thing in self.stateful.items():
@@ -151,10 +172,40 @@ def _check_object(name: str, thing: Any) -> None:
     check(not is_fsdp1, ValueError, message)
 
 
+def _undo_casts(now: Any, was: Any) -> None:
+    """Give what an optimizer keeps for its parameters the types and dtypes that it had.
+
+    ``Optimizer.load_state_dict`` casts it to the dtypes of the parameters, and forgets the length
+    of a deque. ``now`` holds the dicts of the optimizer itself.
+    """
+    found = dict(_kept_for_parameters("", now))
+    for key, kept in _kept_for_parameters("", was):
+        for index, values in kept.items():
+            here = found.get(key, {}).get(index)
+            for name in here.keys() & values.keys() if isinstance(here, dict) else ():
+                devices = [t.device for t in tree_leaves(here[name]) if isinstance(t, Tensor)]
+                to = functools.partial(Tensor.to, device=next(iter(devices), None))
+                here[name] = tree_map_only(Tensor, to, values[name], is_leaf=_is_size)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)
+
+
+def _kept_for_parameters(key: str, state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what optimizers keep for their parameters, also of an optimizer within another."""
+    for place, node in _nodes(key, state):
+        if isinstance(node, dict) and "param_groups" in node and isinstance(node["state"], dict):
+            yield place, node["state"]
+
+
 def _tensors(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts, with their keys."""
-    if isinstance(state, Tensor):
-        yield key, state
-    elif isinstance(state, dict):
-        for name, part in state.items():
-            yield from _tensors(f"{key}.{name}", part)
+    """Yield the tensors in nested containers, with their keys."""
+    return ((place, node) for place, node in _nodes(key, state) if isinstance(node, Tensor))
+
+
+def _nodes(key: str, state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a state and all that it holds, with their keys."""
+    yield key, state
+    for name, part in parts_of(state):
+        yield from _nodes(f"{key}.{name}", part)
