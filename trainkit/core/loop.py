@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from trainkit.core.warning import warn
+
+T = TypeVar("T")
 
 
 class Delivery(NamedTuple):
@@ -17,17 +20,72 @@ class Delivery(NamedTuple):
     number: int = 0
 
 
-def over(loader: Iterable[Any], steps: tuple[Any, ...]) -> Iterator[Any]:
+class Batches(Iterator[T]):
+    """What ``step.over`` returns: an iterator that has the length of its loader."""
+
+    def __init__(self, batches: Generator[T], length: int) -> None:
+        self._batches, self._length = batches, length
+
+    def __iter__(self) -> Iterator[T]:
+        return self._batches
+
+    def __next__(self) -> T:
+        return next(self._batches)
+
+    def __len__(self) -> int:
+        if not self._length:
+            raise TypeError("this loader has no length: `for batch in step.over(loader)`")
+        return self._length
+
+    def close(self) -> None:
+        """End the loop here, as ``break`` does."""
+        self._batches.close()
+
+
+class Again(Iterable[T]):
+    """A loader again and again, until a step has closed so many windows.
+
+    It has the largest length that there is: nothing reads it ahead to find its end.
+    """
+
+    def __init__(self, loader: Iterable[T], step: Any, updates: int) -> None:
+        self.loader, self.step, self.updates = loader, step, updates
+        self.begun = step._closed  # windows closed before the loop began
+
+    @property
+    def closed(self) -> int:
+        """Windows closed in this loop."""
+        return int(self.step._closed - self.begun)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            is_empty = True
+            for batch in self.loader:
+                is_empty = False
+                yield batch
+            if is_empty:
+                came = f"the loader ended after {self.closed} of {self.updates} windows"
+                again = "give one that can be iterated over again"
+                raise ValueError(f"{came}: {again}, `step.over(list(loader), updates=N)`")
+
+
+def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> Generator[Any]:
     """Iterate over the batches, and tell the steps which is the last. See ``Step.over``."""
     found = [step._delivery for step in steps]
     try:
         for step in steps:
             if step._updater is None:
                 step._prepare()
-        for delivery in steps[0]._deliver(loader):
+        again = None if updates is None else Again(loader, steps[0], updates)
+        for delivery in steps[0]._deliver(again or loader):
             for step in steps:
                 step._delivery, step._ended_early = delivery, False
             yield delivery.batch
+            if again is not None and again.closed >= again.updates:
+                break
     finally:
         for step, delivery in zip(steps, found, strict=True):
             step._delivery = delivery

@@ -22,7 +22,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
-from trainkit.core.loop import Delivery, mark_last, over
+from trainkit.core.loop import Batches, Delivery, length_of, mark_last, over
 from trainkit.core.losses import read_loss
 from trainkit.core.plan import Plan, Surrounding, check, check_length, check_plan
 from trainkit.core.result import StepResult
@@ -146,7 +146,13 @@ class Step(Generic[P]):
         finally:
             self._delivery = found
 
-    def over(self, loader: Iterable[T], *others: Step[Any], progress: Any = False) -> Iterator[T]:
+    def over(
+        self,
+        loader: Iterable[T],
+        *others: Step[Any],
+        updates: int | None = None,
+        progress: Any = False,
+    ) -> Iterator[T]:
         """Iterate over a loader, and let its last batch close the open windows of the steps.
 
         Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
@@ -166,7 +172,8 @@ class Step(Generic[P]):
         for fits, given in ((is_iterable, loader), *((isinstance(s, Step), s) for s in others)):
             came = f"over takes a loader and then steps, got {type(given).__name__}"
             check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
-        batches = over(loader, (self, *others))
+        length = length_of(loader) if updates is None else 0
+        batches = Batches(over(loader, (self, *others), updates), length)
         if progress is False:
             return batches
         from trainkit.watch.progress import with_progress
