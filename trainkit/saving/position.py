@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from trainkit.core.loop import length_of
+from trainkit.core.loop import Again, length_of
 from trainkit.core.plan import check
 from trainkit.saving.randomness import RandomStates, within
 
@@ -21,6 +21,9 @@ class Pass:
     The loader is read again up to the position, with the random states of the beginning. A batch
     that was read ahead follows, with the random states before it, and then those of the checkpoint.
     A loader with a state of its own is not read again: it goes to the position itself.
+
+    A loop with ``updates`` is one pass. Whenever its loader is begun again, so is ``begin``, and
+    ``counted`` and ``read`` are from there on.
     """
 
     loader: str | None  # the name of a loader with a state of its own
@@ -31,6 +34,7 @@ class Pass:
     delivered: int = 0
     counted: int = 0  # delivered, without the fillers of a rank that has run out
     read: int = 0
+    begun: int = 0  # windows that the step had closed before the loop; for ``over(updates=N)``
 
 
 class Position:
@@ -50,6 +54,7 @@ class Position:
         # What remains to be done to return to the position that was loaded.
         self._passes_to_skip = 0
         self._resumed: Pass | None = None
+        self._begun: int | None = None
         # Random states at the beginning of the epoch, or after its last pass: what stands between
         # the passes, and runs again, may make a loader with them.
         self._between = random.now()
@@ -63,7 +68,7 @@ class Position:
             yield self.epoch
             self.epoch += 1
             self._passes = self._passes_to_skip = 0
-            self._resumed = None
+            self._resumed = self._begun = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two batches, with the states of loaders in ``loaders``."""
@@ -84,6 +89,7 @@ class Position:
         """On another number of ranks, return to the beginning of the pass."""
         self.epoch = state["epoch"]
         self._passes = self._passes_to_skip = state["passes"]
+        self._begun = None if state["pass"] is None else state["pass"].get("begun")
         if not same_ranks:
             return
         self._ends = dict(state["loaders"])
@@ -99,20 +105,26 @@ class Position:
         self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
         """Yield what ``deliver(rest of the loader, batch before it)`` does."""
-        self._random.add_from(loader)
+        inner = loader.loader if isinstance(loader, Again) else loader
+        self._random.add_from(inner)
         if self._passes_to_skip:
             self._passes_to_skip -= 1
             if not self._passes_to_skip:
                 self._random.set(self._between)
             return
-        name, found, batch = self._name(loader), self._resumed, None
+        name, found, batch = self._name(inner), self._resumed, None
         if name is None:
-            self._start_workers(loader)
-        now, states_at = Pass(name, length_of(loader), self._random.now()), dict[int, Any]()
+            self._start_workers(inner)
+        now, states_at = Pass(name, length_of(inner), self._random.now()), dict[int, Any]()
+        if isinstance(loader, Again):
+            if self._begun is not None:
+                loader.begun = self._begun
+            now.begun = loader.begun
+        self._begun = None
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now, self._resumed = self._return(found, now), None
-        reading, self.current = self._read(loader, now, states_at), now
+        reading, self.current = self._read(loader, inner, now, states_at), now
         try:
             for _ in range(now.counted - now.read):
                 batch = next(reading, self)
@@ -139,6 +151,17 @@ class Position:
         return replace(found, read=found.counted)
 
     def _read(
+        self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
+    ) -> Iterator[Any]:
+        """Yield batches; with ``updates`` of pass after pass over the inner loader."""
+        yield from self._read_once(inner, now, states_at)
+        while inner is not loader and now.read >= now.counted:
+            if now.read == 0:
+                yield from loader  # which refuses an inner loader that has no batch
+            now.begin, now.read, now.counted = self._random.now(), 0, 0
+            yield from self._read_once(inner, now, {})
+
+    def _read_once(
         self, loader: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
     ) -> Iterator[Any]:
         """Yield batches. Before one whose index is in ``states_at``, set these random states."""
