@@ -44,7 +44,10 @@ class Readings:
 
     def before_update(self, step: Any) -> None:
         """Note the learning rates and the loss scale that the update is made with."""
-        rates = [optimizer.param_groups[0].get("lr") for optimizer in step._plan.optimizers]
+        groups: list[dict[str, Any]] = [
+            next(iter(optimizer.param_groups), {}) for optimizer in step._plan.optimizers
+        ]
+        rates = [group.get("lr") for group in groups]  # None in Adafactor
         settings = dict(zip(self.rates, rates, strict=True), loss_scale=step._updater.scale)
         # Schedulers change a learning rate in place, and the loss scale moves in place.
         self._settings = {
