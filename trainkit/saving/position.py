@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from trainkit.core.loop import Again, length_of
 from trainkit.core.plan import check
-from trainkit.saving.randomness import RandomStates, within
+from trainkit.core.warning import warn
+from trainkit.saving.randomness import RandomStates, read_once, within
 
 
 @dataclass
@@ -55,6 +57,8 @@ class Position:
         self._passes_to_skip = 0
         self._resumed: Pass | None = None
         self._begun: int | None = None
+        self._generators = weakref.WeakSet[Any]()  # that loops have read from
+        self._has_warned = False
         # Random states at the beginning of the epoch, or after its last pass: what stands between
         # the passes, and runs again, may make a loader with them.
         self._between = random.now()
@@ -107,6 +111,7 @@ class Position:
         """Yield what ``deliver(rest of the loader, batch before it)`` does."""
         inner = loader.loader if isinstance(loader, Again) else loader
         self._random.add_from(inner)
+        self._warn_of_generators(inner)
         if self._passes_to_skip:
             self._passes_to_skip -= 1
             if not self._passes_to_skip:
@@ -179,6 +184,16 @@ class Position:
                 return
             now.read += 1
             yield batch
+
+    def _warn_of_generators(self, loader: Iterable[Any]) -> None:
+        """Warn, once, if a loop continues a generator that an earlier one read from."""
+        read = read_once(loader)
+        if not self._has_warned and any(thing in self._generators for thing in read):
+            came = "a loop continues a generator that an earlier loop read from, and a resumed run"
+            advice = "loop over what it reads, `step.over(loader, updates=N)`"
+            warn(f"{came} would read it from its beginning: {advice}")
+            self._has_warned = True
+        self._generators.update(read)
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Start workers that persist, which draws a random number, outside of any pass."""
