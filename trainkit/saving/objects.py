@@ -112,7 +112,9 @@ class Objects:
         there, here = self._form(states), self._form(self.states(self.of(Step)))
         for key in {**there, **here}:
             was, now = there.get(key, "nothing"), here.get(key, "nothing")
-            advice = "give the same objects, or another path to begin anew"
+            advice = (
+                "give the same objects, or each stage a path, `resumable(f'{path}/stage2', ...)`"
+            )
             message = f"the checkpoint has {was} as {key}, and now it is {now}: {advice}"
             check(was == now, ValueError, message)
 
