@@ -51,6 +51,11 @@ class Objects:
         """Return the objects of a kind."""
         return {name: thing for name, thing in self.stateful.items() if isinstance(thing, kind)}
 
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """What has groups of parameters, also if it is no ``torch.optim.Optimizer``."""
+        return {name: o for name, o in self.stateful.items() if hasattr(o, "param_groups")}
+
     def warn_of_missing(self) -> None:
         """Warn if a step changes what is not among the objects."""
         given = {id(thing) for thing in self.stateful.values()}
@@ -90,7 +95,7 @@ class Objects:
         They are the parameters of modules, and the states of optimizers.
         """
         found: dict[str, Tensor] = {}
-        for name in self.of(Optimizer):
+        for name in self.optimizers:
             found.update(_tensors(name, states[name]))
         for name, module in self.of(nn.Module).items():
             known = {f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)}
@@ -102,7 +107,7 @@ class Objects:
         found: dict[str, Tensor] = {}
         for name, module in self.of(nn.Module).items():
             found.update(_tensors(name, module.state_dict()))
-        for name, optimizer in self.of(Optimizer).items():
+        for name, optimizer in self.optimizers.items():
             parameters = (p.detach() for group in optimizer.param_groups for p in group["params"])
             found.update((f"{name}.state.{i}", p) for i, p in enumerate(parameters))
         return found
@@ -122,7 +127,7 @@ class Objects:
         form: dict[str, Any] = {"objects": sorted(states)}
         for name in self.of(nn.Module):
             form |= {key: list(t.shape) for key, t in _tensors(name, states.get(name))}
-        for name in self.of(Optimizer):
+        for name in self.optimizers:
             for key, group in _nodes(name, states.get(name)):
                 if isinstance(group, dict) and isinstance(group.get("params"), list):
                     form[key] = f"{len(group['params'])} parameters"
@@ -130,7 +135,7 @@ class Objects:
 
     def check_rebuilt(self, states: Mapping[str, Any]) -> None:
         """Raise TypeError for what ``Optimizer.load_state_dict`` cannot put back."""
-        for name, optimizer in self.of(Optimizer).items():
+        for name, optimizer in self.optimizers.items():
             for key, kept in _kept_for_parameters(name, states[name]):
                 is_own = key == name and type(optimizer).load_state_dict is not LOAD
                 for place, value in () if is_own else _nodes(f"{key}.state", kept):
@@ -153,7 +158,7 @@ class Objects:
                 thing.update(states[name])
             else:
                 thing.load_state_dict(states[name])
-            if isinstance(thing, Optimizer):
+            if name in self.optimizers:
                 _undo_casts(thing.state_dict(), states[name])
 
     def _kept(self, positioned: Container[str]) -> Iterator[tuple[str, Any]]:

@@ -122,9 +122,7 @@ class Position:
             self._start_workers(inner)
         now, states_at = Pass(name, length_of(inner), self._random.now()), dict[int, Any]()
         if isinstance(loader, Again):
-            if self._begun is not None:
-                loader.begun = self._begun
-            now.begun = loader.begun
+            loader.begun = now.begun = loader.begun if self._begun is None else self._begun
         self._begun = None
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
@@ -158,19 +156,11 @@ class Position:
     def _read(
         self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
     ) -> Iterator[Any]:
-        """Yield batches; with ``updates`` of pass after pass over the inner loader."""
-        yield from self._read_once(inner, now, states_at)
-        while inner is not loader and now.read >= now.counted:
-            if now.read == 0:
-                yield from loader  # which refuses an inner loader that has no batch
-            now.begin, now.read, now.counted = self._random.now(), 0, 0
-            yield from self._read_once(inner, now, {})
+        """Yield batches; of an ``Again`` those of its inner loader, pass after pass.
 
-    def _read_once(
-        self, loader: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
-    ) -> Iterator[Any]:
-        """Yield batches. Before one whose index is in ``states_at``, set these random states."""
-        iterator, self._ahead = iter(loader), {}
+        Before a batch of the first pass whose index is in ``states_at``, set these random states.
+        """
+        iterator, self._ahead = iter(inner), {}
         while True:
             if (states := states_at.get(now.read)) is not None:
                 self._random.set(states)
@@ -178,12 +168,16 @@ class Position:
                 state = deepcopy(self._objects[now.loader].state_dict()) if now.loader else None
                 self._ahead = {i: kept for i, kept in self._ahead.items() if i >= now.counted}
                 self._ahead[now.read] = self._random.now(), state
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            if (batch := next(iterator, self)) is not self:
+                now.read += 1
+                yield batch
+            elif loader is inner or now.read < now.counted:
                 return
-            now.read += 1
-            yield batch
+            elif now.read == 0:
+                yield from loader  # which refuses an inner loader that has no batch
+            else:
+                now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
+                iterator, self._ahead = iter(inner), {}
 
     def _warn_of_generators(self, loader: Iterable[Any]) -> None:
         """Warn, once, if a loop continues a generator that an earlier one read from."""

@@ -12,8 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from trainkit.core.plan import check
 from trainkit.core.step import Step
 from trainkit.core.warning import warn
@@ -202,8 +200,7 @@ class resumable:
 
     def _check_new_states(self) -> None:
         """Check states again as soon as optimizers have theirs, which skipped updates delay."""
-        optimizers = self._objects.of(Optimizer).values()
-        sizes = [len(getattr(optimizer, "state", ())) for optimizer in optimizers]
+        sizes = [len(getattr(o, "state", ())) for o in self._objects.optimizers.values()]
         sizes.append(self._updates() > self._first_updates)
         if sizes != self._checked_sizes:
             states = self._objects.states(self._objects.of(Step))  # a step's state can be stored
