@@ -600,7 +600,7 @@ TABLE = {
         (other_objects, V, "ema", "now it is", None),
         (other_shapes, V, "head", "now it is", None),
         (lambda w: w.train(history=[generator()]),
-            T, "generator", "stored", "torch.serialization.add_safe_globals([Class])"),
+            T, "generator", "stored", "{'basis': tensor}"),
         (not_finite, W, "model.head.bias", "not finite", None),
         (functools.partial(damaged, checkpoints=2), W, "00000002", "damaged", None),
         (damaged, R, "00000001", "no other", None),

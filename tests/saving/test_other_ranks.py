@@ -87,3 +87,45 @@ def test_one_process_and_two_ranks_resume_each_other(tmp_path):
             optimizer.zero_grad()
         schedule.step()
     assert distance(ours, list(model.parameters())) <= 1e-12
+
+
+def until(path, rank, ranks, updates, stop=None):
+    """Trains for so many updates over the batches of this rank, again and again."""
+    torch.manual_seed(0)
+    model = base = make_model()
+    if ranks > 1:
+        model = DistributedDataParallel(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step = train_step(optimizer, accumulate(4 // ranks), module=model)(
+        lambda batch: loss_of(model, batch)
+    )
+    # The ranks go over their loaders at other moments, in an order of their own.
+    generator = torch.Generator().manual_seed(rank)
+    mine = list(BATCHES[rank::ranks])[: 3 if rank else 4]
+    loader = torch.utils.data.DataLoader(mine, None, shuffle=True, generator=generator)
+    try:
+        with resumable(path, every=1, model=model, optimizer=optimizer, step=step):
+            for i, batch in enumerate(step.over(loader, updates=updates)):
+                if i == stop:
+                    raise Killed
+                step(batch)
+    except Killed:
+        pass
+    if ranks > 1:
+        dist.barrier()
+    return step.updates, [p.detach().clone() for p in base.parameters()]
+
+
+def updates_on_two_ranks(rank, ranks, path):
+    expected = until(path / "whole", rank, ranks, 6)
+    assert expected[0] == 6
+    for stop in (3, 7, 11):
+        until(path / str(stop), rank, ranks, 6, stop)
+        found = until(path / str(stop), rank, ranks, 6)
+        assert found[0] == 6 and all(map(torch.equal, found[1], expected[1])), stop
+    until(path / "one", rank, ranks, 6, 7)  # three updates
+
+
+def test_updates_on_two_ranks_and_of_these_in_one_process(tmp_path):
+    run(updates_on_two_ranks, 2, tmp_path)
+    assert until(tmp_path / "one", 0, 1, 6)[0] == 6  # those from before the stop count

@@ -1,6 +1,7 @@
 """Stopping at any moment and running the script again gives the same bits as not stopping."""
 
 import random
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from saving_runs import (
 )
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from trainkit import accumulate, resumable, train_step
 
@@ -112,6 +114,65 @@ def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
         return seen, objects["model"].state_dict()
 
     same_when_killed(loops, tmp_path, (3, 5))
+
+
+def endless(count=99):
+    while True:
+        yield from batches(count)
+
+
+def passed_on(generator):
+    yield from generator
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda g: g,
+        lambda g: islice(g, 2),
+        lambda g: zip(range(2), enumerate(g), strict=False),
+        lambda g: tqdm(g, disable=True),
+        lambda g: passed_on(map(torch.abs, g)),
+    ],
+)
+def test_a_generator_that_a_second_loop_continues_is_warned_of_once(loader, tmp_path):
+    """A resumed run makes it anew, and its batches would be others."""
+    objects, generator = small(), endless()
+    with (
+        pytest.warns(UserWarning, match=r"generator .*`step\.over\(loader, updates=N\)`") as found,
+        resumable(tmp_path, **objects) as run,
+    ):
+        for epoch in run.epochs(3):
+            for _ in objects["step"].over(range(2)):
+                objects["step"](batches()[0])
+            assert len(found) == max(0, min(epoch - 1, 1))
+            for _ in objects["step"].over(loader(generator)):
+                objects["step"](batches()[0])
+                break
+
+
+@pytest.mark.filterwarnings("error")
+def test_loops_that_begin_anew_are_not_warned_of(tmp_path):
+    workers = DataLoader(batches(4), num_workers=1, persistent_workers=True)
+
+    class Own:
+        """A loader that is its own iterator, and begins again."""
+
+        def __iter__(self):
+            self.left = batches(2)
+            return self
+
+        def __next__(self):
+            if not self.left:
+                raise StopIteration
+            return self.left.pop()
+
+    own, objects = Own(), small()
+    with resumable(tmp_path, **objects) as run:
+        for _ in run.epochs(3):
+            for loader in (range(2), own, islice(endless(), 2), zip(workers, workers, strict=True)):
+                for _ in objects["step"].over(loader):
+                    objects["step"](batches()[0])
 
 
 def test_two_loops_side_by_side_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from saving_runs import ALWAYS, batches, names, run_small, same, small, train
+from saving_runs import ALWAYS, Killed, batches, names, run_small, same, small, train
 from torch import nn
 
 from trainkit import resumable, train_step
@@ -261,7 +261,7 @@ def test_what_the_step_changes_and_was_not_given_is_warned_of(tmp_path):
         (lambda o: o["model"].__setitem__(2, nn.Linear(32, 9)), r"\[8, 32\].*\.2\..*\[9, 32\]"),
         (
             lambda o: o["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
-            r"'4 parameters'\] as optimizer.*'4 parameters', '1 parameters'",
+            r"nothing as optimizer\.param_groups\.1.* 1 parameters",
         ),
     ],
 )
@@ -274,6 +274,35 @@ def test_a_checkpoint_of_something_else_changes_nothing(change, words, tmp_path)
         pass
     assert all(map(torch.equal, before, objects["model"].parameters()))
     assert objects["step"].updates == 0
+
+
+def test_stages_with_a_path_each_are_resumed_in_either(tmp_path):
+    """The second stage trains more layers, with another optimizer."""
+
+    def run(path, stop=None, is_apart=True):
+        torch.manual_seed(0)
+        model, seen = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 8)), []
+        for stage, layers in enumerate((model[2], model)):
+            optimizer = torch.optim.AdamW(layers.parameters())
+            step = train_step(optimizer)(lambda x: model(x).square().mean())
+            objects = {"model": model, "optimizer": optimizer, "step": step}
+            folder = path / f"stage{stage}" if is_apart else path
+            with resumable(folder, every=ALWAYS, **objects) as resumed:
+                for _ in resumed.epochs(2):
+                    for x in step.over(batches(3)):
+                        if len(seen) == stop:
+                            raise Killed
+                        step(x)
+                        seen.append(stage)
+        return model.state_dict(), torch.rand(())
+
+    expected = run(tmp_path / "whole")
+    for stop in (4, 6, 8):
+        with pytest.raises(Killed):
+            run(tmp_path / str(stop), stop)
+        assert same(run(tmp_path / str(stop)), expected), stop
+    with pytest.raises(ValueError, match=r"optimizer\.param_groups\.0.*`resumable\(.*stage2"):
+        run(tmp_path / "one", is_apart=False)
 
 
 def test_a_scheduler_that_an_update_still_owes_runs_first(tmp_path, monkeypatch):

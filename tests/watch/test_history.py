@@ -156,6 +156,28 @@ def test_a_step_has_a_learning_rate_for_each_optimizer_or_none():
     assert not [name for name in History(without_optimizer) if "lr" in name]
 
 
+class Relative(torch.optim.Optimizer):
+    """Picks its step size itself, as Adafactor does: its ``lr`` is None."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": None})
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize("log", [None, lambda numbers, update: None])
+def test_an_optimizer_whose_learning_rate_is_none(log, capsys):
+    model = make_model()
+    step = train_step(Relative(model.parameters()), max_norm=1.0)(lambda b: loss_of(model, b))
+    history = History(step, log=log)
+    for batch in step.over(make_batches([4] * 3), progress={"mininterval": 0}):
+        step(batch)
+    assert all(map(math.isnan, history["lr"])) and len(history) == 3
+    assert " lr " not in capsys.readouterr().err
+    assert [axes.get_title() for axes in history.plot().axes] == ["loss", "gradient norm"]
+
+
 def test_blocks_by_hand_and_chunks_are_recorded_once_per_window():
     def rows(use, *parts):
         model = make_model(torch.float32)

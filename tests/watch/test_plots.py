@@ -14,7 +14,7 @@ from trainkit.watch.plots import curves, png
 BATCHES = make_batches([4] * 6, torch.float32)
 
 
-def trained(*parts, factors=(1.0,) * 6, lrs=(0.1,), **options):
+def trained(*parts, factors=(1.0,) * 6, lrs=(0.1,), decay=0.9, **options):
     model = make_model(torch.float32)
     layers = (model,) if len(lrs) == 1 else (model[0], model[2])
     pairs = zip(layers, lrs, strict=True)
@@ -24,6 +24,8 @@ def trained(*parts, factors=(1.0,) * 6, lrs=(0.1,), **options):
     history = History(step)
     for batch, factor in zip(BATCHES, factors, strict=False):
         step(batch, factor)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] *= decay
     return history
 
 
@@ -64,6 +66,11 @@ def test_several_learning_rates_have_names_and_an_infinite_limit_no_line():
     assert list(found) == ["loss", "gradient norm", "learning rate"]
     assert legend(found["learning rate"]) == ["lr/0", "lr/1"]
     assert "--" not in [line.get_linestyle() for line in found["gradient norm"].lines]
+
+
+@pytest.mark.parametrize("lrs", [(0.1,), (0.1, 0.2)])
+def test_a_learning_rate_that_does_not_change_has_no_panel(lrs):
+    assert list(panels(trained(lrs=lrs, decay=1.0))) == ["loss"]
 
 
 @pytest.mark.parametrize("factors", [(), (math.nan,), (math.inf, 1.0)])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import functools
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
-from trainkit.core.plan import check
+from trainkit.core.plan import check, shown
 from trainkit.core.step import Step
 from trainkit.core.warning import warn
 from trainkit.saving.randomness import is_source
+from trainkit.saving.storage import parts_of
 
 T = TypeVar("T")
+LOAD = Optimizer.load_state_dict
 
 
 class Objects:
@@ -45,6 +50,11 @@ class Objects:
     def of(self, kind: type[T]) -> dict[str, T]:
         """Return the objects of a kind."""
         return {name: thing for name, thing in self.stateful.items() if isinstance(thing, kind)}
+
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """What has groups of parameters, also if it is no ``torch.optim.Optimizer``."""
+        return {name: o for name, o in self.stateful.items() if hasattr(o, "param_groups")}
 
     def warn_of_missing(self) -> None:
         """Warn if a step changes what is not among the objects."""
@@ -85,7 +95,7 @@ class Objects:
         They are the parameters of modules, and the states of optimizers.
         """
         found: dict[str, Tensor] = {}
-        for name in self.of(Optimizer):
+        for name in self.optimizers:
             found.update(_tensors(name, states[name]))
         for name, module in self.of(nn.Module).items():
             known = {f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)}
@@ -97,7 +107,7 @@ class Objects:
         found: dict[str, Tensor] = {}
         for name, module in self.of(nn.Module).items():
             found.update(_tensors(name, module.state_dict()))
-        for name, optimizer in self.of(Optimizer).items():
+        for name, optimizer in self.optimizers.items():
             parameters = (p.detach() for group in optimizer.param_groups for p in group["params"])
             found.update((f"{name}.state.{i}", p) for i, p in enumerate(parameters))
         return found
@@ -107,7 +117,9 @@ class Objects:
         there, here = self._form(states), self._form(self.states(self.of(Step)))
         for key in {**there, **here}:
             was, now = there.get(key, "nothing"), here.get(key, "nothing")
-            advice = "give the same objects, or another path to begin anew"
+            advice = (
+                "give the same objects, or each stage a path, `resumable(f'{path}/stage2', ...)`"
+            )
             message = f"the checkpoint has {was} as {key}, and now it is {now}: {advice}"
             check(was == now, ValueError, message)
 
@@ -115,12 +127,26 @@ class Objects:
         form: dict[str, Any] = {"objects": sorted(states)}
         for name in self.of(nn.Module):
             form |= {key: list(t.shape) for key, t in _tensors(name, states.get(name))}
-        for name in self.of(Optimizer):
-            groups = states.get(name, {}).get("param_groups", ())
-            form[f"{name}.param_groups"] = [
-                f"{len(group['params'])} parameters" for group in groups
-            ]
+        for name in self.optimizers:
+            for key, group in _nodes(name, states.get(name)):
+                if isinstance(group, dict) and isinstance(group.get("params"), list):
+                    form[key] = f"{len(group['params'])} parameters"
         return form
+
+    def check_rebuilt(self, states: Mapping[str, Any]) -> None:
+        """Raise TypeError for what ``Optimizer.load_state_dict`` cannot put back."""
+        for name, optimizer in self.optimizers.items():
+            for key, kept in _kept_for_parameters(name, states[name]):
+                is_own = key == name and type(optimizer).load_state_dict is not LOAD
+                for place, value in () if is_own else _nodes(f"{key}.state", kept):
+                    if isinstance(value, Iterable) and not isinstance(value, (Tensor, dict)):
+                        try:
+                            type(value)(part for part in value)  # type: ignore[call-arg]
+                        except Exception as error:
+                            came = f"{place} is of type {type(value).__name__}"
+                            refused = f"`optimizer.load_state_dict` would fail ({shown(error)})"
+                            advice = "keep a list or a tuple, `tuple(value)`"
+                            raise TypeError(f"{came}, and {refused}: {advice}") from None
 
     def load(self, states: Mapping[str, Any], positioned: Container[str]) -> None:
         """Put back what ``states`` returned."""
@@ -132,6 +158,8 @@ class Objects:
                 thing.update(states[name])
             else:
                 thing.load_state_dict(states[name])
+            if name in self.optimizers:
+                _undo_casts(thing.state_dict(), states[name])
 
     def _kept(self, positioned: Container[str]) -> Iterator[tuple[str, Any]]:
         for name, thing in self.stateful.items():
@@ -151,10 +179,40 @@ def _check_object(name: str, thing: Any) -> None:
     check(not is_fsdp1, ValueError, message)
 
 
+def _undo_casts(now: Any, was: Any) -> None:
+    """Give what an optimizer keeps for its parameters the types and dtypes that it had.
+
+    ``Optimizer.load_state_dict`` casts it to the dtypes of the parameters, and forgets the length
+    of a deque. ``now`` holds the dicts of the optimizer itself.
+    """
+    found = dict(_kept_for_parameters("", now))
+    for key, kept in _kept_for_parameters("", was):
+        for index, values in kept.items():
+            here = found.get(key, {}).get(index)
+            for name in here.keys() & values.keys() if isinstance(here, dict) else ():
+                devices = [t.device for t in tree_leaves(here[name]) if isinstance(t, Tensor)]
+                to = functools.partial(Tensor.to, device=next(iter(devices), None))
+                here[name] = tree_map_only(Tensor, to, values[name], is_leaf=_is_size)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)
+
+
+def _kept_for_parameters(key: str, state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what optimizers keep for their parameters, also of an optimizer within another."""
+    for place, node in _nodes(key, state):
+        if isinstance(node, dict) and "param_groups" in node and isinstance(node["state"], dict):
+            yield place, node["state"]
+
+
 def _tensors(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts, with their keys."""
-    if isinstance(state, Tensor):
-        yield key, state
-    elif isinstance(state, dict):
-        for name, part in state.items():
-            yield from _tensors(f"{key}.{name}", part)
+    """Yield the tensors in nested containers, with their keys."""
+    return ((place, node) for place, node in _nodes(key, state) if isinstance(node, Tensor))
+
+
+def _nodes(key: str, state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a state and all that it holds, with their keys."""
+    yield key, state
+    for name, part in parts_of(state):
+        yield from _nodes(f"{key}.{name}", part)

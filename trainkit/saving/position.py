@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -9,9 +10,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from trainkit.core.loop import length_of
+from trainkit.core.loop import Again, length_of
 from trainkit.core.plan import check
-from trainkit.saving.randomness import RandomStates, within
+from trainkit.core.warning import warn
+from trainkit.saving.randomness import RandomStates, read_once, within
 
 
 @dataclass
@@ -21,6 +23,9 @@ class Pass:
     The loader is read again up to the position, with the random states of the beginning. A batch
     that was read ahead follows, with the random states before it, and then those of the checkpoint.
     A loader with a state of its own is not read again: it goes to the position itself.
+
+    A loop with ``updates`` is one pass. Whenever its loader is begun again, so is ``begin``, and
+    ``counted`` and ``read`` are from there on.
     """
 
     loader: str | None  # the name of a loader with a state of its own
@@ -31,6 +36,7 @@ class Pass:
     delivered: int = 0
     counted: int = 0  # delivered, without the fillers of a rank that has run out
     read: int = 0
+    begun: int = 0  # windows that the step had closed before the loop; for ``over(updates=N)``
 
 
 class Position:
@@ -50,6 +56,9 @@ class Position:
         # What remains to be done to return to the position that was loaded.
         self._passes_to_skip = 0
         self._resumed: Pass | None = None
+        self._begun: int | None = None
+        self._generators = weakref.WeakSet[Any]()  # that loops have read from
+        self._has_warned = False
         # Random states at the beginning of the epoch, or after its last pass: what stands between
         # the passes, and runs again, may make a loader with them.
         self._between = random.now()
@@ -63,7 +72,7 @@ class Position:
             yield self.epoch
             self.epoch += 1
             self._passes = self._passes_to_skip = 0
-            self._resumed = None
+            self._resumed = self._begun = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two batches, with the states of loaders in ``loaders``."""
@@ -84,6 +93,7 @@ class Position:
         """On another number of ranks, return to the beginning of the pass."""
         self.epoch = state["epoch"]
         self._passes = self._passes_to_skip = state["passes"]
+        self._begun = None if state["pass"] is None else state["pass"].get("begun")
         if not same_ranks:
             return
         self._ends = dict(state["loaders"])
@@ -99,20 +109,25 @@ class Position:
         self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
         """Yield what ``deliver(rest of the loader, batch before it)`` does."""
-        self._random.add_from(loader)
+        inner = loader.loader if isinstance(loader, Again) else loader
+        self._random.add_from(inner)
+        self._warn_of_generators(inner)
         if self._passes_to_skip:
             self._passes_to_skip -= 1
             if not self._passes_to_skip:
                 self._random.set(self._between)
             return
-        name, found, batch = self._name(loader), self._resumed, None
+        name, found, batch = self._name(inner), self._resumed, None
         if name is None:
-            self._start_workers(loader)
-        now, states_at = Pass(name, length_of(loader), self._random.now()), dict[int, Any]()
+            self._start_workers(inner)
+        now, states_at = Pass(name, length_of(inner), self._random.now()), dict[int, Any]()
+        if isinstance(loader, Again):
+            loader.begun = now.begun = loader.begun if self._begun is None else self._begun
+        self._begun = None
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now, self._resumed = self._return(found, now), None
-        reading, self.current = self._read(loader, now, states_at), now
+        reading, self.current = self._read(loader, inner, now, states_at), now
         try:
             for _ in range(now.counted - now.read):
                 batch = next(reading, self)
@@ -139,10 +154,13 @@ class Position:
         return replace(found, read=found.counted)
 
     def _read(
-        self, loader: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
+        self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
     ) -> Iterator[Any]:
-        """Yield batches. Before one whose index is in ``states_at``, set these random states."""
-        iterator, self._ahead = iter(loader), {}
+        """Yield batches; of an ``Again`` those of its inner loader, pass after pass.
+
+        Before a batch of the first pass whose index is in ``states_at``, set these random states.
+        """
+        iterator, self._ahead = iter(inner), {}
         while True:
             if (states := states_at.get(now.read)) is not None:
                 self._random.set(states)
@@ -150,12 +168,26 @@ class Position:
                 state = deepcopy(self._objects[now.loader].state_dict()) if now.loader else None
                 self._ahead = {i: kept for i, kept in self._ahead.items() if i >= now.counted}
                 self._ahead[now.read] = self._random.now(), state
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            if (batch := next(iterator, self)) is not self:
+                now.read += 1
+                yield batch
+            elif loader is inner or now.read < now.counted:
                 return
-            now.read += 1
-            yield batch
+            elif now.read == 0:
+                yield from loader  # which refuses an inner loader that has no batch
+            else:
+                now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
+                iterator, self._ahead = iter(inner), {}
+
+    def _warn_of_generators(self, loader: Iterable[Any]) -> None:
+        """Warn, once, if a loop continues a generator that an earlier one read from."""
+        read = read_once(loader)
+        if not self._has_warned and any(thing in self._generators for thing in read):
+            came = "a loop continues a generator that an earlier loop read from, and a resumed run"
+            advice = "loop over what it reads, `step.over(loader, updates=N)`"
+            warn(f"{came} would read it from its beginning: {advice}")
+            self._has_warned = True
+        self._generators.update(read)
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
         """Start workers that persist, which draws a random number, outside of any pass."""

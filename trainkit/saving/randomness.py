@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from trainkit.core.precision import current_device
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
 # The attributes under which loaders and progress bars hold each other.
 PARTS = ("iterable", "dataset", "batch_sampler", "sampler")
+# Iterators, and the tuple in which some hold theirs.
+ITERATORS = (types.GeneratorType, chain, cycle, enumerate, filter, islice, map, tuple, zip)
 
 
 def is_source(thing: Any) -> bool:
@@ -32,6 +37,16 @@ def within(loader: Any) -> list[Any]:
         parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name in PARTS]
         found += [part for part in parts if all(part is not other for other in found)]
     return found
+
+
+def read_once(loader: Any) -> list[Any]:
+    """Return the generators that a loader is, or that iterators such as ``islice`` read from."""
+    found, known = within(loader), set[int]()
+    for thing in found:
+        if type(thing) in ITERATORS and id(thing) not in known:
+            known.add(id(thing))
+            found += [part for part in gc.get_referents(thing) if type(part) in ITERATORS]
+    return [thing for thing in found if type(thing) is types.GeneratorType]
 
 
 class RandomStates:

@@ -86,10 +86,11 @@ class resumable:
         self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
         self._checkpoints = Checkpoints(self._path, self._keep)
         self._signals = _Signals()
-        self._is_nested = self._is_checked = False
+        self._is_nested = False
         # On several ranks: what they request together, and the end of the window in this pass.
         self._common_request = self._window_end = 0
-        self._check_storable()
+        self._first_updates, self._checked_sizes = self._updates(), list[int]()
+        self._check_new_states()
         self._checkpoints.check_path()
         if (found := self._checkpoints.newest()) is not None:
             self._load(*found)
@@ -147,15 +148,14 @@ class resumable:
             finally:
                 self._is_nested = False
             return
+        self._check_new_states()  # of a loop that was left after its first update
         for delivery in self._position.run(loader, deliver):
             self._is_changed = True
             yield delivery
             advice = "end the inner one first, or `step.over(zip(a, b), other_step)`"
             message = f"of two loops of `over` at once only one could be resumed: {advice}"
             check(not self._is_nested, RuntimeError, message)
-            if not self._is_checked and self._updates() > self._saved_updates:
-                self._check_storable()  # optimizers have their states now
-                self._is_checked = True
+            self._check_new_states()
             self._handle_request(self._current_request())
 
     def _exchange(self, exchange: Any, *counts: int) -> Any:
@@ -198,9 +198,15 @@ class resumable:
 
     # Saving and loading.
 
-    def _check_storable(self) -> None:
-        states = self._objects.states(self._objects.of(Step))  # a step's state can be stored
-        check_storable(states, self._objects.shared(states))
+    def _check_new_states(self) -> None:
+        """Check states again as soon as optimizers have theirs, which skipped updates delay."""
+        sizes = [len(getattr(o, "state", ())) for o in self._objects.optimizers.values()]
+        sizes.append(self._updates() > self._first_updates)
+        if sizes != self._checked_sizes:
+            states = self._objects.states(self._objects.of(Step))  # a step's state can be stored
+            check_storable(states, self._objects.shared(states))
+            self._objects.check_rebuilt(states)
+            self._checked_sizes = sizes
 
     def _save(self) -> None:
         for step in self._objects.steps:

@@ -28,6 +28,9 @@ def load_into(step: Any, state: Any) -> None:
     """Load a state; ValueError, before anything is changed, if it does not fit."""
     _check_between(step, "load_state_dict")
     updater, window = step._updater, None
+    if isinstance(state, dict) and "growth_factor" in state:
+        remedy = f"begin with its scale, `amp(init_scale={state['scale']})`"
+        raise ValueError(f"got the state of a GradScaler, which a step does not load: {remedy}")
     try:
         skipped, applied = int(state["skipped"]), int(state["updates"])
         scale, growth = float(state.get("loss_scale", 1.0)), int(state.get("growth_tracker", 0))

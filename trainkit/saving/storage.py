@@ -19,8 +19,8 @@ import sys
 import tempfile
 import types
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from trainkit.core.plan import check
+from trainkit.core.plan import check, shown
 from trainkit.core.precision import current_device
 from trainkit.core.warning import warn
 from trainkit.ranks.collectives import all_gather_objects, cpu_group, rank, world_size
@@ -70,7 +70,11 @@ class Checkpoints:
         all_gather_objects(None)
         own = [aside / f"rank{rank()}.pt"]
         with own[0].open("w+b") as stream:
-            tensors = _store("this run", values, stream, shared)
+            try:
+                tensors = _store(values, stream, shared)
+            except NOT_STORED:
+                check_storable(values, shared)
+                raise
         with _distributed_checkpoint() as dcp:
             writer = dcp.FileSystemWriter(aside)
             metadata = dcp.save(tensors, storage_writer=writer, process_group=cpu_group())
@@ -144,7 +148,8 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the values of a checkpoint. A rank that did not write it gets the values of rank 0.
 
     A shared tensor has the strides and shards of the tensor in ``like`` with the same shape and
-    key: its own key, or its own without the last part (of a state of an optimizer).
+    key: its own key, or its own without the last part (of a state of an optimizer). Otherwise it
+    has those of any tensor in ``like`` with its shape.
     """
     metadata = _load(path / SHARED, *_metadata_classes())
     tensors: dict[str, Tensor] = {}
@@ -152,9 +157,9 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
     @functools.wraps(_shared_tensor)
     def shared_tensor(key: str) -> Tensor:
         found = metadata.state_dict_metadata[key]
-        pattern = like.get(key, like.get(key.rpartition(".")[0]))
-        if pattern is None or pattern.shape != found.size:
-            pattern = torch.empty(found.size)
+        patterns = [like.get(key), like.get(key.rpartition(".")[0]), *like.values()]
+        fits = (one for one in patterns if one is not None and one.shape == found.size)
+        pattern = next(fits, torch.empty(found.size))
         tensors[key] = torch.empty_like(pattern, dtype=found.properties.dtype)
         return tensors[key]
 
@@ -171,15 +176,34 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_storable(values: Mapping[str, Any], shared: Mapping[str, Tensor]) -> None:
-    """Raise TypeError for the first value that cannot be stored."""
+    """Raise TypeError for the innermost value that ``load`` would not return."""
     for name, value in values.items():
-        _store(name, value, io.BytesIO(), shared)
+        try:
+            _store(value, file := io.BytesIO(), shared)
+            file.seek(0)
+            _load(file, functools.wraps(_shared_tensor)(lambda key: torch.empty(0)))
+        except NOT_STORED as error:
+            check_storable({f"{name}.{key}": part for key, part in parts_of(value)}, shared)
+            came = f"{name} is of type {type(value).__name__}, which cannot be stored"
+            advice = "keep tensors, numbers, lists or dicts"
+            if isinstance(error, _Unsafe):
+                known = str(error).rpartition(".")[2]
+                allow = f"or allow {error}, `torch.serialization.add_safe_globals([{known}])`"
+                raise TypeError(f"{came}: {advice}, {allow}") from None
+            raise TypeError(f"{came} ({shown(error)}): {advice}, `{{'basis': tensor}}`") from None
 
 
-def _store(name: str, value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[str, Any]:
+def parts_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return what a container holds, by its keys or positions."""
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple, deque)) else ()
+
+
+def _store(value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a value, without the tensors that ``torch.distributed.checkpoint`` is to write.
 
-    Returns these tensors. Raises TypeError for what ``_load`` would refuse.
+    Returns these tensors. Raises one of NOT_STORED for what ``_load`` would refuse.
     """
     tensors: dict[str, Tensor] = {}
     keys = {id(tensor): key for key, tensor in shared.items()}
@@ -196,6 +220,8 @@ def _store(name: str, value: Any, file: IO[bytes], shared: Mapping[str, Tensor])
                 if value.untyped_storage().nbytes() > value.nbytes:  # a view of a larger tensor
                     value = value.clone()
                 return value.__reduce_ex__(2)
+            if type(value) is deque:
+                return deque, (list(value), value.maxlen)
             if numpy and (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
                 # As an .npy file: NumPy's own pickles can pass off bytes as pointers to objects.
                 numpy.save(npy := io.BytesIO(), value, allow_pickle=False)
@@ -203,18 +229,16 @@ def _store(name: str, value: Any, file: IO[bytes], shared: Mapping[str, Tensor])
                 return _array, (data, type(value) is numpy.ndarray)
             return NotImplemented
 
-    try:
-        torch.save(value, file, types.SimpleNamespace(__name__="pickle", Pickler=Pickler))
-        file.seek(0)
-        with torch.serialization.safe_globals([*ALLOWED, _shared_tensor]):
-            reason = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except (pickle.PicklingError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = repr(error)
-    advice = "keep tensors, numbers, lists or dicts"
-    allow = "or allow the class, `torch.serialization.add_safe_globals([Class])`"
-    message = f"the state of {name} cannot be stored ({reason:.150}): {advice}, {allow}"
-    check(not reason, TypeError, message)
+    torch.save(value, file, types.SimpleNamespace(__name__="pickle", Pickler=Pickler))
+    file.seek(0)
+    with torch.serialization.safe_globals([*ALLOWED, _shared_tensor]):
+        if found := torch.serialization.get_unsafe_globals_in_checkpoint(file):
+            raise _Unsafe(found[0])
     return tensors
+
+
+class _Unsafe(pickle.PicklingError):
+    """A class or function that loading would refuse."""
 
 
 def _shared_tensor(key: str) -> Tensor:
@@ -227,7 +251,7 @@ def _array(data: Tensor, is_array: bool) -> Any:
     return array if is_array else array[()]
 
 
-def _load(file: Path, *allowed: Any) -> Any:
+def _load(file: Path | IO[bytes], *allowed: Any) -> Any:
     """Read what ``torch.save`` wrote; run no code."""
     with torch.serialization.safe_globals([*ALLOWED, *allowed]):
         return torch.load(file, map_location=_place, weights_only=True)
@@ -242,7 +266,8 @@ def _place(storage: Any, location: str) -> Any:
 
 
 # Besides what PyTorch allows: some of these since 2.6, some not at all.
-ALLOWED = (_array, bytes, complex, Counter, frozenset, set)
+ALLOWED = (_array, bytes, complex, Counter, deque, frozenset, range, set, slice)
+NOT_STORED = (pickle.PickleError, AttributeError, RuntimeError, TypeError, ValueError)
 
 
 def _metadata_classes() -> list[type]:

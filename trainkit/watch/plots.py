@@ -23,10 +23,15 @@ Columns = Mapping[str, Sequence[float]]
 
 
 def curves(columns: Columns, max_norm: float | None) -> Any:
-    """A matplotlib Figure with a panel for each quantity of which the columns have a number."""
+    """A matplotlib Figure with a panel for each quantity of which the columns have a number.
+
+    A learning rate has one only if it changes.
+    """
     figures = optional("matplotlib.figure", "history.plot()")
     known = [c for c, values in columns.items() if c == "loss" or any(map(math.isfinite, values))]
     found = {name: [c for c in known if c.partition("/")[0] == name] for name in _TITLES}
+    if all(len(set(columns[name])) == 1 for name in found["lr"]):
+        found["lr"] = []
     panels = {name: shown for name, shown in found.items() if shown}
     rows = 2 if len(panels) == 4 else 1
     across = len(panels) // rows

@@ -29,7 +29,7 @@ def with_progress(
     tqdm = optional("tqdm.auto", "progress").tqdm
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return batches
-    options = {"total": length_of(loader) or None} | ({} if progress is True else dict(progress))
+    options = {"total": length_of(batches) or None} | ({} if progress is True else dict(progress))
     return _with_bar(batches, functools.partial(tqdm, **options), steps)
 
 

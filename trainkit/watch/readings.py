@@ -44,7 +44,8 @@ class Readings:
 
     def before_update(self, step: Any) -> None:
         """Note the learning rates and the loss scale that the update is made with."""
-        rates = [optimizer.param_groups[0].get("lr") for optimizer in step._plan.optimizers]
+        none: dict[str, Any] = {}
+        rates = [next(iter(o.param_groups), none).get("lr") for o in step._plan.optimizers]
         settings = dict(zip(self.rates, rates, strict=True), loss_scale=step._updater.scale)
         # Schedulers change a learning rate in place, and the loss scale moves in place.
         self._settings = {
