@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
+import numbers
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -202,7 +203,7 @@ class Step(Generic[P]):
             check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
         if updates is not None:
             came = f"updates counts windows, an int of at least 1, got {updates!r}"
-            is_count = isinstance(updates, int) and not isinstance(updates, bool)
+            is_count = isinstance(updates, numbers.Integral) and not isinstance(updates, bool)
             check(is_count, TypeError, f"{came}: `step.over(loader, updates=1000)`")
             check(updates >= 1, ValueError, f"{came}: `step.over(loader, updates=1000)`")
         length = length_of(loader) if updates is None else 0
@@ -211,7 +212,8 @@ class Step(Generic[P]):
             return batches
         from trainkit.watch.progress import with_progress
 
-        return with_progress(batches, loader, (self, *others), progress)
+        counted = loader if updates is None else ()  # so many batches, or nobody knows how many
+        return with_progress(batches, counted, (self, *others), progress)
 
     def close(self) -> StepResult:
         """Make the update of the open window now, divided by what is in it.
