@@ -78,7 +78,7 @@ def detached(value: Any) -> Any:
         return None
 
 
-_ATOMS = frozenset({int, float, bool, str, bytes, type(None)})
+_ATOMS: frozenset[type] = frozenset({int, float, bool, str, bytes, type(None)})
 _SINGLE: tuple[type, ...] = (  # what is not searched
     *(Tensor, *_ATOMS, type, nn.Module, torch.optim.Optimizer),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType),

@@ -71,7 +71,8 @@ class Step(Generic[P]):
         self._size: Size = 1
         self._delivery = OUTSIDE
         self._ended_early = False
-        self._yields = inspect.isgeneratorfunction(function)
+        call = getattr(function, "__call__", None)  # noqa: B004 - of an object that yields
+        self._yields = any(map(inspect.isgeneratorfunction, (function, call)))
         self._after_may_be_late = True
         self._said: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
