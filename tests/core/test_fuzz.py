@@ -43,8 +43,8 @@ class Tied(nn.Module):
         ).transpose(1, 2)
 
 
-# Models, and their layers: a pattern or a list of patterns, the parameters it means, and the modules
-# whose statistics it holds. Patterns that begin with "!" belong here, for example
+# Models, and their layers: a pattern or a list of patterns, the parameters it means, and the
+# modules whose statistics it holds. Patterns that begin with "!" belong here, for example
 # `(["**", "!2"], {"0.weight", "0.bias"}, ())`. So does `buffers=False`, with `()` for the modules.
 MODELS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),

@@ -398,6 +398,18 @@ def test_close_of_an_object_that_yields_is_refused_after_a_load_too(model, optim
             step.close()
 
 
+def test_close_without_an_optimizer_is_refused_after_a_load_too(model):
+    def forward(batch):
+        yield loss_of(model, batch)
+
+    steps = [accumulate(3, model)(lambda batch: forward(batch)) for _ in range(2)]
+    steps[0](BATCHES[0])
+    steps[1].load_state_dict(steps[0].state_dict())
+    with pytest.raises(ValueError, match=r"`train_step\(optimizer\)`, or `yield loss`"):
+        steps[1].close()
+    assert steps[1].last(BATCHES[1]).complete and steps[1].updates == 1
+
+
 def test_close_inside_a_micro_batch_is_refused(model, optimizer):
     step = train_step(optimizer, accumulate(3))
     step_b = step(lambda batch: (step_b.close(), loss_of(model, batch))[1])

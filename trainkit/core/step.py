@@ -234,6 +234,7 @@ class Step(Generic[P]):
             if window is not None and window.reduce(self._plan.parameters()):
                 last = "`step.last(batch)`, or return the loss in place of `yield loss`"
                 check(not self._yields, RuntimeError, f"a step that yields has no close(): {last}")
+                check_stepping(self._plan)
                 running.lent, result._window, result._count = window, window, len(window.losses)
                 running.close(window)
                 running.lent = None
