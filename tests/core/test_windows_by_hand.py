@@ -692,45 +692,6 @@ def test_many_micro_batches_in_float16_do_not_use_up_its_range():
     assert result.updated and torch.allclose(result.grad_norm, norm, rtol=1e-2)
 
 
-# What comes after an update, where its verdict is late.
-
-
-class Late:
-    """A verdict that arrives when it is waited for, as from an accelerator."""
-
-    waits = 0
-
-    def __init__(self, number):
-        self.number = number
-
-    def known(self):
-        return False
-
-    def read(self):
-        Late.waits += 1
-        return self.number
-
-
-def test_after_runs_before_the_call_returns_and_a_scheduler_later(model, optimizer, monkeypatch):
-    monkeypatch.setattr("trainkit.core.step.Answer", Late)
-    calls = []
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-
-    def step_with(after):
-        return train_step(optimizer, accumulate(2), after=after)(lambda b: loss_of(model, b))
-
-    mixed = step_with([scheduler.step, lambda: calls.append(1)])
-    mixed(BATCHES[0]), mixed(BATCHES[1])
-    assert calls == [1] and scheduler.last_epoch == 1
-    mixed(BATCHES[0]), mixed.close()
-    assert calls == [1, 1] and scheduler.last_epoch == 2
-    alone = step_with(scheduler.step)
-    alone(BATCHES[0]), alone.close()
-    assert scheduler.last_epoch == 2
-    alone.settle()
-    assert scheduler.last_epoch == 3
-
-
 # The loss scale.
 
 

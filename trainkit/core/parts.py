@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainkit.core.plan import (
-    Optimizer,
+    OptimizerLike,
     Plan,
     Surrounding,
     check,
@@ -62,7 +62,7 @@ class Part(Step[[Any]]):
 
 
 def train_step(
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: OptimizerLike | Sequence[OptimizerLike],
     *parts: Part | Surrounding,
     module: nn.Module | None = None,
     max_norm: float | None = None,
@@ -189,7 +189,7 @@ class Autocast(Part):
 
 
 def amp(
-    *optimizers: Optimizer,
+    *optimizers: OptimizerLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     max_norm: float | None = None,

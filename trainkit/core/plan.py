@@ -26,7 +26,7 @@ class Surrounding(Protocol):
 
 
 @runtime_checkable
-class Optimizer(Protocol):
+class OptimizerLike(Protocol):
     """What a step needs of an optimizer, whether it is a ``torch.optim.Optimizer`` or not."""
 
     param_groups: Any
@@ -51,7 +51,7 @@ class Plan:
     after: tuple[Callable[[], Any], ...] = ()
     surroundings: tuple[Surrounding, ...] = ()
     # Each of these is given once.
-    optimizers: tuple[Optimizer, ...] = ()
+    optimizers: tuple[OptimizerLike, ...] = ()
     is_sum: bool = False  # whether the losses of a window are added up
     precision: Precision | None = None
     max_norm: float | None = None
@@ -124,11 +124,11 @@ def check_length(n: Any) -> float:
     return int(n)
 
 
-def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
+def optimizers_of(given: Any) -> tuple[OptimizerLike, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        is_one = isinstance(one, Optimizer) and not isinstance(one, type)
+        is_one = isinstance(one, OptimizerLike) and not isinstance(one, type)
         came = f"expected an optimizer, got {type(one).__name__} {shown(one)}"
         missing = [name for name in _ABILITIES if not hasattr(one, name)]
         lacks = f" without {', '.join(missing)}" if len(missing) < len(_ABILITIES) else ""
