@@ -52,8 +52,10 @@ def detached(value: Any) -> Any:
     """
     if isinstance(value, _SINGLE):
         return value.detach() if isinstance(value, Tensor) else value
-    if type(value) is tuple and all(isinstance(item, _SINGLE) for item in value):
-        return tuple(map(detached, value))  # a loss with its weight, without a search
+    if type(value) is tuple and len(value) == 2:  # a loss with its weight, without a search
+        loss, weight = value
+        if isinstance(loss, Tensor) and isinstance(weight, (Tensor, int)):
+            return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
     inside, holders = [value], collections.defaultdict[int, list[int]](list)
     memo, tensors = {id(value): value}, {}
     for holder in inside:  # which grows
