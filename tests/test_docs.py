@@ -10,6 +10,7 @@ Comments that do not show in a page tell what is needed besides:
 
 import io
 import math
+import pkgutil
 import re
 import socket
 import subprocess
@@ -96,10 +97,10 @@ def as_torchrun_starts_it(monkeypatch):
 
 
 def is_there(name):
-    package, _, attribute = name.partition(".")
-    return find_spec(package) is not None and (
-        not attribute or hasattr(sys.modules[package], attribute)
-    )
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))

@@ -10,13 +10,16 @@ import copy
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
+import pickle
 import re
 import runpy
 import sys
 import types
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -59,6 +63,18 @@ class Net(nn.Module):
         for layer in (self.embeddings, *self.encoder.layer, self.head):
             x = layer(x)
         return x
+
+
+class Around:
+    """An optimizer around another, of which the class alone has all that a step asks for."""
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state_dict = property(lambda self: self.optimizer.state_dict)
+    step = property(lambda self: self.optimizer.step)
+    zero_grad = property(lambda self: self.optimizer.zero_grad)
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
 
 
 class World:
@@ -172,6 +188,19 @@ def hooked(w):
 def within_itself(w):
     step = w.fits()(lambda: step())
     step()
+
+
+def clip(w):
+    clip_grad_norm_(w.model.parameters(), 0.1)
+
+
+def clips(w):
+    def step():
+        loss = w.loss()
+        clip_grad_norm_(w.model.parameters(), 0.1)
+        return loss
+
+    w.fits()(step)
 
 
 def yields_with_after(w):
@@ -357,7 +386,27 @@ TABLE = {
         (lambda w: train_step(torch.optim.LBFGS(w.model.parameters()))(w.loss)(),
             T, "LBFGS", "closure", "yield loss"),
         (lambda w: train_step(StepLR(w.optimizer, 1)),
-            T, "StepLR", "without param_groups, zero_grad", "AdamW(model.parameters())"),
+            T, "StepLR", "an optimizer", "after=scheduler.step"),
+        (lambda w: train_step(types.SimpleNamespace(step=print, zero_grad=print)),
+            T, "namespace", "without param_groups, state_dict", "self.optimizer.param_groups"),
+        (lambda w: train_step([[w.optimizer]]), T, "list [SGD", "", "[optimizer_a, optimizer_b]"),
+        (lambda w: train_step({"g": w.optimizer}), T, "dict {'g'", "an optimizer", "[optimizer_a,"),
+        (lambda w: train_step(Around), T, "class Around", "", "Around(model.parameters())"),
+        (lambda w: train_step(SGD), T, "class SGD", "an optimizer", "SGD(model.parameters())"),
+        (lambda w: train_step(w.model.parameters()), T, "generator", "an optimizer", "AdamW(model"),
+        (lambda w: train_step(w.x), T, "(4, 2)", "an optimizer", "AdamW(model.parameters())"),
+        (lambda w: w.fits(scheduler=3), T, "'scheduler'", "keyword", "after=scheduler.step"),
+        (lambda w: w.fits(accumulate_grad_batches=4), T, "batches'", "keyword", "accumulate(4)"),
+        (lambda w: w.fits(grad_clip=1.0), T, "'grad_clip'", "keyword", "max_norm=1.0"),
+        (lambda w: w.fits(scaler=3), T, "'scaler'", "keyword", "amp()"),
+        (lambda w: w.fits(bf16=True), T, "'bf16'", "keyword", "amp()"),
+        (lambda w: w.fits(model=w.model), T, "'model'", "have the parameters", "module=model"),
+        (lambda w: w.fits(loss_fn=w.loss), T, "'loss_fn'", "", "train_step(optimizer)(function)"),
+        (clips, W, "clipped", "only after its return", "max_norm=1.0"),
+        (lambda w: copy.copy(w.step), T, "", "copied", "train_step(...)(f)"),
+        (lambda w: copy.deepcopy(w.by_hand), T, "", "copied", "step.state_dict()"),
+        (lambda w: pickle.dumps(w.step), T, "", "sent", "train_step(...)(f)"),
+        (lambda w: torch.save(w.step, io.BytesIO()), T, "", "copied", "step.state_dict()"),
         (lambda w: w.fits(amp(w.optimizer)), V, "SGD", "twice", None),
         (lambda w: w.fits(amp(), amp(dtype=torch.half)), V, "amp()", "twice", None),
         (lambda w: w.fits(amp(max_norm=1.5), max_norm=2.5), V, "2.5 and 1.5", "twice", None),
@@ -378,7 +427,7 @@ TABLE = {
         (lambda w: w.fits(w.optimizer), T, "SGD", "not a part", "[a, b]"),
         (lambda w: w.fits(StepLR(w.optimizer, 1)),
             T, "StepLR", "not a part", "after=scheduler.step"),
-        (lambda w: w.fits([amp()]), T, "[Step(amp()", "not a part", "accumulate(4), amp()"),
+        (lambda w: w.fits([amp()]), T, "[amp()", "not a part", "accumulate(4), amp()"),
         (lambda w: w.fits(amp), T, "function amp", "not a part", "amp()"),
         (lambda w: w.fits()(3), T, "got 3", "decorates", "train_step(optimizer, a, b)"),
         (lambda w: w.fits()(frozen(w.model)), T, "frozen", "decorates", "train_step("),
@@ -387,6 +436,7 @@ TABLE = {
     ],
     "accumulate": [
         (without_a_number, T, "'step'", "a number", "@accumulate(4)"),
+        (lambda w: accumulate(steps=4), T, "'steps'", "keyword", "accumulate(4)"),
         (lambda w: accumulate(0.5), T, "0.5", "counts micro-batches", "accumulate(4)"),
         (lambda w: accumulate(0), V, "got 0", "at least 1", "accumulate(4)"),
         (lambda w: accumulate(10**400), V, "1000", "micro-batches", "accumulate(4)"),
@@ -401,6 +451,8 @@ TABLE = {
         (lambda w: accumulate(4).__enter__(), V, "", "no optimizer", "train_step("),
     ],
     "amp": [
+        (lambda w: amp(enabled=False), T, "'enabled'", "keyword", "amp(dtype=torch.float32)"),
+        (lambda w: amp(device_type="cuda"), T, "'device_type'", "keyword", "amp(device='cuda')"),
         (lambda w: amp(dtype=torch.double), V, "float64", "", "amp(dtype=torch.float16)"),
         (lambda w: amp(dtype="float16"), V, "'float16'", "", "amp(dtype=torch.float16)"),
         (lambda w: amp(device="gpu"), V, "'gpu'", "device", "amp(device='cuda')"),
@@ -411,17 +463,27 @@ TABLE = {
         (float16_parameters, V, "(2, 2)", "float32 parameters", "dtype=torch.float32"),
     ],
     "step(...)": [
-        (lambda w: w.returns(lambda loss: 0.25), T, "0.25", "hands over a loss", "loss, weight"),
-        (lambda w: w.returns(lambda loss: None), T, "None", "given labels", "loss"),
+        (lambda w: w.returns(lambda loss: loss.item()), T, "float", "no graph", "loss.item()"),
+        (lambda w: w.returns(lambda loss: loss.detach().numpy()),
+            T, "ndarray", "no graph", "return loss"),
+        (lambda w: w.returns(lambda loss: {"loss": 0.25}), T, "0.25", "no graph", "return loss"),
+        (lambda w: w.returns(lambda loss: None), T, "None", "given labels", "return loss"),
+        (lambda w: w.returns(lambda loss: types.SimpleNamespace(loss=None)),
+            T, "namespace(", "given labels", "return loss"),
+        (lambda w: w.returns(lambda loss: OrderedDict(loss=None, logits=w.x)),
+            T, "OrderedDict of 'loss', 'logits'", "missing or None", "{'loss': loss,"),
+        (lambda w: w.returns(lambda loss: [loss, 3]), T, "a list of 2", "", "loss, weight"),
         (lambda w: w.returns(lambda loss: (loss, 1, 2)), T, "a tuple of 3", "", "loss, weight"),
         (lambda w: w.returns(lambda loss: {"logits": torch.ones(9, 9)}),
-            T, "{'logits'", "hands over a loss", "{'loss': loss, 'weight': weight}"),
+            T, "dict of 'logits'", "given labels", "{'loss': loss, 'weight': weight}"),
         (lambda w: w.returns(lambda loss: w.model(w.x)), V, "(4, 1)", "single", "loss.mean()"),
         (lambda w: w.returns(lambda loss: torch.tensor(3)), T, "int64", "floating", "return loss"),
         (lambda w: w.returns(lambda loss: loss.detach()), V, "", "no graph", ".detach()"),
         (lambda w: w.returns(lambda loss: (4, loss)), T, "4 (int)", "a loss", "loss, weight"),
         (lambda w: w.returns(lambda loss: (loss, 0.9)), T, "0.9", "the weight", "mask.sum()"),
-        (lambda w: w.returns(lambda loss: (loss, w.x)), T, "(4, 2)", "0-d", "mask.sum()"),
+        (torch.no_grad()(lambda w: w.step(w.x)), V, "no_grad", "a step trains", "amp():"),
+        (torch.inference_mode()(lambda w: w.step(w.x)), V, "", "a step trains", "amp():"),
+        (lambda w: w.returns(lambda loss: (loss, w.x)), T, "(4, 2)", "0-d", "'logits': logits"),
         (lambda w: w.returns(lambda loss: (loss, loss)), T, "float32", "integer", "mask.sum()"),
         (lambda w: w.returns(lambda loss: (loss, -1)), V, "-1", "at least 0", "len(batch)"),
         (lambda w: w.returns(lambda loss: {"loss": loss, "weight": math.nan}),
@@ -456,7 +518,10 @@ TABLE = {
         (inside(lambda step, w: w.loss().backward()),
             R, "", "without a loss", "step.backward(loss)"),
         (inside(lambda step, w: [step.backward(w.loss()), w.optimizer.zero_grad()]),
-            R, "zero_grad()", "changed gradients", "step.backward"),
+            R, "zero_grad()", "changed gradients", "with step:"),
+        (inside(lambda step, w: [step.backward(w.loss()), clip(w)]),
+            R, "clipping", "changed gradients", "max_norm=1.0"),
+        (inside(lambda step, w: step.last()), T, "last()", "without a function", "step.close()"),
         (lambda w: w.fits(microbatch(2)).__enter__(),
             V, "", "no arguments to cut", "train_step(optimizer, ...)(function)"),
     ],
@@ -588,6 +653,130 @@ def test_a_message_has_the_value_the_reason_and_the_corrected_call(row, tmp_path
     assert value in text and reason in text
     assert remedy is None or any(remedy in code for code in re.findall("`(.+?)`", text, re.DOTALL))
     assert len(text.replace(str(tmp_path), "")) <= AT_MOST and text.count("\n") <= 1
+
+
+def test_a_graph_that_was_freed_is_explained_by_both_causes(tmp_path):
+    """A hidden state without detach, and a backward within the function. Torch's text stays."""
+    w = World(tmp_path)
+    rnn, state = nn.RNN(2, 2), [torch.zeros(1, 2)]
+
+    def carried(x):
+        output, state[0] = rnn(x, state[0])
+        return output.sum()
+
+    def twice(x):
+        loss = w.loss_of(x)
+        loss.backward()
+        return loss
+
+    step = train_step(SGD(rnn.parameters(), lr=0.1))(carried)
+    step(w.x)
+    for broken in (step, w.fits()(twice)):
+        with pytest.raises(RuntimeError, match="a second time") as raised:
+            broken(w.x)
+        said = str(raised.value)
+        assert said.count("\n") == 1
+        for remedy in ("state.detach()", "loss.backward()", "step.backward(loss)"):
+            assert remedy in said
+
+
+def test_the_remedy_for_an_optimizer_around_another_makes_it_one(tmp_path):
+    """And a wrapper that hands on whatever it is asked for is one without it."""
+
+    class HandsOn:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self.optimizer, name)
+
+    for kind in (Around, HandsOn):
+        w = World(tmp_path)
+        before = w.model.head.weight.clone()
+        assert train_step(kind(w.optimizer))(w.loss_of)(w.x).updated
+        assert not w.model.head.weight.equal(before)
+
+
+def test_torch_compile_above_a_step_says_where_it_goes(tmp_path):
+    w = World(tmp_path)
+    with pytest.warns(UserWarning, match=r"without `over`.*`@torch\.compile` below"):
+        torch.compile(w.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w.fits()(torch.compile(w.loss_of, backend="eager"))
+    with warnings.catch_warnings():  # what reads every attribute of an object still may
+        warnings.simplefilter("ignore")
+        assert dict(inspect.getmembers(w.step))["updates"] == 0
+
+
+def test_clipping_where_there_are_gradients_is_not_warned_of(tmp_path):
+    w = World(tmp_path)
+
+    def yields():
+        yield w.loss()
+        clip_grad_norm_(w.model.parameters(), 0.1)
+        w.optimizer.step()
+
+    def of_another_model():
+        other = Net()
+        other(w.x).sum().backward()
+        clip_grad_norm_(other.parameters(), 0.1)
+        return w.loss()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for function in (yields, of_another_model, w.loss_of, functools.partial(w.loss_of, w.x)):
+            w.fits()(function)
+
+
+# What a person prints.
+
+
+def test_the_repr_of_a_step_shows_its_plan_and_where_it_is(tmp_path):
+    w, called = World(tmp_path), []
+    parts = accumulate(2), frozen(w.model, "head"), amp(dtype=torch.bfloat16), microbatch(2)
+    step = w.fits(*parts, max_norm=0.5, after=lambda: called.append(1))(w.loss_of)
+    plan = "train_step(SGD, accumulate(2), frozen(...), amp(), microbatch(...), max_norm=0.5)"
+    assert repr(step) == f"<{plan}(World.loss_of): updates=0, skipped=0>"
+    step(w.x)
+    assert repr(step).endswith(": updates=0, skipped=0, open window of 1>")
+    step(w.x), step(w.x * math.nan), step(w.x)
+    assert called == [1] and repr(step).endswith(": updates=1, skipped=1>")
+    with w.by_hand as result:
+        assert repr(w.by_hand) == "<train_step(SGD, accumulate(2)): updates=0, skipped=0>"
+    assert not result.complete
+
+
+def test_the_repr_of_a_part_is_the_call_that_makes_it():
+    def size(updates):
+        return updates + 1
+
+    made = accumulate(4), accumulate(None), amp(), amp(max_norm=0.5)
+    shown = "(accumulate(4), accumulate(None), amp(), amp(), max_norm=0.5)"
+    assert repr(made) == shown
+    assert "size" in repr(accumulate(size))
+    assert "partial" in repr(accumulate(functools.partial(size)))
+    step = accumulate(4)(functools.partial(size, 1))
+    assert repr(step) == "<accumulate(4)(partial): updates=0, skipped=0>"
+
+
+def test_a_part_may_be_copied_and_sent(tmp_path):
+    """It is inert: only a step has state."""
+    w = World(tmp_path)
+    for copied in (copy.copy, copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))):
+        parts = copied(accumulate(2)), copied(amp(dtype=torch.float32, max_norm=1.0))
+        step = w.fits(*parts)(w.loss_of)
+        assert [step(w.x).updated for _ in range(4)] == [False, True, False, True]
+        with copied(amp(dtype=torch.bfloat16)):
+            assert w.model(w.x).dtype == torch.bfloat16
+
+
+def test_a_loop_has_the_length_of_its_loader(tmp_path):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    w = World(tmp_path)
+    assert len(w.step.over([w.x] * 3)) == 3
+    assert tqdm(w.step.over([w.x] * 3), disable=True).total == 3
+    assert tqdm(w.step.over(iter([w.x] * 3)), disable=True).total is None
 
 
 # Where a warning points, from every way into a step.

@@ -142,6 +142,7 @@ def test_nothing_else_is_public():
         "unfreeze",
     ]
     assert all(getattr(trainkit, name).__doc__ for name in trainkit.__all__)
+    assert dir(trainkit) == trainkit.__all__
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

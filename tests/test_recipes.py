@@ -4,8 +4,11 @@ By hand every forward has an autocast block of its own; in a step there is one a
 function. By hand every loss is divided by the length of its window, which the last window changes.
 """
 
+import inspect
 import math
+import re
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from trainkit import accumulate, amp, frozen, train_step
 
+LOSSES = (Path(__file__).parents[1] / "docs" / "recipes" / "losses.md").read_text()
 FULL, HALF = torch.float64, torch.float16
 # The model computes in float64; or it is stored in float32, and computes in this under autocast.
 precisions = pytest.mark.parametrize("dtype", [FULL, torch.bfloat16, HALF], ids=str)
@@ -320,9 +324,11 @@ def moved(parameters, moves):
     found = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         torch._foreach_add_(parameters, moves)
-    yield
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, found)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, found)
 
 
 def awp(parameters, forward, backward):
@@ -356,7 +362,14 @@ def sam(parameters, forward, backward):
 
 
 @pytest.mark.parametrize(
-    "recipe, face", [(awp, "block"), (awp_first, "block"), (sam, "block"), (awp_first, "function")]
+    "recipe, face",
+    [
+        (awp, "block"),
+        (awp_first, "block"),
+        (sam, "block"),
+        (awp_first, "function"),
+        (sam, "generator"),
+    ],
 )
 @precisions
 def test_weights_that_move_between_two_forwards(dtype, recipe, face):
@@ -384,11 +397,18 @@ def test_weights_that_move_between_two_forwards(dtype, recipe, face):
             step.backward(loss_of(model, batch))
         return loss_of(model, batch)
 
-    if face == "function":
-        step = step(function)
+    def generator(batch):  # sam, whose last backward is at the yield
+        slopes = torch.autograd.grad(loss_of(model, batch), parameters)
+        norm = torch.stack([slope.norm() for slope in slopes]).norm()
+        with moved(parameters, [0.5 * slope / norm for slope in slopes]):
+            yield loss_of(model, batch)
+        optimizer.step()
+
+    if face != "block":
+        step = step(function if face == "function" else generator)
     for batch in step.over(batches):
         found = [parameter.detach().clone() for parameter in parameters]
-        if face == "function":
+        if face != "block":
             result = step(batch)
         else:
             with step as result:
@@ -447,3 +467,339 @@ def test_two_optimizers_stepped_below_the_yield_in_a_way_of_ones_own(dtype):
     )
     assert distance(ours, theirs) <= TOLERANCE[dtype]
     assert scale_of(step) == scaler.get_scale()
+
+
+# A D whose BatchNorm sees its batches while G learns (docs/recipes/gan.md).
+
+
+def holds_d(how, d):
+    """The parts that make D a constant in the step of G, and leave its BatchNorm alone."""
+    return [frozen(d, buffers=False)] if how == "buffers=False" else []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "nothing",
+        pytest.param(
+            "buffers=False",
+            marks=pytest.mark.skipif(
+                "buffers" not in inspect.signature(frozen).parameters, reason="no buffers="
+            ),
+        ),
+    ],
+)
+def test_a_d_that_keeps_its_batch_statistics(how):
+    batches = make_batches([4] * 5)
+    eg, ed, their_g, their_d = networks(FULL, batch_norm=True)
+    for window in windows_of(batches, 2):
+        for i, (z, real) in enumerate(window, 1):
+            (d_loss(ed, real, eg(z).detach()) / len(window)).backward()
+            if i == len(window):
+                their_d.step()
+                their_d.zero_grad()
+            ed.requires_grad_(False)
+            (g_loss(eg, ed, z) / len(window)).backward()
+            ed.requires_grad_(True)
+        their_g.step()
+        their_g.zero_grad()
+
+    g, d, optimizer_g, optimizer_d = networks(FULL, batch_norm=True)
+    step_d = train_step(optimizer_d, accumulate(2))(lambda z, real: d_loss(d, real, g(z).detach()))
+    step_g = train_step(optimizer_g, accumulate(2), *holds_d(how, d))(lambda z: g_loss(g, d, z))
+    for z, real in step_d.over(batches, step_g):
+        step_d(z, real)
+        step_g(z)
+    assert (
+        distance(state((g, optimizer_g), (d, optimizer_d)), state((eg, their_g), (ed, their_d)))
+        <= 1e-12
+    )
+    assert torch.equal(d[1].num_batches_tracked, torch.tensor(15))  # real, fake, and of G
+
+
+# Losses that are no plain mean over rows (docs/recipes/losses.md).
+
+CLASS_WEIGHT = torch.tensor([1.0, 8.0, 0.25], dtype=FULL)
+
+
+def labelled(sizes):
+    generator = torch.Generator().manual_seed(4)
+    return [(x, torch.randint(3, (len(x),), generator=generator)) for x, _ in make_batches(sizes)]
+
+
+def gradient_of(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def gradients_by(step, model, batches, *counts):
+    """The gradient of each window of a step that keeps its gradients."""
+    for batch in step.over(batches):
+        step(*batch, *counts)
+    return model.seen
+
+
+def keeps_gradients(model, *parts):
+    """A step over SGD with a learning rate of 0 that records the gradients of its windows."""
+    model.seen = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: model.seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    )
+    return train_step(optimizer, *parts)
+
+
+def off(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def joined(batches):
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights(smoothing):
+    batches, model = labelled([4, 7, 2, 5, 3]), make_model()
+
+    def loss_of_rows(x, y):
+        return F.cross_entropy(model(x), y, weight=CLASS_WEIGHT, label_smoothing=smoothing)
+
+    step = keeps_gradients(model, accumulate(3))(
+        lambda x, y: {"loss": loss_of_rows(x, y), "weight": CLASS_WEIGHT[y].sum()}
+    )
+    for ours, window in zip(
+        gradients_by(step, model, batches), windows_of(batches, 3), strict=True
+    ):
+        theirs = gradient_of(loss_of_rows(*joined(window)), model)
+        assert off(ours, theirs) <= 1e-12
+        rows = sum(gradient_of(loss_of_rows(x, y), model) * len(x) for x, y in window)
+        assert off(rows / sum(len(x) for x, _ in window), theirs) > 0.1  # rows are no weight here
+
+
+def two_terms(model, x, y, rows, boxes):
+    classes = F.cross_entropy(model(x), y, reduction="sum")
+    return classes / rows + (model(x)[y == 1] - 1).square().sum() / boxes
+
+
+def counts_of(y):
+    return len(y), max(1, int((y == 1).sum()))
+
+
+def test_two_denominators_in_one_loss():
+    batches, model = labelled([4, 7, 2, 5, 3]), make_model()
+    step = keeps_gradients(model, accumulate(None, reduction="sum"))(
+        lambda *batch: two_terms(model, *batch)
+    )
+    windows = windows_of(batches, 3)
+    for window in windows:
+        counts = counts_of(torch.cat([y for _, y in window]))
+        for x, y in window:
+            step(x, y, *counts)
+        step.close()
+    exact = [
+        gradient_of(two_terms(model, *joined(w), *counts_of(joined(w)[1])), model) for w in windows
+    ]
+    assert max(map(off, model.seen, exact)) <= 1e-12
+
+    step = keeps_gradients(model, accumulate(3))(
+        lambda x, y: (two_terms(model, x, y, *counts_of(y)), len(y))
+    )
+    worst = max(map(off, gradients_by(step, model, batches), exact))
+    (said,) = re.findall(r"a weight of rows gives a gradient that is off by (\d+) %", LOSSES)
+    assert round(100 * worst) == int(said)
+
+
+def contrast(log_scale, images, texts):
+    logits, target = log_scale.exp() * images @ texts.T, torch.arange(len(images))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def test_contrastive_losses_over_cached_features():
+    model = nn.ModuleDict({"image": make_model(), "text": make_model()})
+    with torch.no_grad():
+        model["text"][0].weight.mul_(-0.7)
+    model.log_scale = nn.Parameter(torch.tensor(0.5, dtype=FULL))
+    generator = torch.Generator().manual_seed(4)
+    window = [torch.randn(2, 3, 4, generator=generator, dtype=FULL) for _ in range(4)]
+
+    def encode(batch):
+        dropped = torch.nn.functional.dropout
+        with torch.random.fork_rng():
+            torch.manual_seed(int(batch.sum() * 1e6))  # the same dropout in both runs
+            return [dropped(model[which](x), 0.2) for which, x in zip(model, batch, strict=True)]
+
+    def step(*window):
+        with torch.no_grad():
+            features = zip(*map(encode, window), strict=True)
+        images, texts = (torch.cat(f).requires_grad_() for f in features)
+        loss = contrast(model.log_scale, images, texts)
+        slopes = torch.autograd.grad(loss, [images, texts], retain_graph=True)
+        for batch, *parts in zip(window, *(s.split(3) for s in slopes), strict=True):
+            step.backward(sum((f * s).sum() for f, s in zip(encode(batch), parts, strict=True)))
+        return loss
+
+    step = keeps_gradients(model)(step)
+    step(*window)
+    images, texts = (torch.cat(f) for f in zip(*map(encode, window), strict=True))
+    assert off(model.seen[0], gradient_of(contrast(model.log_scale, images, texts), model)) <= 1e-12
+
+
+# Gradients (docs/recipes/gradients.md).
+
+
+def without_conflict(first, second):
+    def against(mine, other):
+        return mine - (mine @ other).clamp(max=0) / (other @ other) * other
+
+    return against(first, second) + against(second, first)
+
+
+def test_gradients_of_tasks_are_combined_in_each_micro_batch():
+    batches, model = make_batches([4, 4, 2]), make_model()
+
+    def losses(x, y):
+        return F.mse_loss(model(x), y), F.mse_loss(model(x), -2 * y)
+
+    combined = [
+        without_conflict(*(gradient_of(loss, model) for loss in losses(*b))) for b in batches
+    ]
+
+    @keeps_gradients(model, accumulate(2))
+    def step(x, y):
+        parameters = list(model.parameters())
+        found = without_conflict(*(gradient_of(loss, model) for loss in losses(x, y)))
+        pieces = found.split([p.numel() for p in parameters])
+        return sum((p * g.view_as(p)).sum() for p, g in zip(parameters, pieces, strict=True))
+
+    first, last = gradients_by(step, model, batches)
+    assert off(first, (combined[0] + combined[1]) / 2) <= 1e-12
+    assert off(last, combined[2]) <= 1e-12
+    plain = sum(gradient_of(loss, model) for batch in batches[:2] for loss in losses(*batch)) / 2
+    assert off(plain, first) > 0.01  # there was a conflict
+
+
+@pytest.mark.parametrize("is_linear", [True, False], ids=["a mask", "clipping by value"])
+def test_a_hook_is_exact_where_it_is_linear(is_linear):
+    """A hook sees gradients with the share and the loss scale of the micro-batch in them."""
+    batches = make_batches([4, 4], torch.float32)
+
+    def hook(gradient):
+        return gradient * 2 if is_linear else gradient.clamp(-0.05, 0.05)
+
+    model, expected = make_model(torch.float32), make_model(torch.float32)
+    for batch in batches:
+        with autocast(HALF):
+            loss = loss_of(expected, batch)
+        (loss / 2).backward()
+    for parameter in expected.parameters():
+        parameter.grad = hook(parameter.grad)
+    for parameter in model.parameters():
+        parameter.register_hook(hook)
+    step = keeps_gradients(model, accumulate(2), *mixed(HALF))(lambda *batch: loss_of(model, batch))
+    (ours,) = gradients_by(step, model, batches)
+    theirs = torch.cat([p.grad.flatten() for p in expected.parameters()])
+    assert (off(ours, theirs) <= 2e-3) is is_linear
+
+
+# Sets of parameters and optimizers.
+
+
+@pytest.mark.parametrize("kind", ["AdamW fused", "SGD momentum", "Adagrad"])
+def test_one_row_of_an_embedding(kind):
+    embedding = nn.Embedding(5, 3)
+    mask = torch.tensor([0.0, 0, 0, 1, 0])[:, None]
+    embedding.weight.register_hook(lambda gradient: gradient * mask)
+    optimizer = OPTIMIZERS[kind](embedding.parameters())
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    before = embedding.weight.detach().clone()
+    step = train_step(optimizer, accumulate(2), max_norm=0.1)(
+        lambda words: embedding(words).square().sum()
+    )
+    results = [step(torch.tensor(words)) for words in step.over([[0, 3], [1, 3], [2, 4], [3, 3]])]
+    moved = (embedding.weight != before).any(dim=1)
+    assert moved.tolist() == [False, False, False, True, False]
+    assert results[1].grad_norm.item() == pytest.approx((2 * before[3]).norm().item(), rel=1e-6)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al. 2024, https://arxiv.org/abs/2405.15682)."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "train_mode": False})
+
+    def switch(self, to_train):
+        for group in self.param_groups:
+            if group["train_mode"] is not to_train:
+                group["train_mode"], beta = to_train, group["beta"]
+                for p in group["params"]:
+                    z = self.state[p].setdefault("z", p.detach().clone())
+                    p.data.lerp_(z, 1 - beta if to_train else 1 - 1 / beta)
+
+    def train(self):
+        self.switch(True)
+
+    def eval(self):
+        self.switch(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"], "an update outside of train()"
+            group["k"] += 1
+            weight, beta = 1 / group["k"], group["beta"]
+            for p in group["params"]:
+                z = self.state[p]["z"]
+                x = p.lerp(z, 1 - 1 / beta)
+                z.sub_(p.grad, alpha=group["lr"])
+                p.copy_(x.lerp(z, weight).lerp(z, 1 - beta))
+
+
+def test_a_schedule_free_optimizer():
+    batches = make_batches([4] * 5)
+    expected, model = make_model(), make_model()
+    theirs, optimizer = (ScheduleFree(m.parameters(), lr=0.1) for m in (expected, model))
+    step = train_step(optimizer, accumulate(2), max_norm=0.5)(lambda *batch: loss_of(model, batch))
+    for _ in range(2):
+        theirs.train()
+        for window in windows_of(batches, 2):
+            for batch in window:
+                (loss_of(expected, batch) / len(window)).backward()
+            clip_grad_norm_(expected.parameters(), 0.5)
+            theirs.step()
+            theirs.zero_grad()
+        theirs.eval()
+
+        optimizer.train()
+        for batch in step.over(batches):
+            step(*batch)
+        optimizer.eval()
+        assert distance(state((model, optimizer)), state((expected, theirs))) <= 1e-12
+
+
+# The smallest migration (docs/recipes/loops.md).
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_body_that_keeps_its_zero_grad_and_its_step(n):
+    batches = make_batches([4] * 5)
+    expected = make_model()
+    theirs = OPTIMIZERS["AdamW"](expected.parameters())
+    for window in windows_of(batches, n):
+        theirs.zero_grad()
+        for batch in window:
+            (loss_of(expected, batch) / len(window)).backward()
+        theirs.step()
+
+    model = make_model()
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+
+    @train_step(optimizer, accumulate(n))
+    def step(x, y):
+        optimizer.zero_grad()
+        yield loss_of(model, (x, y))
+        optimizer.step()
+
+    for batch in step.over(batches):
+        step(*batch)
+    ours, theirs = state((model, optimizer)), state((expected, theirs))
+    assert same_bits(ours, theirs) if n == 1 else distance(ours, theirs) <= 1e-12

@@ -17,7 +17,9 @@ def returning(x: torch.Tensor, *, repeat: int = 1) -> tuple[torch.Tensor, int]:
 
 
 assert_type(returning(torch.ones(2), repeat=3), StepResult)
-assert_type(returning.last(torch.ones(2)), StepResult)
+result = returning.last(torch.ones(2))
+assert_type(result, StepResult)
+assert_type(float(result.loss.item() + result.window_loss.item()), float)
 returning(3)  # type: ignore[arg-type]
 
 
@@ -42,6 +44,9 @@ def takes_any_step(step: Step[...]) -> int:
 
 
 takes_any_step(returning) + takes_any_step(by_hand)
+train_step(optimizer, scheduler=None)  # type: ignore[call-arg]
+accumulate(steps=4)  # type: ignore[call-arg]
+amp(enabled=False)  # type: ignore[call-arg]
 with frozen(model, ["weight", model, lambda name, parameter: True]) as names:
     assert_type(names, list[str])
 with amp():

@@ -34,3 +34,7 @@ __all__ = [
     "trainable_parameters",
     "unfreeze",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from trainkit.core.plan import ABILITIES, shown
 from trainkit.core.warning import warn
 
 SHORT_WINDOWS = (
@@ -18,35 +23,101 @@ NO_LOSS = (
     "`step.backward(loss)` in place of `loss.backward()`"
 )
 DISTURBED = (
-    "something besides `step.backward` changed gradients inside a micro-batch, for example a "
-    "loss.backward() or a zero_grad(): remove it, or call it between two micro-batches"
+    "something besides `step.backward` changed gradients inside a micro-batch: loss.backward() and "
+    "zero_grad() may stand above or below `with step:`, and clipping is "
+    "`train_step(optimizer, max_norm=1.0)`"
 )
-_CAUSES = {
-    "backward through the graph a second time": "the step runs backward of its loss: remove "
-    "`loss.backward()`, and give a further loss to `step.backward(loss)` before the last one",
-    "modified by an inplace operation": "the step updates after backward: remove "
-    "`optimizer.step()`, or put it below the yield",
+CLIPPED = (
+    "gradients are clipped in a step function, and come only after its return: "
+    "`train_step(optimizer, max_norm=1.0)`, or `yield loss` and clip below it"
+)
+_CAUSES = {  # by a pattern in a message, which is torch's or Python's
+    "graph a second time": "In a step, either the loss depends on a tensor of an earlier "
+    "micro-batch: `state = state.detach()`. Or the function runs backward itself: remove "
+    "`loss.backward()`, and give a further loss to `step.backward(loss)`.",
+    "by an inplace operation": "In a step, either weights changed before backward: remove "
+    "`optimizer.step()`, or put it below the yield. Or an activation did: `x = x + y`.",
+    r"keyword argument '\w*sched": "Here it is `train_step(optimizer, after=scheduler.step)`.",
+    r"keyword argument '(n'|\w*(accum|steps))": "Here it is `accumulate(4)`, a part.",
+    r"keyword argument '\w*(clip|norm)": "Here it is `train_step(optimizer, max_norm=1.0)`.",
+    r"keyword argument '(amp|auto|\w*(scaler|16|precision))": "Here it is `amp()`, a part.",
+    r"keyword argument 'model": "Optimizers have the parameters; wrapped in DDP, `module=model`.",
+    r"keyword argument '(loss|crit)": "It is in the function: `train_step(optimizer)(function)`.",
+    r"keyword argument 'enabled": "Here it is `amp(dtype=torch.float32)`.",
+    r"keyword argument 'device_type": "Here it is `amp(device='cuda')`.",
 }
 
 
 def described(step: Any) -> str:
     """Return the plan of a step and where it is, without running ``after``."""
-    plan, window = step._plan, step._window
-    parts = [getattr(step._function, "__qualname__", None)]
-    parts += [f"accumulate({n if callable(n) or n < math.inf else None})" for n in plan.lengths]
-    parts += [type(part).__name__ for part in (*plan.optimizers, *plan.surroundings)]
+    plan, window, function = step._plan, step._window, step._function
+    lengths = (None if n == math.inf else getattr(n, "__qualname__", n) for n in plan.lengths)
+    parts = [type(optimizer).__name__ for optimizer in plan.optimizers]
+    parts += [f"accumulate({n})" for n in lengths]
+    parts += [f"{type(part).__name__}(...)" for part in plan.surroundings]
     parts += ["amp()"] if plan.precision is not None else []
+    parts += ["microbatch(...)"] if plan.step is not None else []
+    parts += [f"max_norm={plan.max_norm:g}"] if plan.max_norm is not None else []
+    made = f"train_step({', '.join(parts)})" if plan.optimizers else ", ".join(parts)
+    if function is not None:
+        made += f"({getattr(function, '__qualname__', type(function).__name__)})"
+    elif not plan.optimizers:  # a part
+        return made
     skipped = int(step._skips)
-    parts += [f"updates={step._closed - skipped}", f"skipped={skipped}"]
-    parts += [f"open window of {len(window.losses)}"] if window and window.losses else []
-    return f"Step({', '.join(filter(None, parts))})"
+    at = f"updates={step._closed - skipped}, skipped={skipped}"
+    at += f", open window of {window.size}" if window and window.losses else ""
+    return f"<{made}: {at}>"
 
 
-def explain(error: RuntimeError) -> None:
-    """Add to an error of backward what usually causes it in a step; torch's advice fits a loop."""
+def explain(error: Exception) -> None:
+    """Add to an error what usually causes it in a step; torch's own advice fits a loop."""
     for said, cause in _CAUSES.items():
-        if said in str(error):
-            error.args = (f"{error}\nIn a step function, {cause}.",)
+        if re.search(said, str(error)):
+            error.args = (f"{error}\n{cause}",)
+            break
+
+
+def not_an_optimizer(given: Any) -> TypeError:
+    """Return the error for what was given in place of an optimizer."""
+    came, remedy = f"{type(given).__name__} {shown(given)}", "AdamW(model.parameters())"
+    missing = [name for name in ABILITIES if not hasattr(given, name)]
+    if isinstance(given, type):
+        came, remedy = f"the class {given.__name__}", f"{given.__name__}(model.parameters())"
+    elif isinstance(given, LRScheduler):
+        remedy = "train_step(optimizer, after=scheduler.step)"
+    elif isinstance(given, (list, tuple, dict)):
+        remedy = "train_step([optimizer_a, optimizer_b])"
+    elif hasattr(given, "step"):
+        came += f" without {', '.join(missing)}"
+        remedy = f"{missing[0]} = property(lambda self: self.optimizer.{missing[0]})"
+    return TypeError(f"expected an optimizer, got {came}: `{remedy}`")
+
+
+def no_loss(output: Any) -> Exception:
+    """Return the error for what a step function handed over in place of a loss."""
+    got, kind = shown(output), type(output).__name__
+    if not isinstance(output, Tensor):
+        came, remedy = f"{got} ({kind})", "`return loss`, or `{'loss': loss, 'weight': weight}`"
+        if hasattr(output, "__float__"):
+            remedy = "`return loss` or `return loss, weight`, not `loss.item()`, which has no graph"
+        elif isinstance(output, (list, tuple)):
+            came = f"a {kind} of {len(output)}"
+            remedy = "`return loss, weight`, or `{'loss': loss, 'logits': logits}`"
+        else:
+            remedy += "; a model's output has a loss only if it was given labels"
+        if isinstance(output, Mapping):
+            names = ", ".join(map(repr, output))[:60]
+            came = f"{kind} of {names}, where 'loss' is missing or None"
+        return TypeError(f"a step function hands over a loss, not {came}: {remedy}")
+    if output.dim():
+        return ValueError(f"the loss must be a single number, got {got}: `loss.mean()`")
+    if not output.is_floating_point():
+        return TypeError(f"the loss must be floating, got {got}: `return loss, weight`")
+    if not torch.is_grad_enabled():
+        off = "a step trains, and no_grad or inference_mode is on"
+        return ValueError(f"{off}: to validate call the model, `with torch.no_grad(), amp():`")
+    hint = "is all below it frozen (a tied head is, with its embedding)?"
+    return ValueError(f"the loss has no graph: return it without `.detach()` or `no_grad`; {hint}")
 
 
 def warn_of_missing(received: int, parameters: list[nn.Parameter]) -> None:

@@ -1,5 +1,6 @@
 """microbatch: a batch in chunks is the batch, however it is cut."""
 
+import copy
 import functools
 
 import pytest
@@ -125,12 +126,61 @@ def test_an_empty_batch_and_a_block_by_hand_are_whole_micro_batches(size):
     assert result.updated and weight.item() == pytest.approx(-(3 + 6 + (5 if size == 2 else 7)) / 3)
 
 
+@pytest.mark.parametrize("size", [3, "auto"])
+@pytest.mark.parametrize("per_step", [True, False])
+def test_law_rows_along_the_second_dimension_with_a_list_beside_them(size, per_step):
+    torch.manual_seed(3)
+    base = torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 5), "out": torch.nn.Linear(5, 4)}).double()
+    x, y = torch.randn(7, 8, 3).double(), torch.randint(4, (7, 8) if per_step else (8,))
+    scales, names, heard = [0.5, 1.0, 2.0, 0.1, 0.7, 3.0, 1.5, 0.2], tuple("abcdefgh"), []
+
+    def loss_fn(model, x, y, scales, names):
+        heard.extend(names)
+        outputs = model["out"](model["rnn"](x)[0]).transpose(1, 2)
+        losses = F.cross_entropy(outputs, y.expand(7, -1), reduction="none").mean(0)
+        return (losses * losses.new_tensor(scales)).mean()
+
+    results = []
+    for part in (microbatch(size, dim=1), accumulate(1)):
+        model = copy.deepcopy(base)
+        step = train_step(torch.optim.SGD(model.parameters(), lr=1.0), accumulate(2), part)
+        step = step(functools.partial(loss_fn, model))
+        for _ in range(4):
+            step(x, y, scales=scales, names=names)
+            if size == "auto" and not results:
+                step.chunk_sizes[21] = 3  # 7 times 3 numbers in a row
+        results.append(list(model.parameters()))
+    assert distance(*results) <= 1e-12 and heard == list(names) * 8
+
+
+@pytest.mark.parametrize(("size", "rows"), [(3, [3, 3, 2]), ("auto", [2, 2, 2, 2])])
+def test_the_output_is_a_list_with_an_entry_for_each_chunk(size, rows):
+    model = make_model()
+    (x, y), names = make_batches([8])[0], list("abcdefgh")
+
+    @train_step(torch.optim.SGD(model.parameters(), lr=0.1), microbatch(size))
+    def step(x, y, names):
+        outputs = model(x)
+        return {"loss": F.mse_loss(outputs, y), "outputs": outputs, "names": names}
+
+    step.chunk_sizes[7] = 2
+    expected = model(x).detach()
+    found = step(x, y, names).output
+    assert [len(entry["outputs"]) for entry in found] == rows
+    assert distance(torch.cat([entry["outputs"] for entry in found]), expected) <= 1e-12
+    assert not any(entry["outputs"].requires_grad for entry in found)
+    assert [name for entry in found for name in entry["names"]] == names
+
+
 def test_other_arguments_are_refused_before_anything_is_changed():
     for size in (True, 2.0, None, torch.tensor(3), "automatic"):
         with pytest.raises(TypeError, match=r"got .*: `microbatch\(8\)`"):
             microbatch(size)
     with pytest.raises(ValueError, match="got 0"):
         microbatch(0)
+    for dim in (True, 1.0, None, "time"):
+        with pytest.raises(TypeError, match=r"got .*: `microbatch\(8, dim=1\)`"):
+            microbatch(8, dim=dim)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="given twice"):

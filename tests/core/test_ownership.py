@@ -611,7 +611,7 @@ def test_adversarial_weights_between_two_losses(dtype):
 def test_a_block_that_runs_its_own_backward_is_refused(model, optimizer):
     step = train_step(optimizer, accumulate(2))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"in place of `loss.backward"), step:
+        with pytest.raises(RuntimeError, match=r"in place of `loss\.backward"), step:
             loss_of(model, BATCHES[0]).backward()
     with step, torch.no_grad():
         loss_of(model, BATCHES[0])

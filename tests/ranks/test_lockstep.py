@@ -1,5 +1,7 @@
 """Loaders of several ranks in lockstep, with a thread for each rank."""
 
+import math
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,7 +56,7 @@ def on_threads(loaders, length, look=lambda rank: None):
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     kinds=st.tuples(*[st.sampled_from([None, 0, -1])] * 3),
-    length=st.integers(1, 5),
+    length=st.integers(1, 5) | st.just(math.inf),
 )
 def test_all_ranks_get_as_many_batches_as_the_rank_with_most(sizes, kinds, length):
     """``kinds``: no length, or a true one, or one that is less by one batch."""
@@ -82,6 +84,22 @@ def test_a_loader_with_a_length_is_read_ahead_only_at_its_end():
     loader, read = Sized(range(6), 6), []
     on_threads([loader], 3, lambda rank: read.append(loader.read))
     assert read == [1, 2, 3, 6, 6, 6]
+
+
+def test_windows_without_a_length_are_not_read_ahead_to_their_end():
+    loader, read = Sized(range(6), 6), []
+    on_threads([loader], math.inf, lambda rank: read.append(loader.read))
+    assert read == [1, 2, 3, 4, 5, 6]
+
+
+@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=3), length=st.integers(1, 3))
+def test_where_loaders_never_end_all_ranks_learn_that_one_did(sizes, length):
+    """In the exchange after its last batch was missed, or in the first if it had none."""
+    found = on_threads([Sized(range(size), sys.maxsize) for size in sizes], length)
+    told = [size and size // length + 1 for size in sizes]
+    ended = [rank for rank, exchange in enumerate(told) if exchange == min(told)]
+    for error in found:
+        assert isinstance(error, ValueError) and f"ranks {ended} " in str(error)
 
 
 def test_a_loader_that_ends_a_window_before_its_length_is_an_error():

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from by_hand import CHECKS
 from oracles import BATCHES, OPTIMIZERS, distance, loss_of, make_batches, make_model, plain_loop
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -167,3 +168,9 @@ def test_fsdp2_parameters_are_frozen_also_after_an_evaluation(model, permanent):
             loss_of(model, BATCHES[0])
     model.reshard()
     assert all(p.requires_grad is not permanent for p in model[0].parameters())
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("check", CHECKS)
+def test_windows_of_every_kind_on_one_rank(check, how):
+    check(0, 1, how)

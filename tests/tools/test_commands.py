@@ -57,7 +57,7 @@ def test_the_result_is_one_json_object_whatever_the_users_code_prints(folder, ca
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert list(found) == ["target", "device", "rows", "steps", "variants"]
-    keys = ["name", "seconds", "peak_bytes", "largest_batch", "failure"]
+    keys = ["name", "seconds", "peak_bytes", "largest_batch", "note", "failure"]
     assert list(found["variants"][0]) == keys and printed.err == "imported\nmade\n"
 
 

@@ -493,6 +493,11 @@ def test_a_lifted_file_says_what_it_lacks_and_that_it_has_no_commands(tmp_path):
     )
     commands = python("-m", "trainkit", "lift", "amp", cwd=tmp_path, path="")
     assert commands.returncode == 1 and "lifted code, without commands" in commands.stderr
+    # How IPython asks for an extension.
+    asked = "import trainkit; hasattr(trainkit, 'load_ipython_extension')"
+    said = python("-c", asked, cwd=tmp_path, path="").stderr.splitlines()[-1]
+    assert said.startswith(f"ImportError: {tmp_path / 'trainkit.py'} hides the package")
+    assert "`%load_ext trainkit`" in said
 
 
 # The command.

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from trainkit.tools.doctor import trial
 from trainkit.tools.doctor.trial import (
     Task,
     largest_batch,
@@ -126,6 +128,13 @@ def test_each_part_is_measured_by_what_it_does(user):
     assert all_of_these < min(parts) and max(parts) < plain
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """No gradients are compared: what runs is what is measured."""
+    monkeypatch.setattr(trial, "compare", lambda *_, **__: "")
+
+
+@pytest.mark.usefixtures("alike")
 def test_variants_start_from_the_same_parameters_and_take_the_same_steps(user):
     tried("tensor", steps=2)
     calls, losses = iter(user.seen), {}
@@ -231,7 +240,8 @@ def test_the_model_stays_as_it_was(user, monkeypatch, error):
 
     monkeypatch.setattr(user, "made", (model, torch.randn(8, 4), loss_fn))
     if error is None:
-        assert column(tried("given"), "failure") == [""] * 6
+        failures = column(tried("given"), "failure")
+        assert [bool(failure) for failure in failures] == [name == 3 for name in range(6)]
     else:
         with pytest.raises(error):
             tried("given")
@@ -241,6 +251,7 @@ def test_the_model_stays_as_it_was(user, monkeypatch, error):
     assert not model[2].bias.requires_grad
 
 
+@pytest.mark.usefixtures("alike")
 def test_steps_are_in_training_mode_and_draw_the_same_random_numbers(user, monkeypatch):
     seen = []
 
@@ -254,6 +265,114 @@ def test_steps_are_in_training_mode_and_draw_the_same_random_numbers(user, monke
     tried("given", steps=2)
     assert not model.training and all(is_training for is_training, _ in seen)
     assert seen[4][1] == pytest.approx(seen[0][1], rel=0.01)  # the first step of plain and of amp
+
+
+def task_of(model, *batch, function=None):
+    """What the function of a user returns for a classifier."""
+    loss_fn = function or (lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    return model, batch, loss_fn
+
+
+class Recurrent(nn.Module):
+    def __init__(self, dropout=0.0, norm=False):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(3, 5, 2, dropout=dropout), nn.Linear(5, 4)
+        self.norm = nn.BatchNorm1d(5) if norm else nn.Identity()
+
+    def forward(self, x):
+        return self.out(self.norm(self.rnn(x)[0][-1]))
+
+
+def layers(*inner):
+    return nn.Sequential(nn.Linear(3, 6), *inner, nn.Linear(6, 4))
+
+
+def diffusion(model, batch):
+    noise = torch.rand_like(batch[0])
+    return (model(batch[0] + noise) - torch.rand(len(noise), 1)).square().mean()
+
+
+def token_mean(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], ignore_index=0)
+
+
+def weighted(model, batch):
+    return token_mean(model, batch), (batch[1] != 0).sum()
+
+
+def noted(user, monkeypatch, made):
+    monkeypatch.setattr(user, "made", made)
+    rows = tried("given")["variants"]
+    return {row["name"]: row["failure"] or row["note"] for row in rows}, rows
+
+
+ROWS, TIMES, LABELS = torch.randn(8, 3), torch.randn(7, 8, 3), torch.arange(8) % 4
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: task_of(layers(nn.ReLU()), ROWS, LABELS), ""),
+        (lambda: task_of(layers(nn.BatchNorm1d(6)), ROWS, LABELS), "BatchNorm"),
+        (lambda: task_of(layers(), ROWS, LABELS, function=token_mean), "`return loss, count`"),
+        (lambda: task_of(layers(), ROWS, LABELS, function=weighted), ""),
+        (lambda: task_of(layers(), ROWS, function=diffusion), "random numbers"),
+        (lambda: task_of(layers(), ROWS, list(LABELS.tolist()), function=of_list), ""),
+        (lambda: task_of(Recurrent(norm=True).eval(), TIMES, LABELS), "BatchNorm"),
+    ],
+)
+def test_microbatch_is_measured_if_its_gradient_is_the_plain_one(user, monkeypatch, made, said):
+    notes, rows = noted(user, monkeypatch, made())
+    name, note = next(item for item in notes.items() if item[0].startswith("microbatch"))
+    if said:
+        assert note.startswith("NotExact: the gradient differs by ") and said in note
+        assert rows[3]["seconds"] is None or name != rows[3]["name"]
+    else:
+        assert note == ""
+    assert notes["plain"] == notes["all of these"] == ""
+
+
+def of_list(model, batch):
+    return F.cross_entropy(model(batch[0]), torch.tensor(batch[1]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_batch_of_time_and_rows_is_cut_along_its_rows(user, monkeypatch, dropout):
+    for labels in (LABELS, torch.stack([LABELS] * 7)):  # one for each row, or for each step
+
+        def loss_fn(model, batch):
+            outputs = model.out(model.rnn(batch[0])[0])
+            outputs = outputs[-1] if batch[1].dim() == 1 else outputs.flatten(0, 1)
+            return F.cross_entropy(outputs, batch[1].flatten())
+
+        made = task_of(Recurrent(dropout), TIMES, labels, function=loss_fn)
+        notes, rows = noted(user, monkeypatch, made)
+        assert [row["name"] for row in rows][2] == "microbatch(2, dim=1)"
+        assert rows[2]["failure"] == "" and rows[2]["seconds"] > 0
+        assert ("dropout" in notes["microbatch(2, dim=1)"]) is (dropout > 0)
+
+
+def test_dropout_is_told_apart_from_other_differences(user, monkeypatch):
+    drops = layers(nn.Dropout(0.5), nn.ReLU(), nn.Dropout(0.5))
+    notes, rows = noted(user, monkeypatch, task_of(drops, ROWS, LABELS))
+    assert "dropout" in notes["microbatch(2)"] and rows[3]["seconds"] > 0
+    made = task_of(drops, ROWS, LABELS, function=token_mean)
+    notes, rows = noted(user, monkeypatch, made)
+    assert "`return loss, count`" in notes["microbatch(2)"] and rows[3]["seconds"] is None
+    assert notes["recompute [:]"] == ""  # with the same random numbers
+
+
+def test_a_batch_that_does_not_fit_is_compared_in_part(user, monkeypatch):
+    def loss_fn(model, batch):
+        if len(batch[0]) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    for inner, said in ((nn.ReLU(), ""), (nn.BatchNorm1d(6), "NotExact")):
+        batch = torch.randn(32, 3), torch.arange(32) % 4
+        monkeypatch.setattr(user, "made", task_of(layers(inner), *batch, function=loss_fn))
+        row = tried("given")["variants"][3]
+        assert row["failure"].startswith(said) and (row["seconds"] is None) is bool(said)
 
 
 def test_the_table_has_ratios(user):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from trainkit.core.plan import check
 
@@ -14,40 +16,83 @@ from trainkit.core.plan import check
 class Batch:
     """The arguments of a call, which can be taken in chunks of their rows.
 
-    Tensors are cut along their first dimension, in tuples, lists and mappings at any depth. Every
+    ``dim`` counts the rows of a tensor; a tensor with fewer dimensions has its rows in the last.
+    Lists and tuples without tensors, and NumPy arrays, are cut if they have as many rows. Every
     chunk gets everything else whole, and tensors without a dimension too.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._arguments = (args, dict(kwargs))
-        found: list[Tensor] = []
-        mapped(self._arguments, lambda t: found.append(t) if t.dim() else None)
-        cuts = "microbatch cuts tensors along their first dimension"
-        check(bool(found), ValueError, f"{cuts}, got none in {args!r:.60}: `step(inputs, targets)`")
-        shapes = [tuple(tensor.shape) for tensor in found]
-        remedy = "bind what is not of the batch, `functools.partial(function, table=table)`"
-        is_even = len({shape[0] for shape in shapes}) == 1
-        check(is_even, ValueError, f"{cuts}, got lengths that differ in {shapes}: {remedy}")
-        self.rows = len(found[0])
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int = 0) -> None:
+        self._arguments, self._dim = (_Positional(args), dict(kwargs)), dim
+        tensors = _tensors(self._arguments)
+        is_packed = any(isinstance(value, PackedSequence) for value in _walk(self._arguments))
+        check(not (is_packed or any(t.is_nested for t in tensors)), ValueError, _PACKED)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        whole = [shape for shape in shapes if -len(shape) <= dim < len(shape)]
+        cuts, came = f"microbatch cuts tensors along dimension {dim}, got", shapes or args
+        check(bool(whole), ValueError, f"{cuts} none in {came!r:.60}: `step(inputs, targets)`")
+        self.rows: int = whole[0][dim]
+        odd = [tuple(tensor.shape) for tensor in tensors if self._dim_of(tensor) is None]
+        differ = f"{cuts} lengths that differ in {[whole[0], *odd]!r:.60}"
+        check(not odd, ValueError, f"{differ}: {_REMEDY}")
         # The memory for a row is roughly proportional to this.
-        self.size_of_row = sum(tensor.numel() for tensor in found) // max(self.rows, 1)
+        self.size_of_row = sum(tensor.numel() for tensor in tensors) // max(self.rows, 1)
 
-    def chunk(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def chunk(self, start: int, stop: int) -> Any:
         """Return the arguments of the call for some of the rows, as views."""
-        return mapped(self._arguments, lambda t: t[start:stop] if t.dim() else t)  # type: ignore[no-any-return]
+        rows = slice(start, stop)
+        return self.cut(lambda value, dim: value[(*[slice(None)] * dim, rows) if dim else rows])
+
+    def cut(self, function: Callable[[Any, Any], Any]) -> Any:
+        """Return the arguments with ``function(value, dim)`` in place of each value with rows."""
+
+        def is_cut(value: Any) -> bool:
+            return self._dim_of(value) is not None
+
+        return mapped(self._arguments, lambda value: function(value, self._dim_of(value)), is_cut)
+
+    def _dim_of(self, value: Any) -> int | None:
+        """Return the dimension of a value that counts rows; None if the value is not cut."""
+        is_list = isinstance(value, list) or type(value) is tuple  # no record, no torch.Size
+        if is_list and len(value) == self.rows and not _tensors(value):
+            return 0
+        is_array = torch.is_tensor(value) or hasattr(type(value), "__array_interface__")  # NumPy
+        shape: Sequence[int] = getattr(value, "shape", ()) if is_array else ()
+        dim = self._dim if -len(shape) <= self._dim < len(shape) else -1
+        return dim % len(shape) if shape and shape[dim] == self.rows else None
 
 
-def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return a batch with ``function(tensor)`` in place of each of its tensors."""
-    if isinstance(value, Tensor):
+_PACKED = "microbatch cuts padded tensors: `pack_padded_sequence(x, lengths)` in the function"
+_REMEDY = "pad images, cut another dim, bind a table: `functools.partial(function, table=table)`"
+
+
+class _Positional(tuple[Any, ...]):
+    """The positional arguments, which are no list of rows, however many there are."""
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    """Yield a value and everything in it."""
+    yield value
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _walk(item)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a value that have a dimension to cut."""
+    return [item for item in _walk(value) if isinstance(item, Tensor) and item.dim()]
+
+
+def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Any = torch.is_tensor) -> Any:
+    """Return a batch with ``function(leaf)`` in place of each of its leaves, its tensors."""
+    if is_leaf(value):
         return function(value)
     if isinstance(value, (tuple, list)):
-        items = [mapped(item, function) for item in value]
+        items = [mapped(item, function, is_leaf) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
         # A copy keeps what else a mapping has, for example the BatchEncoding of a tokenizer.
         found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for name, item in value.items():
-            found[name] = mapped(item, function)
+            found[name] = mapped(item, function, is_leaf)
         return found
     return value

@@ -25,7 +25,7 @@ from trainkit.core.window import weighted_mean
 P = ParamSpec("P")
 
 
-def microbatch(size: int | Literal["auto"]) -> Part:
+def microbatch(size: int | Literal["auto"], dim: int = 0) -> Part:
     """Take the batch of a call in chunks of ``size`` rows; "auto" takes as many as memory allows.
 
     Equivalent to one backward of ``f(*batch)``, in memory for the activations of one chunk::
@@ -34,15 +34,16 @@ def microbatch(size: int | Literal["auto"]) -> Part:
             chunk = [tensor[start : start + size] for tensor in batch]
             (f(*chunk) * len(chunk[0]) / rows).backward()
 
-    A loss with a weight counts by its weight. Tensors are cut along their first dimension, in
-    tuples, lists and mappings at any depth; every chunk gets everything else whole.
-    Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
+    A loss with a weight counts by its weight. Tensors are cut in tuples, lists and mappings at any
+    depth, as are lists and tuples without tensors that are as long as the batch. Every chunk gets
+    everything else whole. Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
 
     Args:
         size: rows of a chunk, an int of at least 1, or "auto".
+        dim: the dimension that counts rows: 1 for tensors of (time, batch, features).
 
     Raises:
-        TypeError, ValueError: for another size, and at a call for tensors of different lengths.
+        TypeError, ValueError: for another size or dim, and for tensors of different lengths.
         torch.OutOfMemoryError: with "auto", if a single row does not fit.
 
     Example:
@@ -55,7 +56,9 @@ def microbatch(size: int | Literal["auto"]) -> Part:
     wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
     check(size == "auto" or type(size) is int, TypeError, wanted)
     check(size == "auto" or size >= 1, ValueError, wanted)
-    return Part(Plan(step=functools.partial(ChunkedStep, None if size == "auto" else size)))
+    wanted = f"dim is an int, the dimension to cut, got {dim!r:.60}: `microbatch(8, dim=1)`"
+    check(type(dim) is int, TypeError, wanted)
+    return Part(Plan(step=functools.partial(ChunkedStep, None if size == "auto" else size, dim)))
 
 
 class ChunkedStep(Step[P]):
@@ -65,22 +68,22 @@ class ChunkedStep(Step[P]):
     numbers in a row. It may be changed and cleared between two calls.
     """
 
-    def __init__(self, rows: int | None, plan: Plan, function: Callable[P, Any]) -> None:
+    def __init__(self, rows: int | None, dim: int, plan: Plan, function: Callable[P, Any]) -> None:
         super().__init__(plan, function)
         self.chunk_sizes: dict[int, int] = {}
-        self._rows = rows  # None with "auto"
+        self._rows, self._dim = rows, dim  # the rows are None with "auto"
         self._chunk: Chunk | None = None  # about to begin
         self._is_last_chunk = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         if self._running is not None:
             return super().__call__(*args, **kwargs)  # which raises
-        batch = Batch(args, kwargs)
+        batch = Batch(args, kwargs, self._dim)
         if self._updater is None:
             self._prepare()
         self._window = self._window or self._new_window()
         fillers, start = self._count_fillers(batch), 0
-        parts: list[Any] = []  # the losses of the chunks and their weights
+        parts: list[Any] = []  # the losses of the chunks, their weights and outputs
         try:
             while not parts or start < batch.rows:
                 stop = min(start + self._rows_for(batch), batch.rows)
@@ -89,10 +92,10 @@ class ChunkedStep(Step[P]):
                 if (chunk := self._try(batch, start, stop)) is not None:
                     result, latest, start = chunk.result, start, stop
                     weight = float(self._size) if chunk.weight is None else chunk.weight
-                    parts.append((result.loss, weight))
+                    parts.append((result.loss, weight, result.output))
             for left in reversed(range(fillers)):
                 self._size, self._is_last_chunk = 0, not left
-                args, kwargs = batch.chunk(latest, batch.rows)  # type: ignore[assignment]
+                args, kwargs = batch.chunk(latest, batch.rows)
                 result = super().__call__(*args, **kwargs)
         except BaseException:
             if parts:  # some rows of the batch are in
@@ -100,7 +103,7 @@ class ChunkedStep(Step[P]):
             raise
         finally:
             self._size, self._is_last_chunk, self._chunk = 1, True, None
-        losses, weights = map(list, zip(*parts, strict=True))
+        losses, weights, result.output = map(list, zip(*parts, strict=True))
         result.loss = losses[0] if len(parts) == 1 else weighted_mean(losses, weights)
         return result
 
@@ -135,7 +138,11 @@ class ChunkedStep(Step[P]):
         """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
         if self._owed is not None and self._owed.known():
             self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
-        rows, outer, (args, kwargs) = stop - start, sys.exc_info()[1], batch.chunk(start, stop)
+        rows, outer, (args, kwargs) = (
+            stop - start,
+            sys.exc_info()[1],
+            batch.chunk(start, stop),
+        )
         self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
         try:
             super().__call__(*args, **kwargs)
@@ -166,9 +173,9 @@ class ChunkedStep(Step[P]):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
         from trainkit.ranks.collectives import all_gather_ints, world_size
-        from trainkit.ranks.join import group_of, needs_all_ranks
+        from trainkit.ranks.join import group_of
 
-        needs_all, group = needs_all_ranks(self._plan), group_of(self._plan)
+        group, needs_all = group_of(self._plan)
         if self._rows is not None:
             count = -(-batch.rows // self._rows) or 1
             return int(all_gather_ints(group, count).max()) - count if needs_all else 0

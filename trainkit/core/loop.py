@@ -18,6 +18,8 @@ class Delivery(NamedTuple):
     batch: Any
     is_last: bool
     number: int = 0
+    present: float = 1.0  # the share of ranks that have a batch at this place
+    is_filler: bool = False  # whether this rank has none, and repeats its last one for the others
 
 
 OUTSIDE = Delivery(None, False)  # of any loop
@@ -51,6 +53,8 @@ class Again(Iterable[T]):
     It has the largest length that there is: nothing reads it ahead to find its end.
     """
 
+    has_ended = False  # the loader gave nothing in its latest pass
+
     def __init__(self, loader: Iterable[T], step: Any, updates: int) -> None:
         self.loader, self.step, self.updates = loader, step, updates
         self.begun = step._closed  # windows closed before the loop began
@@ -64,15 +68,11 @@ class Again(Iterable[T]):
         return sys.maxsize
 
     def __iter__(self) -> Iterator[T]:
-        while True:
-            is_empty = True
+        while not self.has_ended:
+            self.has_ended = True
             for batch in self.loader:
-                is_empty = False
+                self.has_ended = False
                 yield batch
-            if is_empty:
-                came = f"the loader ended after {self.closed} of {self.updates} windows"
-                again = "give one that can be iterated over again"
-                raise ValueError(f"{came}: {again}, `step.over(list(loader), updates=N)`")
 
 
 def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> Generator[Any]:
@@ -91,6 +91,11 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
             yield delivery.batch
             if again is not None and again.closed >= again.updates:
                 break
+        else:
+            if again is not None and again.has_ended:
+                came = f"the loader ended after {again.closed} of {updates} windows"
+                remedy = "give one that can be iterated over again"
+                raise ValueError(f"{came}: {remedy}, `step.over(list(loader), updates=N)`")
     finally:
         for step, delivery in zip(steps, found, strict=True):
             step._delivery = delivery

@@ -16,19 +16,12 @@ from torch import Tensor, nn
 
 from trainkit.core.plan import shown
 
-_WANTED = (
-    "a step function hands over a loss, not {}: return (or yield) `loss`, `loss, weight`, "
-    "`{{'loss': loss, 'weight': weight}}`, or a model's output that has a loss"
-)
-
 
 def read_loss(output: Any) -> tuple[Tensor, Any]:
     """Return the loss, and its weight or None; TypeError or ValueError for any other output."""
     weight: Any = None
     kind: type = numbers.Integral
-    if isinstance(output, tuple) and not hasattr(output, "loss"):
-        if len(output) != 2:
-            raise TypeError(_WANTED.format(f"a tuple of {len(output)}"))
+    if isinstance(output, tuple) and len(output) == 2 and not hasattr(output, "loss"):
         output, weight = output
     if not isinstance(output, Tensor):
         found = output
@@ -39,7 +32,9 @@ def read_loss(output: Any) -> tuple[Tensor, Any]:
         output = output if found.get("loss") is None else found["loss"]
     is_scalar = isinstance(output, Tensor) and output.is_floating_point() and not output.dim()
     if not is_scalar or not output.requires_grad:
-        _refuse(output)
+        from trainkit.advice import no_loss
+
+        raise no_loss(output)
     if weight is not None:
         _check_weight(weight, kind)
     return output, weight
@@ -88,19 +83,6 @@ _SINGLE: tuple[type, ...] = (  # what is not searched
 )
 
 
-def _refuse(loss: Any) -> None:
-    """Raise TypeError or ValueError for what is no loss."""
-    if not isinstance(loss, Tensor):
-        hint = " (a model's output has a loss only if it was given labels)" if loss is None else ""
-        raise TypeError(_WANTED.format(_shown(loss)) + hint)
-    if loss.dim():
-        raise ValueError(f"the loss must be a single number, got {_shown(loss)}: `loss.mean()`")
-    if not loss.is_floating_point():
-        raise TypeError(f"the loss must be floating, got {_shown(loss)}: `return loss, weight`")
-    hint = "is all below it frozen (a tied head is, with its embedding)?"
-    raise ValueError(f"the loss has no graph: return it without `.detach()` or `no_grad`; {hint}")
-
-
 def _check_weight(weight: Any, kind: type) -> None:
     """Accept integers; real numbers too where they were given under the name ``weight``."""
     sample = weight
@@ -108,16 +90,9 @@ def _check_weight(weight: Any, kind: type) -> None:
         sample = 0.5 if weight.is_floating_point() else weight.dtype == torch.bool or 1
     if isinstance(sample, bool) or not isinstance(sample, kind):
         raise TypeError(
-            "the second of two values is the weight, an int or a 0-d integer tensor, got "
-            f"{_shown(weight)}: `return loss, mask.sum()`, or `{{'loss': loss, 'weight': weight}}`"
+            f"the weight of a loss is an int or a 0-d integer tensor, got {shown(weight)}: "
+            "`return loss, mask.sum()`, or all by name, `{'loss': loss, 'logits': logits}`"
         )
     most = 2**1023 if isinstance(weight, int) else math.inf
     if not isinstance(weight, Tensor) and not 0 <= weight < most:
         raise ValueError(f"a weight must be finite and at least 0, got {weight}: `len(batch)`")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
-        return f"a {value.dtype} tensor {shape} on {value.device}"
-    return f"{shown(value)} ({type(value).__name__})"

@@ -6,9 +6,10 @@ parts may be given in any order, and one part serves many steps.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ from trainkit.core.plan import (
 from trainkit.core.precision import Precision, between_graphs, current_device
 from trainkit.core.result import StepResult
 from trainkit.core.step import Step
+from trainkit.core.warning import warn
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Part(Step[[Any]]):
@@ -51,7 +54,19 @@ class Part(Step[[Any]]):
         for part in parts:
             plan += _plan_of(part)
         step: Step[P] = (plan.step or Step)(plan, function)
+        called = " ".join(getattr(getattr(function, "__code__", None), "co_names", ()))
+        if "clip_grad" in called and "backward" not in called and not step._yields:
+            from trainkit.advice import CLIPPED
+
+            warn(CLIPPED)
         return step
+
+    def last(self, *args: Any, **kwargs: Any) -> StepResult:
+        remedy = "`step.close()` below the block, or a loop over `step.over(loader)`"
+        raise TypeError(f"a step without a function has no last(): {remedy} closes the window")
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self._plan.optimizers else (type(self), (self._plan,))
 
     def __enter__(self) -> StepResult:
         cut = "a block has no arguments to cut: `train_step(optimizer, ...)(function)`"
@@ -61,6 +76,23 @@ class Part(Step[[Any]]):
         return super().__enter__()
 
 
+def _explained(function: Callable[P, R]) -> Callable[P, R]:
+    """Say what an unknown keyword is called here."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            from trainkit.advice import explain
+
+            explain(error)
+            raise
+
+    return called
+
+
+@_explained
 def train_step(
     optimizer: OptimizerLike | Sequence[OptimizerLike],
     *parts: Part | Surrounding,
@@ -110,6 +142,7 @@ def train_step(
     return Part(plan)
 
 
+@_explained
 def accumulate(
     n: int | Callable[[int], int | None] | None,
     module: nn.Module | None = None,
@@ -188,6 +221,7 @@ class Autocast(Part):
         autocast.__exit__(*exception)
 
 
+@_explained
 def amp(
     *optimizers: OptimizerLike,
     dtype: torch.dtype | None = None,

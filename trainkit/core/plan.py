@@ -25,7 +25,6 @@ class Surrounding(Protocol):
         """Return a new context manager for one micro-batch."""
 
 
-@runtime_checkable
 class OptimizerLike(Protocol):
     """What a step needs of an optimizer, whether it is a ``torch.optim.Optimizer`` or not."""
 
@@ -39,6 +38,9 @@ class OptimizerLike(Protocol):
 
     def state_dict(self) -> Any:
         """Return the state."""
+
+
+ABILITIES = "param_groups", "step", "zero_grad", "state_dict"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ _NAMES = {"precision": "amp()", "step": "microbatch()", "window": "accumulate(dt
 
 def shown(value: Any) -> str:
     """Return the beginning of a repr in one line, for a message."""
+    if isinstance(value, torch.Tensor) and not nn.parameter.is_lazy(value):
+        shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
+        return f"a {value.dtype} tensor {shape} on {value.device}"
     return " ".join(repr(value).split())[:60]
 
 
@@ -128,19 +133,15 @@ def optimizers_of(given: Any) -> tuple[OptimizerLike, ...]:
     """Return one or several optimizers as a tuple; TypeError or ValueError for anything else."""
     found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for one in found:
-        is_one = isinstance(one, OptimizerLike) and not isinstance(one, type)
-        came = f"expected an optimizer, got {type(one).__name__} {shown(one)}"
-        missing = [name for name in _ABILITIES if not hasattr(one, name)]
-        lacks = f" without {', '.join(missing)}" if len(missing) < len(_ABILITIES) else ""
-        check(is_one, TypeError, f"{came}{lacks}: `AdamW(model.parameters())`")
+        if isinstance(one, type) or not all(hasattr(one, name) for name in ABILITIES):
+            from trainkit.advice import not_an_optimizer
+
+            raise not_an_optimizer(one)
     remedy = "`train_step([optimizer_a, optimizer_b])`"
     check(bool(found), ValueError, f"got no optimizer: {remedy}")
     is_once = len({id(one) for one in found}) == len(found)
     check(is_once, ValueError, f"an optimizer was given twice, and would step twice: {remedy}")
     return found
-
-
-_ABILITIES = ("param_groups", "step", "zero_grad", "state_dict")
 
 
 def check_stepping(plan: Plan) -> None:

@@ -168,7 +168,8 @@ class Step(Generic[P]):
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
-        found, self._delivery, self._ended_early = self._delivery, Delivery(None, True), False
+        found, self._ended_early = self._delivery, False
+        self._delivery = found._replace(is_last=True)  # on several ranks it tells who has a batch
         try:
             return self(*args, **kwargs)
         finally:
@@ -307,8 +308,15 @@ class Step(Generic[P]):
         return described(self)
 
     def __reduce__(self) -> Any:
-        sent = "a step belongs to its process, with its model and its optimizer"
-        raise TypeError(f"{sent}: send data alone, or make the step there, `train_step(...)(f)`")
+        sent = "a step is neither copied nor sent, since its model and its optimizer are in use"
+        raise TypeError(f"{sent}: make it there, `train_step(...)(f)`, or take `step.state_dict()`")
+
+    @property
+    def _torchdynamo_orig_callable(self) -> Any:
+        """No attribute, but torch.compile looks for it, and tools that read all attributes do."""
+        lost = "torch.compile makes a plain function of a step, without `over`"
+        warn(f"{lost}: put `@torch.compile` below `@train_step`")
+        raise AttributeError("_torchdynamo_orig_callable")
 
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"

@@ -41,9 +41,8 @@ class Block:
         if hasattr(function, "_add_part"):
             return function._add_part(self)  # type: ignore[no-any-return]
         if not callable(function) or isinstance(function, (nn.Module, Block)):
-            raise TypeError(
-                f"{name} decorates functions, got {function!r:.60}: `with {name}(model, layers):`"
-            )
+            call = f"`with {name}(model, layers):`"
+            raise TypeError(f"{name} decorates functions, got {function!r:.60}: {call}")
 
         @functools.wraps(function)
         def inside_block(*args: Any, **kwargs: Any) -> Any:
@@ -51,10 +50,8 @@ class Block:
                 value = function(*args, **kwargs)
             if isinstance(value, _RUNS_LATER):
                 getattr(value, "close", bool)()  # Python warns of coroutines that never ran
-                raise TypeError(
-                    f"{function!r:.60} runs after its call, outside of the block: make {name} a "
-                    f"part, `train_step(optimizer, {name}(model, layers))`"
-                )
+                call = f"`train_step(optimizer, {name}(model, layers))`"
+                raise TypeError(f"{function!r:.60} runs later, outside of the block: {call}")
             return value
 
         # A step made of this function enters the block around backward and update too.

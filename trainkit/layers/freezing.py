@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from trainkit.layers.blocks import Block
 from trainkit.layers.language import (
     Chosen,
     Layers,
+    Selection,
     Slot,
     check_module,
     normalise,
@@ -37,6 +40,8 @@ class frozen(Block):
         module: the module that the layers belong to.
         layers: patterns ("encoder.layer[:2]", "**.bias"), submodules, parameters or predicates
             ``(name, parameter) -> bool``, one or several. "**" is everything, ``[]`` nothing.
+        buffers: False leaves the owners of buffers as they are: a BatchNorm continues with the
+            statistics of its batches, as with ``requires_grad_(False)`` alone.
         eval_mode: puts the selected modules into evaluation mode too, with their dropout.
 
     Raises:
@@ -55,23 +60,26 @@ class frozen(Block):
     """
 
     def __init__(
-        self, module: nn.Module, layers: Layers = "**", *, eval_mode: bool = False
+        self,
+        module: nn.Module,
+        layers: Layers = "**",
+        *,
+        buffers: bool = True,
+        eval_mode: bool = False,
     ) -> None:
         super().__init__()
         check_module(module, "frozen(model, 'embeddings')")
-        self._chosen, self._eval_mode = Chosen(module, layers), eval_mode
+        self._chosen, self._modes = Chosen(module, layers), (buffers, eval_mode)
 
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
-        slots, modules, owners = self._chosen.now()
-        modules, holder = owners + (modules if self._eval_mode else []), object()
+        selection, holder = self._chosen.now(), object()
+        slots, modules = selection.slots, _held(selection, *self._modes)
         try:
             # Ctrl-C may come after any call: what was found is noted before it is changed.
             for *_, parameter in slots:
-                found = _found.get(id(parameter)) or _Found(parameter)
-                found.holders.add(holder)
-                _found[id(parameter)] = found
+                _found.setdefault(id(parameter), _Found(parameter)).holders.add(holder)
                 parameter.requires_grad, parameter.grad = False, None
             for module in modules:
                 _pin(module, holder)
@@ -84,10 +92,15 @@ class frozen(Block):
                 raise
 
 
+def _held(selection: Selection, buffers: bool, eval_mode: bool) -> list[nn.Module]:
+    """The modules to keep in evaluation mode."""
+    owners, others = selection.buffer_owners, selection.modules if eval_mode else []
+    return owners + others if buffers else [m for m in others if m not in owners]
+
+
 def _release(slots: list[Slot], modules: list[nn.Module], holder: object) -> None:
     for slot in slots:
-        found = _found.get(id(slot.parameter))
-        if found is not None:
+        if found := _found.get(id(slot.parameter)):
             found.holders.discard(holder)
             if not found.holders:
                 found.restore(slot)
@@ -107,13 +120,11 @@ class _Found:
     def restore(self, slot: Slot) -> None:
         name, owner, parameter = slot
         try:
-            parameter.requires_grad = self.requires_grad
-            parameter.grad = self.grad
+            parameter.requires_grad, parameter.grad = self.requires_grad, self.grad
         except RuntimeError:  # after a cast or a move inside, the gradient does not fit
             parameter.grad = None
         # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
-        other = owner._parameters.get(name.rpartition(".")[2])
-        if other is not None:
+        if (other := owner._parameters.get(name.rpartition(".")[2])) is not None:
             other = _found.get(id(other), other)
             other.requires_grad = other.requires_grad or self.requires_grad
 
@@ -122,8 +133,10 @@ class _Found:
 _found: dict[int, Any] = {}
 
 
-def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
-    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same ``layers``.
+def freeze(
+    module: nn.Module, layers: Layers = "**", *, buffers: bool = True, eval_mode: bool = False
+) -> list[str]:
+    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same arguments.
 
     Equivalent to this; inside a ``frozen`` block it holds from its end on::
 
@@ -148,14 +161,25 @@ def freeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         ['0.weight', '0.bias']
     """
     check_module(module, "freeze(model, 'embeddings')")
-    selection = select(module, normalise(layers))
+    selection = select(module, words := normalise(layers))
+    _warn_of_one_level(module, words)
     for *_, parameter in selection.slots:
         if found := _found.get(id(parameter)):
             found.requires_grad, found.grad = False, None
         parameter.requires_grad, parameter.grad = False, None
-    for owner in selection.buffer_owners:
+    for owner in _held(selection, buffers, eval_mode):
         _pin(owner, "freeze")
     return [slot.name for slot in selection.slots]
+
+
+def _warn_of_one_level(module: nn.Module, layers: tuple[Any, ...]) -> None:
+    """Warn of a pattern such as "*.bias" that leaves most parameters of this name out."""
+    for layer in layers:
+        if isinstance(layer, str) and layer.startswith("*.") and layer[2:].isidentifier():
+            few, count = (len(select(module, (word,)).slots) for word in (layer, f"*{layer}"))
+            if count > 4 * few:
+                found = f"{layer!r} selects {few} of {count} parameters, one level down"
+                warnings.warn(f"{found}: `'*{layer}'` selects all", stacklevel=3)
 
 
 def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
@@ -185,7 +209,8 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         ['0.weight', '0.bias']
     """
     check_module(module, "unfreeze(model, 'embeddings')")
-    selection = select(module, normalise(layers))
+    selection = select(module, words := normalise(layers))
+    _warn_of_one_level(module, words)
     # Integers, as quantised weights are, have no gradient.
     slots = [
         s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
@@ -241,6 +266,10 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+# What a pin replaces. `train` is the last, because after Ctrl-C the pin must be found there.
+_METHODS = "reset_running_stats", "train"
+
+
 class _Pin:
     """Replaces ``module.train``: the module stays in evaluation mode, and this notes other modes.
 
@@ -248,12 +277,13 @@ class _Pin:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.asked = module, module.training
-        self.train = vars(module).get("train")  # the user's own, on the instance
+        self.module, self.asked = module, getattr(module, "training", True)
+        # Methods that the user replaced on the instance.
+        self.found = {n: vars(module)[n] for n in _METHODS if n in vars(module)}
         self.holders: set[object] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        train = self.train or functools.partial(type(self.module).train, self.module)
+        train = self.found.get("train") or functools.partial(type(self.module).train, self.module)
         try:
             self.module.training = self.asked
             train(*args, **kwargs)
@@ -262,27 +292,56 @@ class _Pin:
             self.module.training = False
         return self.module
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the module stays in evaluation mode until ``unfreeze``."""
-        return {**vars(self), "holders": {"freeze"}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        from pydoc import locate  # not at the top, because it loads sysconfig
+
+        here = _Copied(getattr, _Copied(locate, f"{__name__}._pin_copy"), "__call__", getattr)
+        return here, (self.module, "train", [self.asked, self.found])
 
 
-def _pin(module: nn.Module, holder: object) -> None:
-    pin = vars(module).get("train")
-    if not isinstance(pin, _Pin):
+def _pin_copy(module: nn.Module, name: str, state: list[Any]) -> _Pin:
+    """Hold the copy of a module until ``unfreeze``."""
+    pin = _pin(module, "freeze")
+    pin.asked, pin.found = state
+    return pin
+
+
+class _Copied(functools.partial[Any]):
+    """Calls ``_pin_copy`` for deepcopy. Pickled, it is the call of a partial.
+
+    Files load without trainkit, too. What cannot be located is None there, and has no ``__call__``,
+    so that ``getattr`` takes the place of ``_pin_copy`` and finds the plain ``train``.
+    """
+
+    __call__ = staticmethod(_pin_copy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.func, self.args
+
+
+def reset_running_stats(module: nn.Module) -> None:
+    """Replaces the method of this name, by which pickle looks it up: frozen statistics stay."""
+
+
+def _pin(module: nn.Module, holder: object) -> _Pin:
+    if not isinstance(pin := vars(module).get("train"), _Pin):
         pin = _Pin(module)
     pin.holders.add(holder)
     vars(module)["train"] = pin
+    # A lazy module resets its statistics when it makes them.
+    if hasattr(type(module), "reset_running_stats") and not hasattr(module, "cls_to_become"):
+        vars(module)["reset_running_stats"] = types.MethodType(reset_running_stats, module)
     module.training = False
+    return pin
 
 
 def _unpin(module: nn.Module, holder: object) -> None:
-    pin = vars(module).get("train")
-    if isinstance(pin, _Pin):
+    if isinstance(pin := vars(module).get("train"), _Pin):
         pin.holders.discard(holder)
         if not pin.holders:
             module.training = pin.asked
-            if pin.train is None:
-                del vars(module)["train"]
-            else:
-                vars(module)["train"] = pin.train
+            for name in _METHODS:
+                if name in pin.found:
+                    vars(module)[name] = pin.found[name]
+                else:
+                    vars(module).pop(name, None)

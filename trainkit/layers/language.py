@@ -6,6 +6,7 @@
     "**.LayerNorm", "**.bias"                `**` stands for any number of components, none included
     lambda name, parameter: ...              a predicate over the named parameters
     ["embeddings", "encoder.layer[:2]"]      several of these; [] is nothing
+    ["**", "!head"]                          everything but the head, in any order
 
 A path to a module means everything under it.
 """
@@ -15,16 +16,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from itertools import chain, compress
-from operator import is_, methodcaller
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-Layer = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
-Layers = Layer | Iterable[Layer]
+Layers = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool] | Iterable[Any]
 _CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
 _COMPONENT = re.compile(
     r"\*\*|\[-?\d+\]|\[(-?\d+)?:(-?\d+)?(:(-?0*[1-9]\d*)?)?\]|(?!.*\*\*)[^\[\]]+", re.DOTALL
@@ -52,29 +52,25 @@ class Chosen:
 
     def __init__(self, module: nn.Module, layers: Layers) -> None:
         self._module, self.layers = module, normalise(layers)
-        self._known, self._empty = list[Any](), list[Any]()
-        self._members, self._buffers = list[Any](), list[Any]()
+        self._members, self._buffers, self._known = list[Any](), list[Any](), list[Any]()
         self.now()
 
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
         now, known = self._structure(), self._known
-        if any(self._empty) or len(now) != len(known) or not all(map(is_, now, known)):
+        if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             modules = list(self._module.modules())
-            members = [own for m in modules for own in (m._modules, m._parameters)]
-            buffers = [m._buffers for m in modules]
-            self._members, self._buffers = list(filter(None, members)), list(filter(None, buffers))
-            self._empty = [own for own in members + buffers if not own]
+            self._members = [own.values() for m in modules for own in (m._modules, m._parameters)]
+            self._buffers = [m._buffers.values() for m in modules]
             self._known = self._structure()
         return self._selection
 
     def _structure(self) -> list[Any]:
         # A step asks for every micro-batch, so without a loop in Python. Many modules replace their
         # buffers in every forward; only the type of a buffer counts, which is another for None.
-        members = chain.from_iterable(map(methodcaller("values"), self._members))
-        buffers = chain.from_iterable(map(methodcaller("values"), self._buffers))
-        return [self._module, *members, *map(type, buffers)]
+        buffers = map(type, chain.from_iterable(self._buffers))
+        return [self._module, *chain.from_iterable(self._members), *buffers]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
@@ -82,10 +78,8 @@ def normalise(layers: Layers) -> tuple[Any, ...]:
     words = tuple(layers) if isinstance(layers, Iterable) and not _is_layer(layers) else (layers,)
     for word in words:
         if not _is_layer(word):
-            raise TypeError(
-                f"a layer is a pattern, a submodule, a parameter or a predicate, got {word!r}: "
-                "`model.head`, or `'**'` for all and `[]` for none"
-            )
+            wanted = "a layer is a pattern, a submodule, a parameter or a predicate"
+            raise TypeError(f"{wanted}, got {word!r:.60}: `model.head`")
     return words
 
 
@@ -106,24 +100,33 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     for part in module.modules():
         if hasattr(type(part), "set_reshard_after_backward"):
             part.reshard()  # type: ignore[operator]  # FSDP2 leaves it gathered after an evaluation
-    parts = [part for layer in layers for part in _find(module, layer)]
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    inside = [(*m.parameters(recurse=False), *m.buffers(recurse=False)) for m in modules]
-    chosen = set(map(id, chain(parts, *inside)))
-    for m in module.modules():
-        own = set(map(id, m.parameters()))
-        if own and own <= chosen:  # all parameters of a module mean its buffers too
-            chosen.update(map(id, m.buffers()))
+    minus = [layer for layer in layers if isinstance(layer, str) and layer.startswith("!")]
+    plus = [layer for layer in layers if layer not in minus]
+    if minus and not plus:
+        raise ValueError(f'{minus[0]!r} alone has nothing to be taken out of: `["**", "!head"]`')
+    chosen = reach(module, plus) - reach(module, minus)
+    modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
-        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
-        for path, owner in module.named_modules(remove_duplicate=False)
-        for name, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in chosen
+        Slot(name, module.get_submodule(name.rpartition(".")[0]), parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if id(parameter) in chosen
     ]
     # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
-    moving = chosen.intersection(id(b) for b in module.buffers() if b.dtype != torch.bool)
-    owns_one = [not moving.isdisjoint(map(id, m.buffers(recurse=False))) for m in module.modules()]
-    return Selection(slots, modules, list(compress(module.modules(), owns_one)))
+    moving = {id(b) for b in module.buffers() if b.dtype != torch.bool and id(b) in chosen}
+    owners = [m for m in module.modules() if not moving.isdisjoint(map(id, m._buffers.values()))]
+    return Selection(slots, modules, owners)
+
+
+def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
+    """Ids of all that layers select: modules as a whole, parameters and buffers."""
+    parts = [part for layer in layers for part in _find(module, layer)]
+    own = [(*m.modules(), *m.parameters(), *m.buffers()) for m in parts if isinstance(m, nn.Module)]
+    reached = set(map(id, chain(parts, *own)))
+    for m in module.modules():
+        # All parameters of a module mean its buffers too.
+        if (inside := set(map(id, m.parameters()))) and inside <= reached:
+            reached.update(map(id, m.buffers()))
+    return reached
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -136,7 +139,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _find(module: nn.Module, layer: Any) -> list[Any]:
     if isinstance(layer, str):
-        found = _match(module, layer)
+        found = _match(module, layer.removeprefix("!"))
         if not found:
             raise ValueError(_no_match(module, layer))
     elif isinstance(layer, (nn.Module, nn.Parameter)):
@@ -147,8 +150,7 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
         if not inside.issuperset(map(id, found)):
             raise ValueError(f"the {type(layer).__name__} is not in the module: try `model.head`")
     else:
-        named = module.named_parameters(remove_duplicate=False)
-        found = [parameter for name, parameter in named if layer(name, parameter)]
+        found = [p for name, p in module.named_parameters(remove_duplicate=False) if layer(name, p)]
         if not found:
             raise ValueError("the predicate is true for no parameter: `[]` selects nothing")
     return found
@@ -156,35 +158,26 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
 
 def _match(module: nn.Module, pattern: str) -> list[Any]:
     found: list[Any] = [module]
-    for component in _components(pattern):
+    # `layer[:2].*.bias` has the components `layer`, `[:2]`, `*` and `bias`.
+    for component in re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split("."):
+        if not _COMPONENT.fullmatch(component):
+            raise ValueError(f"{pattern!r} cannot be read at {component!r}: try `'**.bias'`")
         modules = [part for part in found if isinstance(part, nn.Module)]
         if component == "**":
             found = [inner for m in modules for inner in m.modules()]
         elif component.startswith("["):
-            found = [item for m in modules for item in _at(m, component[1:-1])]
+            items = _slice(component[1:-1])
+            found = [part for m in modules if isinstance(m, _CONTAINERS) for part in list(m)[items]]
         else:
             name = re.compile(re.escape(component).replace(r"\*", ".*"))
             found = [member for m in modules for key, member in _members(m) if name.fullmatch(key)]
     return found
 
 
-def _components(pattern: str) -> list[str]:
-    """Split ``layer[:2].*.bias`` into ``layer``, ``[:2]``, ``*`` and ``bias``."""
-    components = re.sub(r"(?<=[^.])(?<!\*\*)\[", ".[", pattern).split(".")
-    for component in components:
-        if not _COMPONENT.fullmatch(component):
-            raise ValueError(
-                f"the pattern {pattern!r} cannot be read at {component!r}: it takes names, `*`, "
-                "`**` and indices, with dots between, `'encoder.layer[:2].attention'`, `'**.bias'`"
-            )
-    return components
-
-
-def _at(container: nn.Module, index: str) -> list[Any]:
-    items: list[Any] = list(container) if isinstance(container, _CONTAINERS) else []
+def _slice(index: str) -> slice:
     if ":" not in index:  # i is i:i+1, and -1 is -1:
         index = f"{index}:{int(index) + 1 or ''}"
-    return items[slice(*(int(bound) if bound else None for bound in index.split(":")))]
+    return slice(*(int(bound) if bound else None for bound in index.split(":")))
 
 
 def _members(module: nn.Module) -> list[tuple[str, Any]]:
@@ -194,13 +187,17 @@ def _members(module: nn.Module) -> list[tuple[str, Any]]:
     return [(key, part) for group in groups for key, part in group.items() if part is not None]
 
 
-def _no_match(module: nn.Module, pattern: str) -> str:
+def _no_match(module: nn.Module, layer: str) -> str:
+    pattern = layer.removeprefix("!")
+    owner, is_index, _ = pattern.rpartition("[")
+    if is_index and any(isinstance(part, nn.Parameter) for part in _match(module, owner)):
+        hook = "`weight.register_hook(lambda grad: grad.index_fill(0, rows, 0))`"
+        return f"{layer!r} means rows, and a parameter freezes as a whole: {hook} holds its rows"
     names = [name for name, _ in (*module.named_modules(), *module.named_parameters()) if name]
-    ends = ["**." + name.rpartition(".")[2] for name in names]
-    spelled = {name.lower(): name for name in reversed(names + ends)}
-    near = difflib.get_close_matches(pattern.lower(), spelled, 3, 0.5)
-    hints = [spelled[name] for name in near] or [name for name in names if "." not in name][:8]
-    if _match(module, f"**.{pattern}"):
-        hints = [f"**.{pattern}"]
-    found = f"the pattern {pattern!r} matches nothing in the {type(module).__name__}"
-    return f"{found}; try {', '.join(map(repr, hints))}"
+    known = dict.fromkeys([*names, *("**." + name.rpartition(".")[2] for name in names)])
+    deep = f"**.{pattern}"
+    hints = [deep] if _match(module, deep) else difflib.get_close_matches(pattern, known, 3, 0.5)
+    hints = hints or [name for name in names if "." not in name][:8]
+    found = f"the pattern {layer!r} matches nothing in the {type(module).__name__}"
+    sign = "!" * layer.startswith("!")
+    return f"{found}; try {', '.join(repr(sign + hint) for hint in hints)}"

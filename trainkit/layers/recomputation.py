@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.layers.blocks import Block
-from trainkit.layers.language import Chosen, Layers, check_module, select, unwrapped
+from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrapped
 
 
 class recompute(Block):
@@ -52,7 +52,7 @@ class recompute(Block):
         check_module(module, "recompute(model, 'encoder.layer')")
         self._module, self._chosen = module, Chosen(module, layers)
         for layer in self._chosen.layers:
-            if not _regions(module, select(module, (layer,)).modules):
+            if not _regions(module, reach(unwrapped(module), [layer])):
                 raise ValueError(
                     f"{layer!r:.60} selects no module with a forward, and only modules can run "
                     "again: name the blocks, `recompute(model, 'encoder.layer')`"
@@ -61,7 +61,8 @@ class recompute(Block):
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
-        modules, holder = _regions(self._module, self._chosen.now().modules), object()
+        chosen, holder = set(map(id, self._chosen.now().modules)), object()
+        modules = _regions(self._module, chosen)
         regions: list[_Region] = []
         try:
             for module in modules.values():
@@ -77,14 +78,13 @@ class recompute(Block):
                     region.take_off()
 
 
-def _regions(module: nn.Module, selected: list[nn.Module]) -> dict[str, nn.Module]:
-    """The outermost of the selected modules that have a forward, by name."""
-    chosen = set(map(id, selected))
+def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
+    """The outermost modules that are chosen with all in them and have a forward, by name."""
     found: dict[str, nn.Module] = {}
 
     def walk(name: str, module: nn.Module) -> None:
         has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
-        if has_forward and id(module) in chosen:
+        if has_forward and chosen.issuperset(map(id, module.modules())):
             found[name] = module
         else:
             for child_name, child in module.named_children():
@@ -187,35 +187,54 @@ class _State:
         moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
         self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
+        # With max_norm, the forward of an embedding changes its weight.
+        inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        found: list[Any] = [m for m in inside if m.max_norm is not None]
+        self.embeddings = {m.weight: (m, _directions(m)) for m in found}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for a second run, and afterwards what is there now."""
-        if any(p._version != version for p, _, version in self.parameters):
+        changed = [p for p, _, version in self.parameters if p._version != version]
+        if not all(map(self._is_same, changed)):
             raise RuntimeError(
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
                 "backward, which runs the forward again: update after the last backward"
             )
         copies = {key: buffer.clone() for key, buffer in self.buffers.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
-        changed = []
+        replaced = []
         for owner, key, value in self.values:
             then = copies.get(id(value), value)
             now = owner.get(key, then)
             # FSDP2 exchanges sharded and whole parameters by itself.
             if now is not then and not any(hasattr(v, "full_tensor") for v in (now, then)):
-                changed.append((owner, key, now, then))
+                replaced.append((owner, key, now, then))
         try:
-            for owner, key, _, then in changed:
+            for owner, key, _, then in replaced:
                 owner[key] = then
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             yield
         finally:
-            for owner, key, now, _ in changed:
+            for owner, key, now, _ in replaced:
                 owner[key] = now
             for parameter, flag in flags:
                 parameter.requires_grad = not flag
+
+    def _is_same(self, changed: nn.Parameter) -> bool:
+        if changed not in self.embeddings:
+            return False
+        embedding, then = self.embeddings[changed]
+        tolerance = 64 * torch.finfo(changed.dtype).eps
+        return torch.allclose(_directions(embedding), then, tolerance, tolerance)
+
+
+def _directions(embedding: Any) -> Tensor:
+    """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
+    rows: Tensor = embedding.weight.detach().float()
+    norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
+    return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)
 
 
 def _without_graph(value: Any) -> Any:

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.core.plan import check
 
 
 class Replica:
@@ -26,6 +30,12 @@ class Replica:
             buckets = []
         self._synchronised = {id(p) for bucket in buckets for p in bucket.parameters()}
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that it synchronises if they are trained, in the same order on all
+        ranks."""
+        named, ignored = self.module.module.named_parameters(), self.module.parameters_to_ignore
+        return {name: parameter for name, parameter in named if name not in ignored}
+
     @contextmanager
     def around(self, closes: bool) -> Iterator[None]:
         """Reduce gradients in this micro-batch only if it closes a window."""
@@ -42,13 +52,21 @@ class Replica:
 
     def before_backward(self) -> None:
         """Raise RuntimeError if the gradients of a backward would not be reduced."""
-        if self.reduces is False:
-            late = "DistributedDataParallel has reduced this window and ignores a further loss"
-            raise RuntimeError(f"{late}: add the losses, `step.backward(loss + further)`")
+        late = "DistributedDataParallel has reduced this window and ignores a further loss"
+        remedy = "add the losses, `step.backward(loss + further)`"
+        check(self.reduces is not False, RuntimeError, f"{late}: {remedy}")
         self.reduces = False if self.reduces else None
 
+    def has_missed(self, parameters: list[nn.Parameter]) -> bool:
+        """Return whether gradients of these parameters were not reduced."""
+        if self.reduces is not None or self.module.require_forward_param_sync:
+            return False
+        own = set(map(id, self.named_parameters().values()))
+        return any(id(p) in own and p.grad is not None for p in parameters)
+
     def _note_forward(self, *_: Any) -> None:
-        self.reduces = True
+        if torch.is_grad_enabled():
+            self.reduces = True
 
     def _skip_broadcast(self, *_: Any) -> None:
         """Broadcast buffers once: a rank whose forward fails must not do it again on its own."""
@@ -56,19 +74,15 @@ class Replica:
 
     def _check_frozen(self) -> None:
         """Raise ValueError if a part of the synchronised parameters is frozen, or others train."""
-        module, known = self.module, self._synchronised
-        ignored = module.parameters_to_ignore
-        named = {id(p): (n, p) for n, p in module.module.named_parameters() if n not in ignored}
-        trained = {key for key, (_, parameter) in named.items() if parameter.requires_grad}
-        if not known or not trained or trained == known:  # all frozen: the step of another model
+        named, known = self.named_parameters(), self._synchronised
+        if not known or not any(p.requires_grad for p in named.values()):  # of another model's step
             return
-        added = [name for key, (name, _) in named.items() if key in trained - known]
-        frozen = [name for key, (name, _) in named.items() if key in known - trained]
-        if added:
-            came = f"{len(added)} of {len(named)} parameters (first {added[0]!r}) became trainable"
-            remedy = "`unfreeze(model, layers)` first, then `DistributedDataParallel(model)`"
-            raise ValueError(f"{came} after they were wrapped, and are never reduced: {remedy}")
-        if not module.find_unused_parameters:
-            came = f"{len(frozen)} of {len(named)} parameters (first {frozen[0]!r}) were frozen"
-            remedy = "`freeze(model, layers)` first, or wrap with `find_unused_parameters=True`"
-            raise ValueError(f"{came} after they were wrapped, and are waited for: {remedy}")
+        added = [name for name, p in named.items() if p.requires_grad and id(p) not in known]
+        frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in known]
+        came = f"{len(added)} of {len(named)} parameters {added[:1]} became trainable after they"
+        remedy = "`unfreeze(model, layers)` first, then `DistributedDataParallel(model)`"
+        check(not added, ValueError, f"{came} were wrapped, and are never reduced: {remedy}")
+        came = f"{len(frozen)} of {len(named)} parameters {frozen[:1]} were frozen after they"
+        remedy = "`freeze(model, layers)` first, or wrap with `find_unused_parameters=True`"
+        are_waited_for = bool(frozen) and not self.module.find_unused_parameters
+        check(not are_waited_for, ValueError, f"{came} were wrapped, and are waited for: {remedy}")

@@ -54,7 +54,7 @@ class HiddenSums:
 
     def __init__(self, sharded: Sequence[Any]) -> None:
         self.sharded = sharded
-        self.sums: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
+        self.sums: dict[Any, Sums | None] = {}
         self._lent: set[Any] = set()
 
     def lend(self) -> None:
@@ -63,15 +63,33 @@ class HiddenSums:
             for parameter in set(group.fsdp_params) - self._lent:
                 if parameter.sharded_param.requires_grad:
                     self._lent.add(parameter)
-                    _set_sums(parameter, *self.sums.pop(parameter, (None, None)))
+                    _set_sums(parameter, self.sums.pop(parameter, None))
 
     def take(self) -> None:
         """Take the sums from FSDP2 again."""
         for parameter in self._lent:
-            own = getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
-            self.sums[parameter] = parameter.unsharded_accumulated_grad, own
-            _set_sums(parameter)
+            self.sums[parameter] = _sums_of(parameter)
+            _set_sums(parameter, None)
         self._lent = set()
+
+    def waiting(self) -> list[bool]:
+        """Return for every trained parameter whether a sum of it waits to be reduced."""
+        parameters = [p for group in groups_of(self.sharded) for p in group.fsdp_params]
+        sums = [
+            self.sums.get(p) or _sums_of(p) for p in parameters if p.sharded_param.requires_grad
+        ]
+        return [total is not None for total in sums]
+
+    def reduce(self) -> None:
+        """Reduce the sums, as FSDP2 does after the last backward of a window."""
+        self.lend()
+        with reducing(True, (), self.sharded):
+            for group in groups_of(self.sharded):
+                if any(map(_sums_of, group.fsdp_params)):
+                    group.post_backward()
+            for module in self.sharded:
+                if (state := module._get_fsdp_state())._is_root:
+                    state._root_post_backward_final_callback()
 
     def drop(self) -> None:
         """Forget the sums, and what a failed backward left."""
@@ -82,9 +100,18 @@ class HiddenSums:
         self.sums = {}
 
 
-def _set_sums(parameter: Any, wide: Tensor | None = None, own: Tensor | None = None) -> None:
-    """Set what FSDP2 has summed for a parameter, in the dtype that it reduces in or in its own."""
-    parameter.unsharded_accumulated_grad = wide
+# What FSDP2 has summed for a parameter, in the dtype that it reduces in or in its own.
+Sums = tuple[Tensor | None, Tensor | None]
+
+
+def _sums_of(parameter: Any) -> Sums | None:
+    wide = parameter.unsharded_accumulated_grad
+    own = getattr(getattr(parameter, "_unsharded_param", None), "grad", None)
+    return None if wide is None and own is None else (wide, own)
+
+
+def _set_sums(parameter: Any, sums: Sums | None) -> None:
+    parameter.unsharded_accumulated_grad, own = sums or (None, None)
     if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
         unsharded.grad = own
 

@@ -1,30 +1,18 @@
-"""Several ranks: what a step adds to its plan if torch.distributed is in use.
-
-The wrappers of PyTorch average gradients over ranks. A step tells them which backward is the last
-of a window, so that gradients are reduced once, and averages the weights of the window likewise.
-"""
+"""Several ranks: what a step adds to its plan if torch.distributed is in use."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from trainkit.core.loop import mark_last
 from trainkit.core.plan import Plan, check
 from trainkit.core.update import Updater
-from trainkit.core.window import Size, Weight, Window, power_of_two_near
-from trainkit.ranks.collectives import all_gather_ints, world_size
-from trainkit.ranks.ddp import Replica
-from trainkit.ranks.fsdp import HiddenSums, groups_of, modules_of, reducing
-from trainkit.ranks.lockstep import RankedDelivery, lockstep
+from trainkit.ranks.collectives import all_gather_ints
+from trainkit.ranks.lockstep import lockstep
+from trainkit.ranks.window import RankedWindow, Ranks, has_shards
 
 
 def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]]]:
@@ -41,7 +29,7 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     if ranks.count == 1 and not ranks.is_wrapped:
         return plan, deliver
     alone = f"each of {ranks.count} ranks would train its own model: give the wrapped one"
-    is_shared = ranks.is_wrapped or _has_shards(plan)
+    is_shared = ranks.is_wrapped or has_shards(plan)
     check(is_shared, ValueError, f"{alone}, `train_step(..., module=ddp_model)`")
     single = "accumulate(dtype=torch.float32) is for one process: `model.float()` and `amp()`"
     check(plan.window is None, ValueError, single)
@@ -60,171 +48,14 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     return replace(plan, surroundings=(*plan.surroundings, ranks), window=window), deliver
 
 
-def needs_all_ranks(plan: Plan) -> bool:
-    """Return whether every forward or backward needs all ranks, as under FSDP."""
-    ranks = _ranks_of(plan)
-    if ranks is None:
-        return _has_shards(plan)
-    return ranks.is_joint or not all(replica.may_wait for replica in ranks.replicas)
-
-
-def group_of(plan: Plan) -> Any:
-    """Return the process group over which gradients are averaged; None for the default group."""
-    return getattr(_ranks_of(plan), "group", None)
+def group_of(plan: Plan) -> tuple[Any, bool]:
+    """Return the group of ranks that average gradients, None for the default one, and whether every
+    forward and backward needs all of them, as under FSDP.
+    """
+    if (ranks := _ranks_of(plan)) is None:
+        return None, has_shards(plan)
+    return ranks.group, ranks.is_joint or not all(replica.may_wait for replica in ranks.replicas)
 
 
 def _ranks_of(plan: Plan) -> Ranks | None:
     return next((part for part in plan.surroundings if isinstance(part, Ranks)), None)
-
-
-def _has_shards(plan: Plan) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in plan.parameters())
-
-
-class Ranks:
-    """The wrappers in the modules of a plan, at any depth. It surrounds every micro-batch."""
-
-    def __init__(self, step: Any, plan: Plan, device: torch.device) -> None:
-        modules = {id(part): part for module in plan.modules for part in module.modules()}.values()
-        self.step, self.device, self.count = step, device, world_size()
-        self.replicas = [Replica(m) for m in modules if isinstance(m, DistributedDataParallel)]
-        self.fsdp1 = modules_of(modules, "FullyShardedDataParallel")
-        self.fsdp2 = modules_of(modules, "FSDPModule")
-        self.is_wrapped = bool(self.replicas or self.fsdp1 or self.fsdp2)
-        has_batch_norm = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
-        self.is_joint = bool(self.fsdp1 or has_batch_norm or _has_shards(plan))
-        self.group = self.replicas[0].module.process_group if self.replicas else None
-        meshes = [group.mesh_info.mesh for group in groups_of(self.fsdp2)]
-        if not self.replicas and meshes and meshes[0].ndim == 1:  # one of two dimensions has all
-            self.group = meshes[0].get_group()
-        buckets = any(replica.module.gradient_as_bucket_view for replica in self.replicas)
-        self.can_watch = not (buckets or self.fsdp1 or self.fsdp2)  # else gradients move elsewhere
-
-    @contextmanager
-    def around_step(self) -> Iterator[None]:
-        """Reduce gradients in this micro-batch only if it closes a window."""
-        closes = self.step._closes()
-        with ExitStack() as stack:
-            for replica in self.replicas:
-                stack.enter_context(replica.around(closes))
-            stack.enter_context(reducing(closes, self.fsdp1, self.fsdp2))
-            yield
-
-    def all_reduce(self, *numbers: Weight, by: Any = dist.ReduceOp.SUM) -> tuple[Tensor, Any]:
-        """Begin to reduce numbers over ranks, in float64 and one collective.
-
-        The result is there after ``wait()``, which on an accelerator its stream does, not the host.
-        """
-        # No tensor is made of Python floats: its copy to an accelerator would wait.
-        kind: Any = {"dtype": torch.float64, "device": self.device}
-        wide = [
-            n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers
-        ]
-        reduced = torch.stack(wide)
-        return reduced, dist.all_reduce(reduced, by, self.group, async_op=True)
-
-
-class RankedWindow(Window):
-    """Gradients are averaged over ranks, and so are the sum of the weights and the number of
-    micro-batches that divide them: one collective per window, begun before its last backward."""
-
-    kept = (*Window.kept, "absent")  # type: ignore[assignment]
-
-    def __init__(
-        self, ranks: Ranks, length: float, reference: Weight | None, is_sum: bool = False
-    ) -> None:
-        super().__init__(length, reference, is_sum)
-        self.ranks, self.hidden = ranks, HiddenSums(ranks.fsdp2)
-        self.can_watch = ranks.can_watch
-        self.absent = (
-            0.0  # micro-batches that ranks without a batch do not have, the mean over ranks
-        )
-        self._reduced: tuple[Tensor, Any] | None = None
-        self._means: Tensor | None = (
-            None  # of the sum of the weights and the number of micro-batches
-        )
-
-    def share(self, weight: Weight | None, size: Size = 1) -> Weight:
-        """Return the share of a loss, 0 on a rank that has no batch. Begin to average weights."""
-        ranks, delivery = self.ranks, self.ranks.step._delivery
-        if ranks.count > 1 and self.reference is None and weight is not None:
-            largest, work = ranks.all_reduce(weight, by=dist.ReduceOp.MAX)
-            work.wait()
-            self.reference = power_of_two_near(largest[0], 1, 1.0)
-        share, (is_filler, absent) = super().share(weight, size), self._place(size)
-        differs = delivery.is_last and not isinstance(delivery, RankedDelivery)
-        if ranks.count > 1 and (self.weighted or differs) and ranks.step._closes():
-            counted = 0.0 if is_filler else float(size) if weight is None else weight
-            count = float(self.size + size) - self.absent - absent
-            self._reduced = ranks.all_reduce(super().total() + counted, count)
-        return 0.0 if is_filler else share
-
-    def add(self, loss: Tensor, weight: Weight | None, size: Size = 1) -> None:
-        """Count a micro-batch, with weight 0 on a rank that has no batch."""
-        is_filler, absent = self._place(size)
-        self.absent += absent
-        super().add(loss, 0.0 if is_filler else weight, size)
-
-    def _place(self, size: Size) -> tuple[bool, float]:
-        """Return whether this rank has no batch, and how much of one ranks lack on average."""
-        delivery = self.ranks.step._delivery
-        is_filler = size == 0 or getattr(delivery, "is_filler", False)
-        return is_filler, (1.0 - getattr(delivery, "present", 1.0)) * float(size)
-
-    def total(self) -> Weight:
-        """Return the sum of the weights; of a complete window its mean over ranks."""
-        return super().total() if self._means is None else self._means[0]
-
-    def divisor(self) -> Weight:
-        """Return the number by which the sums are still to be divided."""
-        return super().divisor() if self.weighted else self._count() / self.parts
-
-    def next_reference(self) -> Weight | None:
-        """Return the reference for the window after this one, the same on all ranks."""
-        if not self.weighted or self.reference is None:
-            return self.reference
-        return power_of_two_near(self.total() / self._count(), 1, self.reference)
-
-    def _count(self) -> Weight:
-        return float(self.size) - self.absent if self._means is None else self._means[1]
-
-    def lend(self, parameters: list[nn.Parameter]) -> None:
-        """Lend the sums for a backward; RuntimeError if its gradients would not be reduced."""
-        for replica in self.ranks.replicas:
-            replica.before_backward()
-        super().lend(parameters)
-        self.hidden.lend()
-
-    def take(self) -> None:
-        """Take the sums. Those of FSDP1 stay in ``.grad``, since it reads them there."""
-        if self.ranks.fsdp1:
-            return
-        super().take()
-        self.hidden.take()
-        # If every backward is reduced, sums may lie in buckets that any other backward writes to.
-        if any(r.module.gradient_as_bucket_view and not r.may_wait for r in self.ranks.replicas):
-            self.sums = [None if total is None else total.clone() for total in self.sums]
-
-    def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Lend the sums for the update, and return them, reduced over ranks."""
-        for replica in self.ranks.replicas:
-            replica.may_wait, replica.reduces = True, None
-        if self._reduced is not None:
-            reduced, work = self._reduced
-            work.wait()
-            self._means = reduced / dist.get_world_size(self.ranks.group)
-        return super().close(parameters)
-
-    def drop(self) -> None:
-        """Forget the sums."""
-        super().drop()
-        self.hidden.drop()
-
-    def copied_sums(self) -> dict[int, Tensor]:
-        """Return copies of the sums; RuntimeError if FSDP keeps them."""
-        if self.hidden.sums or self.ranks.fsdp1:
-            raise RuntimeError(
-                "step.state_dict() in an open window under FSDP, which keeps its gradients until "
-                "the window closes: call it between two windows, where `result.complete`"
-            )
-        return super().copied_sums()

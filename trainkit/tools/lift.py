@@ -249,6 +249,8 @@ _END = """
 def __getattr__(name: str) -> object:
     if name in "{left}".split():
         raise ImportError(f"{error}")
+    if name == "load_ipython_extension":
+        raise ImportError(f"{{__file__}} hides the package: `%load_ext trainkit` in another folder")
     raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
 
 

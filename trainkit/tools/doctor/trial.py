@@ -1,6 +1,7 @@
 """``doctor MODULE:FUNCTION``: the time, the memory and the largest batch of a step with each part.
 
-Every variant trains a copy of the model on the same batch, with AdamW.
+Every variant trains a copy of the model on the same batch, with AdamW. Before a variant is
+measured, its gradient is compared with the gradient of the plain step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,13 +34,14 @@ from trainkit.layers.language import unwrapped
 
 
 class Task(NamedTuple):
-    """What is trained; ``rows`` is None for a batch that cannot be cut."""
+    """What is trained; ``rows``, along ``dim``, is None for a batch that cannot be cut."""
 
     model: nn.Module
     batch: Any
     loss_fn: Callable[[nn.Module, Any], Any]
     device: torch.device
     rows: int | None
+    dim: int = 0
 
 
 MakePart = Callable[[Task], Any]
@@ -48,9 +51,12 @@ def run_trial(
     target: str, steps: int, device: str | None, layers: Sequence[str] | None
 ) -> dict[str, Any]:
     """Measure the user's model without and with each part; the model stays as it was."""
-    task, rows = load(target, device), []
-    for name, parts in make_variants(task, layers).items():
+    task, rows = choose_dim(load(target, device)), []
+    variants = make_variants(task, layers)
+    for name, parts in variants.items():
         row = measure(name, parts, task, steps)
+        if row.failure.startswith(NotExact.__name__):
+            variants["all of these"].remove(*parts)
         if task.rows and task.device.type != "cpu":
             row.largest_batch = largest_batch(parts, task, task.rows)
         rows.append(row)
@@ -68,10 +74,7 @@ def load(target: str, device: str | None) -> Task:
     place = torch.device(device) if device else current_device()
     if place.index:
         torch.get_device_module(place).set_device(place)  # for synchronize and empty_cache
-    batch, rows = mapped(batch, lambda tensor: tensor.to(place)), None
-    with suppress(ValueError):  # microbatch says why this batch cannot be cut
-        rows = Batch((batch,), {}).rows
-    return Task(model, batch, loss_fn, place, rows)
+    return Task(model, mapped(batch, lambda tensor: tensor.to(place)), loss_fn, place, None)
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -79,6 +82,24 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def choose_dim(task: Task) -> Task:
+    """Return the task with its rows, along the dimension in which ``microbatch`` is exact, if any.
+
+    A batch that cannot be cut keeps no rows: ``microbatch`` says why.
+    """
+    otherwise = task
+    for dim in (0, 1):
+        with suppress(Exception):
+            found = task._replace(rows=Batch((task.batch,), {}, dim).rows, dim=dim)
+            otherwise = otherwise if dim else found
+            try:
+                compare(found, [_microbatch])
+                return found
+            except NotExact:
+                otherwise = otherwise if otherwise.rows else found
+    return otherwise
 
 
 def make_variants(task: Task, layers: Sequence[str] | None) -> dict[str, list[MakePart]]:
@@ -93,9 +114,9 @@ def make_variants(task: Task, layers: Sequence[str] | None) -> dict[str, list[Ma
         _, length, name = max(lists)
         lower, blocks = [f"{name}[:{length // 2}]"], [f"{name}[:]"]
     parts: dict[str, MakePart] = {
-        "amp()": lambda task: amp(),
+        "amp()": lambda task: amp(init_scale=1024.0),
         f"frozen {' '.join(lower)}": lambda task: frozen(task.model, lower),
-        f"microbatch({_quarter(task)})": lambda task: microbatch(_quarter(task)),
+        f"microbatch({_quarter(task)}{f', dim={task.dim}' * bool(task.dim)})": _microbatch,
         f"recompute {' '.join(blocks)}": lambda task: recompute(task.model, blocks),
     }
     parts = {name: part for name, part in parts.items() if not name.endswith(" ")}  # no layers
@@ -107,18 +128,25 @@ def _quarter(task: Task) -> int:
     return -(-(task.rows or 1) // 4)
 
 
+def _microbatch(task: Task) -> Any:
+    return microbatch(_quarter(task), task.dim)
+
+
 def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> SimpleNamespace:
     """Measure a variant: the median of the time of the steps after a first one, and the memory.
 
     Return a row of the table; None was not measured.
     """
-    row = SimpleNamespace(name=name, seconds=None, peak_bytes=None, largest_batch=None, failure="")
+    row = SimpleNamespace(name=name, seconds=None, peak_bytes=None, largest_batch=None)
+    row.note = row.failure = ""
 
     def clock() -> float:
         torch.get_device_module(task.device).synchronize()
         return timeit.default_timer()
 
     try:
+        if parts and name != "all of these":
+            row.note = compare(task, parts, is_strict=not name.startswith(("amp", "frozen")))
         step = make_step(task, parts)
         step()
         seconds = timeit.repeat(step, timer=clock, repeat=steps, number=1)
@@ -130,21 +158,89 @@ def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Sim
     return row
 
 
-def make_step(task: Task, parts: Sequence[MakePart]) -> Callable[[], Any]:
-    """Return a step of a copy of the model, without arguments."""
-    gc.collect()  # frees what the last measurement has left
+def make_step(
+    task: Task, parts: Sequence[MakePart], kinds: Any = nn.Module, seed: int | None = None
+) -> Callable[[], dict[str, Tensor]]:
+    """Return a step of a copy of the model, without arguments.
+
+    Modules of these kinds are in training mode. With a seed, the step returns its gradients.
+    """
+    if seed is None:
+        gc.collect()  # frees what the last measurement has left
     getattr(torch.get_device_module(task.device), "empty_cache", bool)()
-    torch.manual_seed(0)
-    model = copy.deepcopy(task.model).to(task.device).train()
+    torch.manual_seed(seed or 0)
+    model, gradients = copy.deepcopy(task.model).to(task.device).train(), dict[str, Tensor]()
+    for module in model.modules():
+        module.training &= isinstance(module, kinds)
+        if isinstance(module, nn.RNNBase) and kinds is not nn.Module:
+            module.dropout = 0.0
     task = task._replace(model=model)
-    optimizer = torch.optim.AdamW(trainable_parameters(model), fused=True)
+    # A fused optimizer would divide the gradients by the loss scale itself.
+    optimizer = torch.optim.AdamW(trainable_parameters(model), fused=seed is None)
+    if seed is not None:
+        noted = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+        optimizer.register_step_pre_hook(lambda *_: gradients.update(noted))
+    part: Any = train_step(optimizer, *(make_part(task) for make_part in parts))
+    step = part(lambda batch: task.loss_fn(model, batch))
 
-    @train_step(optimizer, *(make_part(task) for make_part in parts))
-    def step(batch: Any) -> Any:
+    def call() -> dict[str, Tensor]:
         # In containers of its own, since the function may take things out of them.
-        return task.loss_fn(model, mapped(batch, lambda tensor: tensor))
+        step(mapped(task.batch, lambda tensor: tensor))
+        return gradients
 
-    return lambda: step(task.batch)
+    return call
+
+
+class NotExact(Exception):
+    """The gradient of a variant is not the gradient of the plain step."""
+
+
+_DROPOUT = "dropout draws other numbers for each chunk"
+# Why a gradient differs that does not if only modules of these kinds are in training mode. cuDNN
+# has no backward for a recurrent network in evaluation mode.
+_REASONS: dict[Any, str] = {
+    nn.Module: "",
+    (_BatchNorm, nn.RNNBase): _DROPOUT,
+    nn.RNNBase: "BatchNorm takes the statistics of other rows",
+}
+_NO_MEAN = "the loss is no mean over these rows: `return loss, count`, or is the batch another dim?"
+
+
+def compare(task: Task, parts: Sequence[MakePart], is_strict: bool = True) -> str:
+    """Return by how much the gradient of a variant differs from the plain one, and why.
+
+    "" is a difference by rounding alone. NotExact if the variant ought to have the same gradient. A
+    batch for which memory runs out is compared in part.
+    """
+    tolerance = max(torch.finfo(p.dtype).eps for p in trainable_parameters(task.model)) ** 0.5
+    differences = []
+    try:
+        for kinds in _REASONS:
+            reason = _REASONS[kinds]
+            plain = make_step(task, [], kinds, seed=0)()
+            differences.append(difference(make_step(task, parts, kinds, seed=0)(), plain))
+            if differences[-1] <= tolerance:
+                break
+        else:
+            other = difference(make_step(task, [], kinds, seed=1)(), plain)
+            reason = "the function draws random numbers" if other > tolerance else _NO_MEAN
+            reason = reason if is_strict else "half precision rounds it"
+    except Exception as error:
+        if task.rows in (None, 1) or not is_out_of_memory(error):
+            raise
+        differences = []
+    if not differences:  # here: the error is gone, and what it held
+        return compare(resized(task, (task.rows or 1) // 2), parts, is_strict)
+    differ = f"the gradient differs by {differences[0]:.2g}"
+    check(not is_strict or reason in ("", _DROPOUT), NotExact, f"{differ}: {reason}")
+    return reason and f"{differ}: {reason}"
+
+
+def difference(found: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
+    """Return the norm of the difference of two gradients, relative to the second one."""
+    off = math.hypot(*(float((one - plain[name]).norm()) for name, one in found.items()))
+    size = math.hypot(*(float(plain[name].norm()) for name in found))
+    return off / (size or 1.0) if found else math.nan
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
@@ -188,10 +284,8 @@ def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
     """Return how many rows fit, to 1/16 of the batch and up to 64 times the batch; 0 if none."""
 
     def fails(count: int) -> bool:
-        index = torch.arange(count, device=task.device) % rows
-        batch = mapped(task.batch, lambda tensor: tensor[index] if tensor.dim() else tensor)
         try:
-            step = make_step(task._replace(batch=batch, rows=count), parts)
+            step = make_step(resized(task, count), parts)
             step()
             step()  # with the state of the optimizer
         except Exception:  # out of memory, or of the limits of a kernel
@@ -200,6 +294,19 @@ def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
 
     unit = max(rows // 16, 1)
     return unit * bisect.bisect_left(range(unit, 64 * rows + 1, unit), True, key=fails)
+
+
+def resized(task: Task, rows: int) -> Task:
+    """Return the task with so many rows: the rows of the batch again and again."""
+    index = [row % (task.rows or 1) for row in range(rows)]
+
+    def take(value: Any, dim: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [value[row] for row in index]
+        return value[index] if not dim else value[:, index]
+
+    (batch,), _ = Batch((task.batch,), {}, task.dim).cut(take)
+    return task._replace(batch=batch, rows=rows)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -213,5 +320,5 @@ def table(found: dict[str, Any]) -> str:
         time = f"{seconds:10.4f} {seconds / plain_seconds:6.2f}x"
         memory = f"{peak / 2**20:8.1f} MiB {peak / plain_peak:6.2f}x"
         lines.append(f"{row.name:<40} {time} {memory} {row.largest_batch or '-':>14}")
-    lines += [f"{row.name}: {row.failure}" for row in rows if row.failure]
+    lines += [f"{row.name}: {row.failure or row.note}" for row in rows if row.failure or row.note]
     return "\n".join(lines)
