@@ -23,7 +23,7 @@ class Batch:
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int = 0) -> None:
         self._arguments, self._dim = (_Positional(args), dict(kwargs)), dim
-        tensors = _tensors(self._arguments)
+        tensors = _cut_tensors(self._arguments)
         is_packed = any(isinstance(value, PackedSequence) for value in _walk(self._arguments))
         check(not (is_packed or any(t.is_nested for t in tensors)), ValueError, _PACKED)
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -53,7 +53,7 @@ class Batch:
     def _dim_of(self, value: Any) -> int | None:
         """Return the dimension of a value that counts rows; None if the value is not cut."""
         is_list = isinstance(value, list) or type(value) is tuple  # no record, no torch.Size
-        if is_list and len(value) == self.rows and not _tensors(value):
+        if is_list and len(value) == self.rows and not _cut_tensors(value):
             return 0
         is_array = torch.is_tensor(value) or hasattr(type(value), "__array_interface__")  # NumPy
         shape: Sequence[int] = getattr(value, "shape", ()) if is_array else ()
@@ -77,7 +77,7 @@ def _walk(value: Any) -> Iterator[Any]:
             yield from _walk(item)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _cut_tensors(value: Any) -> list[Tensor]:
     """Return the tensors in a value that have a dimension to cut."""
     return [item for item in _walk(value) if isinstance(item, Tensor) and item.dim()]
 
