@@ -1,9 +1,9 @@
 """A differential fuzzer: any sequence of what a loop may do, compared with plain torch each time.
 
 The oracle keeps a copy of the model, takes the gradient of each micro-batch by itself, and computes
-a window by its definition: sum(w_i * g_i) / sum(w_i). What happens to `.grad` between micro-batches
-happens to our side only. Both sides start every operation from the same numbers, so a difference is
-the fault of the last operation. ``HYPOTHESIS_PROFILE=deep`` runs 20,000 operations.
+a window by its definition: sum(w_i * g_i) / sum(w_i), or sum(g_i). What happens to `.grad` between
+micro-batches happens to our side only. Both sides start every operation from the same numbers, so a
+difference is the fault of the last operation. ``HYPOTHESIS_PROFILE=deep`` runs 20,000 operations.
 """
 
 import copy
@@ -12,6 +12,7 @@ import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -42,8 +43,9 @@ class Tied(nn.Module):
         ).transpose(1, 2)
 
 
-# Models, and their layers: a pattern, the parameters it means, and the modules whose statistics
-# it holds.
+# Models, and their layers: a pattern or a list of patterns, the parameters it means, and the
+# modules whose statistics it holds. Patterns that begin with "!" belong here, for example
+# `(["**", "!2"], {"0.weight", "0.bias"}, ())`. So does `buffers=False`, with `()` for the modules.
 MODELS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
     "tied": Tied,
@@ -198,7 +200,8 @@ class Setup:
     implementation: dict
     rates: tuple
     decays: tuple
-    lengths: list
+    lengths: list  # None: only `close`, `last` and the end of `over` end a window
+    is_sum: bool  # reduction="sum"
     max_norm: float | None
     norm_type: float
     yields: bool
@@ -271,7 +274,11 @@ class Oracle:
 
     def length(self):
         lengths = self.setup.lengths
-        return lengths[self.updates % len(lengths)]
+        return lengths[self.updates % len(lengths)] or math.inf
+
+    def parts(self):
+        """By how many micro-batches a share is divided beforehand."""
+        return 1 if self.setup.is_sum or self.length() == math.inf else self.length()
 
     def seed(self, weight):
         """What backward starts from, as half precision rounds by it: all we take from ours."""
@@ -280,10 +287,10 @@ class Oracle:
         if not self.jobs:
             self.window_reference = 1.0 if self.reference is None else self.reference
         if weight is None:
-            return self.scale / self.length()
+            return self.scale / self.parts()
         if self.reference is None and sum(job.weight for job in self.jobs) == 0:
             self.window_reference = power_of_two_near(weight)
-        return self.scale * weight / (self.window_reference * self.length())
+        return self.scale * weight / (self.window_reference * self.parts())
 
     def micro_batch(self, job, last, in_function):
         """What a call should return, (loss, complete, updated, norm), or raise."""
@@ -334,9 +341,17 @@ class Oracle:
             return loss, False, False, None
         return self.close(job, loss)
 
+    def close_by_hand(self):
+        self.set_flags(*self.setup.parts)
+        try:
+            return self.close(self.jobs[-1], None)
+        finally:
+            self.set_flags()
+
     def close(self, job, loss):
         weights = [1 if job.weight is None else job.weight for job in self.jobs]
-        total, weighted = sum(weights), job.weight is not None
+        total = 1 if self.setup.is_sum else sum(weights)
+        weighted = job.weight is not None
         # At the end of a window what is frozen has no gradient, whatever it had before.
         parameters = {
             n: p
@@ -390,6 +405,9 @@ class Oracle:
         self.set_flags()
 
 
+LENGTHS = st.sampled_from([1, 2, 2, 3, 3, 4, None])
+
+
 @st.composite
 def setups(draw):
     kind = draw(st.sampled_from(list(MODELS)))
@@ -420,7 +438,8 @@ def setups(draw):
         implementation=implementation,
         rates=draw(st.sampled_from([(0.1, 0.1), (0.01, 0.1)])),
         decays=draw(st.sampled_from([(0.0, 0.0), (0.1, 0.0)])),
-        lengths=draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)),
+        lengths=draw(st.lists(LENGTHS, min_size=1, max_size=3)),
+        is_sum=draw(st.sampled_from([False, False, True])),
         max_norm=None if by_module and autocast is None else max_norm,
         norm_type=draw(st.sampled_from([1.0, 2.0, math.inf])),
         yields=yields,
@@ -442,7 +461,7 @@ JOBS = st.tuples(
 )
 FACES = st.sampled_from(["call", "call", "call", "last", "block"])
 DISTURBANCES = [
-    *["zero_grad", "zeros", "backward", "backward of some", "written"],
+    *["zero_grad", "zeros", "backward", "written"],
     *["another step", "another step that yields"],
 ]
 MILD = [None, "nan gradient", "inf gradient", "nan loss"]
@@ -482,6 +501,7 @@ class Fuzz(RuleBasedStateMachine):
         length = accumulate(
             lambda updates: setup.lengths[updates % len(setup.lengths)],
             model if setup.by_module else None,
+            reduction="sum" if setup.is_sum else "mean",
         )
         parts = [frozen(model, pattern) for pattern, *_ in setup.parts]
         if setup.autocast is not None:
@@ -519,6 +539,7 @@ class Fuzz(RuleBasedStateMachine):
         fault = fault if fault in faults and (self.setup.checked or fault not in MILD) else None
         if self.oracle.jobs:
             weighted = self.oracle.jobs[0].weight is not None
+        weighted = weighted and not self.setup.is_sum
         return Job(
             self.batch(rows, seed),
             weight if weighted else None,
@@ -567,13 +588,15 @@ class Fuzz(RuleBasedStateMachine):
             raise AssertionError(f"no {expected}")
         result = call(job)
         loss, complete, updated, norm = expected
-        self.close(result.loss, loss, "loss")
+        if job is not None:
+            self.close(result.loss, loss, "loss")
         weights = torch.tensor(
             [1.0 if w is None else w for w in self.oracle.last_weights], dtype=torch.float64
         )
         losses = torch.stack(self.oracle.losses).double()
         if weights.sum() > 0 and not losses.isnan().any():
-            self.close(result.window_loss, (losses * weights).sum() / weights.sum(), "window_loss")
+            total = 1 if self.setup.is_sum else weights.sum()
+            self.close(result.window_loss, (losses * weights).sum() / total, "window_loss")
         assert (result.complete, result.updated) == (complete, updated)
         if norm is not None and norm < math.inf:
             self.close(result.grad_norm, norm, "norm")
@@ -585,6 +608,33 @@ class Fuzz(RuleBasedStateMachine):
         jobs = [self.job(drawn, weighted, MILD) for drawn in jobs]
         for i, job in enumerate(self.step.over(jobs if sized else iter(jobs)), 1):
             self.compare(job, self.oracle.micro_batch(job, i == len(jobs), True), self.step)
+
+    @precondition(lambda self: None not in self.setup.lengths)
+    @rule(
+        jobs=st.lists(JOBS, min_size=1, max_size=3),
+        weighted=st.booleans(),
+        updates=st.integers(1, 3),
+    )
+    def over_again_and_again(self, jobs, weighted, updates):
+        if self.oracle.jobs:
+            weighted = self.oracle.jobs[0].weight is not None
+        jobs = [self.job(drawn, weighted, MILD) for drawn in jobs]
+        closed = self.oracle.updates + self.oracle.skipped
+        for job in self.step.over(jobs, updates=updates):
+            assert self.oracle.updates + self.oracle.skipped < closed + updates
+            self.compare(job, self.oracle.micro_batch(job, False, True), self.step)
+        assert self.oracle.updates + self.oracle.skipped == closed + updates
+
+    @rule()
+    def close_by_hand(self):
+        if not self.oracle.jobs:
+            result = self.step.close()
+            assert (result.complete, result.updated, result.window_loss) == (False, False, None)
+        elif self.setup.yields:
+            with pytest.raises(RuntimeError):
+                self.step.close()
+        else:
+            self.compare(None, self.oracle.close_by_hand(), lambda _: self.step.close())
 
     @rule()
     def discard(self):
@@ -627,8 +677,6 @@ class Fuzz(RuleBasedStateMachine):
             self.optimizers.zero_grad(set_to_none=False)
         elif how == "backward":
             (100 * loss_of(self.model, batch)).backward()
-        elif how == "backward of some":
-            penalty_of(self.model).backward(inputs=parameters[::2])
         elif how == "written":
             for p in parameters:
                 p.grad = torch.full_like(p, math.nan)
@@ -667,6 +715,18 @@ class Fuzz(RuleBasedStateMachine):
                         self.oracle.forward(
                             self.batch(rows, seed), *[layers] * (layers is not None)
                         )
+
+    @rule(
+        some=st.lists(st.booleans(), min_size=12, max_size=12),
+        times=st.integers(1, 2),
+        with_graph=st.booleans(),
+    )
+    def foreign_backward(self, some, times, with_graph):
+        """Of something else, into any of the parameters, also in place of what is there."""
+        pairs = zip(self.model.parameters(), some, strict=False)
+        chosen = [p for p, is_chosen in pairs if is_chosen and p.requires_grad]
+        for _ in range(times if chosen else 0):
+            penalty_of(self.model).backward(inputs=chosen, create_graph=with_graph)
 
     @rule(rows=st.integers(1, 4), in_block=st.booleans())
     def evaluation(self, rows, in_block):

@@ -595,10 +595,10 @@ def test_what_changes_the_model_after_an_update_has_run_when_the_call_returns(mo
     calls, late, model = [], [], make_model(torch.float32)
     optimizer = torch.optim.SGD(model.parameters())
     after = [counting_scheduler(optimizer, late).step, lambda: calls.append(1)]
-    step = train_step(optimizer, after=after if several else after[1:])
+    step = train_step(optimizer, accumulate(2), after=after if several else after[1:])
     step = step(lambda batch: loss_of(model, batch))
     for n in (1, 2):
-        step(BATCHES[0])
+        step.last(BATCHES[0]) if n == 1 else (step(BATCHES[0]), step.close())
         assert len(calls) == n and len(late) == n * several
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import gc
 import math
 import numbers
 import types
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,37 +40,47 @@ def read_loss(output: Any) -> tuple[Tensor, Any]:
     return output, weight
 
 
-def detached(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """Return a value with every tensor in it detached, at any depth, and all else as it was."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    memo = {} if memo is None else memo
-    if isinstance(value, _WHOLE) or id(value) in memo:
-        return memo.get(id(value), value)
-    found = memo[id(value)] = value  # where a cycle ends
-    if isinstance(value, (tuple, list, set, frozenset)):
-        items = []
-        for item in value:
-            if isinstance(item, Tensor):  # without a call
-                item = item.detach()
-            elif not isinstance(item, _WHOLE):
-                item = detached(item, memo)
-            items.append(item)
-        found = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif isinstance(value, Mapping):
-        found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for name, item in value.items():
-            found[name] = detached(item, memo)
-    elif hasattr(value, "__dict__"):
-        own = {name: detached(item, memo) for name, item in vars(value).items()}
-        if any(own[name] is not item for name, item in vars(value).items()):
-            found = copy.copy(value)
-            vars(found).update(own)
-    memo[id(value)] = found
-    return found
+def detached(value: Any) -> Any:
+    """Return a copy of a value with every tensor in it detached, at any depth.
+
+    What leads to no tensor is in the copy as it is. None for a value that cannot be copied.
+    """
+    if isinstance(value, _SINGLE):
+        return value.detach() if isinstance(value, Tensor) else value
+    if type(value) is tuple and len(value) == 2:  # a loss with its weight, without a search
+        loss, weight = value
+        if isinstance(loss, Tensor) and isinstance(weight, (Tensor, int)):
+            return loss.detach(), weight.detach() if isinstance(weight, Tensor) else weight
+    inside, holders = [value], collections.defaultdict[int, list[int]](list)
+    memo, tensors = {id(value): value}, {}
+    for holder in inside:  # which grows
+        for item in gc.get_referents(holder):
+            if type(item) in _ATOMS:
+                continue
+            if isinstance(item, Tensor):
+                tensors[id(item)] = item
+            elif id(item) not in memo:
+                memo[id(item)] = item
+                if not isinstance(item, _SINGLE):
+                    inside.append(item)
+            holders[id(item)].append(id(holder))
+    lead_to_tensors = list(tensors)
+    for key in lead_to_tensors:
+        for holder_key in holders.pop(key, ()):
+            memo.pop(holder_key, None)
+            lead_to_tensors.append(holder_key)
+    try:
+        return copy.deepcopy(value, memo | {key: x.detach() for key, x in tensors.items()})
+    except Exception:  # for example a mappingproxy; the step has its loss all the same
+        return None
 
 
-_WHOLE = (int, float, str, bytes, type(None), type, nn.Module, types.FunctionType, types.ModuleType)
+_ATOMS: frozenset[type] = frozenset({int, float, bool, str, bytes, type(None)})
+_SINGLE: tuple[type, ...] = (  # what is not searched
+    *(Tensor, *_ATOMS, type, nn.Module, torch.optim.Optimizer),
+    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType),
+    *(types.FrameType, types.GeneratorType),
+)
 
 
 def _check_weight(weight: Any, kind: type) -> None:

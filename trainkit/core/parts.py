@@ -120,7 +120,8 @@ def train_step(
         module: the module in its DistributedDataParallel or FSDP wrapper, on several ranks.
         max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
         max_skips: so many skipped updates in a row are a FloatingPointError; None is 25.
-        after: called after each applied update, at the latest before the next update.
+        after: called after each applied update, before the step returns. If it has schedulers'
+            ``step`` alone, at the latest before the next update, without a wait.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))

@@ -16,7 +16,7 @@ class StepResult:
     Attributes:
         loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
         output: what the step function returned or yielded, with every tensor in it detached. None
-            in a block, and from ``step.close()``.
+            in a block, from ``step.close()``, and for what cannot be copied.
         complete: whether this call closed a window.
         grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
             on the device. None where no norm was computed.

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
+import numbers
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,8 @@ class Step(Generic[P]):
         self._size: Size = 1
         self._delivery = OUTSIDE
         self._ended_early = False
-        self._yields = inspect.isgeneratorfunction(function)
+        call = getattr(function, "__call__", None)  # noqa: B004 - of an object that yields
+        self._yields = any(map(inspect.isgeneratorfunction, (function, call)))
         self._after_may_be_late = True
         self._said: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
@@ -203,7 +205,7 @@ class Step(Generic[P]):
             check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
         if updates is not None:
             came = f"updates counts windows, an int of at least 1, got {updates!r}"
-            is_count = isinstance(updates, int) and not isinstance(updates, bool)
+            is_count = isinstance(updates, numbers.Integral) and not isinstance(updates, bool)
             check(is_count, TypeError, f"{came}: `step.over(loader, updates=1000)`")
             check(updates >= 1, ValueError, f"{came}: `step.over(loader, updates=1000)`")
         length = length_of(loader) if updates is None else 0
@@ -212,7 +214,8 @@ class Step(Generic[P]):
             return batches
         from trainkit.watch.progress import with_progress
 
-        return with_progress(batches, loader, (self, *others), progress)
+        counted = loader if updates is None else ()  # so many batches, or nobody knows how many
+        return with_progress(batches, counted, (self, *others), progress)
 
     def close(self) -> StepResult:
         """Make the update of the open window now, divided by what is in it.
@@ -232,6 +235,7 @@ class Step(Generic[P]):
             if window is not None and window.reduce(self._plan.parameters()):
                 last = "`step.last(batch)`, or return the loss in place of `yield loss`"
                 check(not self._yields, RuntimeError, f"a step that yields has no close(): {last}")
+                check_stepping(self._plan)
                 running.lent, result._window, result._count = window, window, len(window.losses)
                 running.close(window)
                 running.lent = None

@@ -57,6 +57,7 @@ class Readings:
         """Note the numbers of the window, and hand over what has arrived."""
         seconds = time.perf_counter() - self.began
         found = {"update": step._closed, "weighted": window.weighted, "seconds": seconds}
+        found |= {"parts": 1.0 if window.is_sum else None}
         found |= {"skipped": verdict.skipped, "grad_norm": verdict.norm, **self._settings}
         pairs = [(name, value) for name, value in found.items() if value is not None]
         pairs += [("losses", loss) for loss in window.losses]
@@ -117,14 +118,15 @@ def _joined(numbers: list[Tensor]) -> Tensor:
 
 
 def _completed(row: Row, arrived: Iterator[float]) -> dict[str, float]:
-    """The numbers of a window with those that have arrived, and with the mean of its losses."""
+    """The numbers of a window with those that have arrived, and with ``window_loss``."""
     values = defaultdict(list)
     for name, value in row:
         values[name].append(float(next(arrived) if value is None else value))
     losses, weights, (weighted,) = (values.pop(n) for n in ("losses", "weights", "weighted"))
     numbers = {name: value for name, (value,) in values.items()}
     total = sum(weights)
-    numbers["loss"] = sum(map(operator.mul, losses, weights)) / total if total else math.nan
+    parts = numbers.pop("parts", total)  # 1 for a sum
+    numbers["loss"] = sum(map(operator.mul, losses, weights)) / parts if parts else math.nan
     if weighted:
         numbers["weight"] = total
     return numbers
