@@ -174,7 +174,8 @@ class Position:
             elif loader is inner or now.read < now.counted:
                 return
             elif now.read == 0:
-                yield from loader  # which refuses an inner loader that has no batch
+                yield from loader  # which notes that the inner loader has no batch
+                return
             else:
                 now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
                 iterator, self._ahead = iter(inner), {}
