@@ -24,7 +24,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit.core.fused import forget
-from trainkit.core.generators import run_to_end, run_to_yield
+from trainkit.core.generators import run_to_yield
 from trainkit.core.loop import OUTSIDE, Batches, Delivery, length_of, mark_last, over
 from trainkit.core.losses import detached, read_loss
 from trainkit.core.plan import (
@@ -75,6 +75,7 @@ class Step(Generic[P]):
         self._said: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
         self._watchers: list[Any] = []
+        self._evidence: Any = None  # of loops that do not train; made with the updater
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
@@ -167,6 +168,7 @@ class Step(Generic[P]):
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
         found, self._delivery, self._ended_early = self._delivery, Delivery(None, True), False
+        self._said.add("end")
         try:
             return self(*args, **kwargs)
         finally:
@@ -223,6 +225,7 @@ class Step(Generic[P]):
             RuntimeError: inside a micro-batch, and for a step that yields, whose update code only a
                 call can reach: ``step.last(batch)``.
         """
+        self._said.add("end")
         is_between = self._running is None
         check(is_between, RuntimeError, "step.close() inside a micro-batch: call it after `step()`")
         running = self._begin()
@@ -306,6 +309,11 @@ class Step(Generic[P]):
         sent = "a step belongs to its process, with its model and its optimizer"
         raise TypeError(f"{sent}: send data alone, or make the step there, `train_step(...)(f)`")
 
+    def __del__(self) -> None:
+        window = getattr(self, "_window", None)  # not there if __init__ raised
+        if window is not None and window.losses and "end" not in self._said:
+            self._evidence.lost.append(len(window.losses))  # no code that may be gone by now
+
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"
         remedy = "`self.step = train_step(...)(self.loss)` in __init__"
@@ -342,6 +350,9 @@ class Step(Generic[P]):
         self._after_may_be_late = all(
             isinstance(getattr(call, "__self__", None), LRScheduler) for call in plan.after
         )
+        from trainkit.evidence import Evidence
+
+        self._evidence = Evidence(self)
         self._plan, self._deliver, self._updater = plan, deliver, updater
 
     def _new_window(self) -> Window:
@@ -426,6 +437,10 @@ class MicroBatch:
             came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
             raise TypeError(f"{came}: `step.backward(first, weight)`")
         try:
+            if not step._closed and not window.losses and self.generator is None:
+                from trainkit.evidence import refuse_scaled
+
+                refuse_scaled(loss)
             window.lend(parameters)
             _run_backward(loss, step._updater.seed(loss, self.share), options)
         except BaseException as error:
@@ -471,7 +486,9 @@ class MicroBatch:
             from trainkit.advice import warn_of_missing
 
             warn_of_missing(len(gradients), parameters)
-        own = None if self.generator is None else functools.partial(run_to_end, self.generator)
+        own, evidence = None, step._evidence
+        if self.generator is not None:
+            own = functools.partial(evidence.run, step._plan, self.generator)
         verdict, apply = step._updater.decide(window, gradients, own)
         owed = Answer(verdict.skipped) if step._plan.after else None
         reference, skips = window.next_reference(), step._skips + verdict.skipped
@@ -482,9 +499,11 @@ class MicroBatch:
             None, reference, step._closed + 1, skips, owed,
         )  # fmt: skip
         forget(step._plan.optimizers)
-        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
-        result._settle = step.settle
+        result._skipped = verdict.skipped if gradients or own is not None else True
+        result.grad_norm, result._settle = verdict.norm, step.settle
         with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
+            if own is not None or evidence.awaits:
+                watching.callback(evidence.tell, step, result)
             for watcher in reversed(step._watchers):
                 watching.callback(watcher.after_update, step, window, verdict)
             if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):

@@ -194,6 +194,9 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         (_found.get(id(parameter)) or parameter).requires_grad = True
     for owner in (*selection.modules, *selection.buffer_owners):
         _unpin(owner, "freeze")
+    from trainkit.evidence import note_unfrozen
+
+    note_unfrozen([slot.parameter for slot in slots])
     return [slot.name for slot in slots]
 
 

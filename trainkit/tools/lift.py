@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALWAYS = ("advice", "language", "state")  # words that go without saying
+ALWAYS = ("advice", "evidence", "language", "state")  # words that go without saying
 Name = tuple[str, str]  # a file, such as "core/step", and a name in it
 Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
 Missing = dict["Seam", str]  # seams whose targets are not in the cell, and their words
