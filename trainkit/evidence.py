@@ -41,7 +41,8 @@ class Evidence:
         self.awaits = True  # whether ``tell`` is called although nothing was below a yield
         self.windows = self.idle_calls = 0
         self.before: tuple[list[int], list[Any]] | None = None  # versions and sums of parameters
-        self.versions_tell: bool | None = None  # of updates; None before the first
+        # Whether versions or hooks tell of updates; None before the first.
+        self.updates_show: bool | None = None
         self.is_bare = False  # whether there is no line below the yield
         self.stepped: list[Any] = []
         evidence[step] = self
@@ -63,12 +64,13 @@ class Evidence:
             evidence[step].idle_calls += not (is_own or step._yields)
 
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
-        self.stepped.append(optimizer)
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self.stepped.append(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
         """Run the update code below the yield, and note what shows whether a parameter moved."""
         parameters, frame, sums = plan.parameters(), generator.gi_frame, []
-        if self.versions_tell is None:
+        if self.updates_show is None:
             lines = {line for _, end, line in frame.f_code.co_lines() if end > frame.f_lasti}
             self.is_bare, sums = lines <= {None, frame.f_lineno}, _checksums(parameters)
         versions, self.stepped = [*map(_version, parameters)], []
@@ -85,7 +87,7 @@ class Evidence:
         if self.before is not None:
             if not self._has_moved(plan.parameters(), *self.before):
                 result._skipped = True
-                if self.versions_tell is None and (self.is_bare or self.windows > 7):
+                if self.updates_show is None and (self.is_bare or self.windows > 7):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
@@ -102,12 +104,14 @@ class Evidence:
             warn(found[key])
 
     def _has_moved(self, parameters: list[Any], versions: list[int], sums: list[Any]) -> bool:
-        if [*map(_version, parameters)] != versions:
-            self.versions_tell = True
+        trained = {*map(id, parameters)}  # fused kernels leave versions as they are
+        is_stepped = any(_held(optimizer) & trained for optimizer in self.stepped)
+        if is_stepped or [*map(_version, parameters)] != versions:
+            self.updates_show = True
             return True
-        if self.versions_tell is None and _values(_checksums(parameters)) != _values(sums):
-            self.versions_tell = False  # ``p.data``, or a kernel of which torch knows nothing
-        return self.versions_tell is False
+        if self.updates_show is None and _values(_checksums(parameters)) != _values(sums):
+            self.updates_show = False  # ``p.data``, or a kernel of which torch knows nothing
+        return self.updates_show is False
 
 
 _STILL = (
