@@ -25,6 +25,7 @@ ALLOWED = {
     "watch": {"watch", "core"},
     "saving": {"saving", "core", "ranks"},
     "advice": {"core"},
+    "evidence": {"core"},
     "wide": {"core"},
     "__main__": {"tools"},
 }  # tools/ and __init__.py may import all

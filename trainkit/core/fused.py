@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -57,12 +58,17 @@ def _is_fused(optimizer: Any) -> bool:
     # Hooks, and a ``step`` that somebody replaced, would see scaled gradients and run after a skip.
     # The ``step`` that a learning-rate scheduler puts there only counts calls.
     step = vars(optimizer).get("step")
-    return (step is None or hasattr(step, "_wrapped_by_lr_sched")) and not (
-        _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
+    hooks = itertools.chain(
+        _global_optimizer_pre_hooks.values(),
+        _global_optimizer_post_hooks.values(),
+        optimizer._optimizer_step_pre_hooks.values(),
+        optimizer._optimizer_step_post_hooks.values(),
     )
+    return (step is None or hasattr(step, "_wrapped_by_lr_sched")) and not any(map(_acts, hooks))
+
+
+def _acts(hook: Any) -> bool:
+    return not hasattr(getattr(hook, "__self__", None), "only_looks")  # as those of Evidence do
 
 
 def seed_momentum(optimizers: Sequence[Any]) -> None:

@@ -80,6 +80,7 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
     found = [step._delivery for step in steps]
     try:
         for step in steps:
+            step._said.add("end")
             if step._updater is None:
                 step._prepare()
             if step._delivery is OUTSIDE:

@@ -44,7 +44,10 @@ class StepResult:
 
     @property
     def updated(self) -> bool:
-        """Whether this call applied an update. Reading it, and nothing else here, may wait."""
+        """Whether this call applied an update that can have moved a parameter. Reading it may wait.
+
+        Nothing else here waits.
+        """
         if self._settle is not None:
             self._settle()
         return self.complete and not self._skipped

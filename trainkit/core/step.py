@@ -77,6 +77,7 @@ class Step(Generic[P]):
         self._said: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
         self._watchers: list[Any] = []
+        self._evidence: Any = None  # of loops that do not train; made with the updater
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
@@ -170,6 +171,7 @@ class Step(Generic[P]):
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
         found, self._ended_early = self._delivery, False
         self._delivery = found._replace(is_last=True)  # on several ranks it tells who has a batch
+        self._said.add("end")
         try:
             return self(*args, **kwargs)
         finally:
@@ -227,6 +229,7 @@ class Step(Generic[P]):
             RuntimeError: inside a micro-batch, and for a step that yields, whose update code only a
                 call can reach: ``step.last(batch)``.
         """
+        self._said.add("end")
         is_between = self._running is None
         check(is_between, RuntimeError, "step.close() inside a micro-batch: call it after `step()`")
         running = self._begin()
@@ -318,6 +321,11 @@ class Step(Generic[P]):
         warn(f"{lost}: put `@torch.compile` below `@train_step`")
         raise AttributeError("_torchdynamo_orig_callable")
 
+    def __del__(self) -> None:
+        window = getattr(self, "_window", None)  # not there if __init__ raised
+        if window is not None and window.losses and self._evidence and "end" not in self._said:
+            self._evidence.lost.append(len(window.losses))  # no code that may be gone by now
+
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"
         remedy = "`self.step = train_step(...)(self.loss)` in __init__"
@@ -354,6 +362,10 @@ class Step(Generic[P]):
         self._after_may_be_late = all(
             isinstance(getattr(call, "__self__", None), LRScheduler) for call in plan.after
         )
+        with contextlib.suppress(ImportError):  # a lifted cell may be without it
+            from trainkit.evidence import Evidence
+
+            self._evidence = Evidence(self)
         self._plan, self._deliver, self._updater = plan, deliver, updater
 
     def _new_window(self) -> Window:
@@ -438,6 +450,8 @@ class MicroBatch:
             came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
             raise TypeError(f"{came}: `step.backward(first, weight)`")
         try:
+            if step._evidence is not None and not step._closed and self.generator is None:
+                step._evidence.check_loss(loss)
             window.lend(parameters)
             _run_backward(loss, step._updater.seed(loss, self.share), options)
         except BaseException as error:
@@ -483,7 +497,10 @@ class MicroBatch:
             from trainkit.advice import warn_of_missing
 
             warn_of_missing(len(gradients), parameters)
-        own = None if self.generator is None else functools.partial(run_to_end, self.generator)
+        own, evidence = None, step._evidence
+        if self.generator is not None:
+            run = run_to_end if evidence is None else functools.partial(evidence.run, step._plan)
+            own = functools.partial(run, self.generator)
         verdict, apply = step._updater.decide(window, gradients, own)
         owed = Answer(verdict.skipped) if step._plan.after else None
         reference, skips = window.next_reference(), step._skips + verdict.skipped
@@ -494,9 +511,11 @@ class MicroBatch:
             None, reference, step._closed + 1, skips, owed,
         )  # fmt: skip
         forget(step._plan.optimizers)
-        result._skipped, result.grad_norm = verdict.skipped, verdict.norm
-        result._settle = step.settle
+        result._skipped = verdict.skipped if gradients or own is not None else True
+        result.grad_norm, result._settle = verdict.norm, step.settle
         with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
+            if evidence is not None and (own is not None or evidence.awaits):
+                watching.callback(evidence.tell, step, result)
             for watcher in reversed(step._watchers):
                 watching.callback(watcher.after_update, step, window, verdict)
             if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):

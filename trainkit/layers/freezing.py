@@ -6,7 +6,7 @@ import functools
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -219,6 +219,10 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         (_found.get(id(parameter)) or parameter).requires_grad = True
     for owner in (*selection.modules, *selection.buffer_owners):
         _unpin(owner, "freeze")
+    with suppress(ImportError):  # a lifted cell may be without it
+        from trainkit.evidence import note_unfrozen
+
+        note_unfrozen([slot.parameter for slot in slots])
     return [slot.name for slot in slots]
 
 

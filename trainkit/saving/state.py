@@ -11,6 +11,7 @@ def state_of(step: Any) -> dict[str, Any]:
     """Return copies of what a step carries from micro-batch to micro-batch."""
     _check_between(step, "state_dict")
     window, updater = step._window, step._updater
+    step._said.add("end")  # an open window is saved
     state: dict[str, Any] = {"updates": step.updates, "skipped": step.skipped}
     if step._reference is not None:
         state["reference"] = step._reference

@@ -1,0 +1,459 @@
+"""Loops that do not train say so, once; and loops that train in their own way hear nothing."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from trainkit import accumulate, freeze, frozen, train_step, trainable_parameters, unfreeze
+
+ROOT = Path(__file__).parents[2]
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def heard(loop):
+    """Return the warnings of a loop."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop()
+    return [str(warning.message) for warning in caught]
+
+
+def trained(optimizer, model, below, windows=10, n=1):
+    """Run windows of a step that yields; return what it said, and ``updated`` of each window."""
+
+    @train_step(optimizer, accumulate(n), module=model)
+    def step(x):
+        yield model(x).square().mean()
+        below()
+
+    updated = []
+
+    def loop():
+        for _ in range(windows * n):
+            result = step(torch.ones(2, 3))
+            updated.extend([result.updated] * result.complete)
+
+    said = heard(loop)
+    assert not _global_optimizer_post_hooks
+    return said, updated
+
+
+# Below the yield
+
+
+def test_a_yield_with_nothing_below_it_updates_nothing_and_says_so_in_the_first_window():
+    model = net()
+
+    @train_step(SGD(model.parameters(), lr=0.1))
+    def step(x):
+        yield model(x).mean()
+
+    updated = []
+    said = heard(lambda: updated.extend(step(torch.ones(2, 3)).updated for _ in range(3)))
+    assert updated == [False] * 3
+    (one,) = said
+    assert "below `yield loss`" in one and "`optimizer.step()`" in one
+
+
+@pytest.mark.parametrize("lost", ["not called", "after zero_grad"])
+def test_an_update_that_never_moves_anything_is_said_late_and_once(lost):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def below():
+        optimizer.zero_grad()
+        if lost == "after zero_grad":
+            optimizer.step()
+
+    said, updated = trained(optimizer, model, below)
+    assert updated == [False] * 10 and len(said) == 1 and "`optimizer.step()`" in said[0]
+
+
+def test_an_optimizer_made_anew_is_named():
+    model = net()
+    old, new = AdamW(model[2].parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
+    said, updated = trained(old, model, new.step, windows=3)
+    assert updated == [True] * 3 and len(said) == 1
+    assert "SGD stepped in place of the AdamW" in said[0] and "`train_step(optimizer)`" in said[0]
+
+
+class Duck:
+    """An optimizer that is no torch.optim.Optimizer, around one."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+
+    def step(self):
+        self.inner.step()
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+
+class ByHand(Duck):
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= 0.1 * p.grad
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As SAM and Lookahead are written; ``second_step`` steps the base without ``self.step``."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self, closure=None):
+        self.base.step()
+
+    def second_step(self):
+        self.base.step()
+
+
+class Uninitialised(torch.optim.Optimizer):
+    """As the AcceleratedOptimizer: a torch.optim.Optimizer without its hooks."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+        self.state = base.state
+
+    def step(self, closure=None):
+        self.base.step()
+
+
+def data_by_hand(model, optimizer):
+    for p in model.parameters():
+        p.data -= 1e-6 * p.grad
+
+
+@torch.no_grad()
+def add_by_hand(model, optimizer):
+    for p in model.parameters():
+        p.add_(p.grad, alpha=-0.1)
+
+
+def every(n, begin=0):
+    calls = iter(range(begin, 100))
+    return lambda model, optimizer: optimizer.step() if next(calls) % n == 0 else None
+
+
+WAYS = {
+    "its own": (lambda o: o, lambda m, o: o.step()),
+    "p.data": (lambda o: o, data_by_hand),
+    "add_": (lambda o: o, add_by_hand),
+    "duck": (Duck, lambda m, o: o.step()),
+    "duck by hand": (ByHand, lambda m, o: o.step()),
+    "inside a duck": (lambda o: o, lambda m, o: Duck(o).step()),
+    "inside a wrapper": (lambda o: o, lambda m, o: Wrapper(o).step()),
+    "wrapper": (Wrapper, lambda m, o: o.step()),
+    "its base": (Wrapper, lambda m, o: o.second_step()),
+    "without hooks": (Uninitialised, lambda m, o: o.step()),
+    "GradScaler": (
+        lambda o: o,
+        lambda m, o: torch.amp.GradScaler("cpu", enabled=False).step(o),
+    ),
+}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_trains_below_the_yield_is_an_update_and_hears_nothing(way, n):
+    model = net()
+    wrap, below = WAYS[way]
+    optimizer = wrap(SGD(model.parameters(), lr=0.1))
+    said, updated = trained(optimizer, model, lambda: below(model, optimizer), n=n)
+    assert said == [] and updated == [True] * 10
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+def test_a_learning_rate_of_zero_is_an_update(kind):
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=0.0, **{kind: True})
+    said, updated = trained(optimizer, model, optimizer.step)
+    assert said == [] and updated == [True] * 10
+
+
+@pytest.mark.parametrize("begin", [0, 1])
+def test_an_update_every_other_window_hears_nothing(begin):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    update = every(2, begin)
+    said, updated = trained(optimizer, model, lambda: update(model, optimizer))
+    assert said == [] and updated == [i % 2 == begin for i in range(10)]
+
+
+def test_another_optimizer_that_shares_nothing_may_step_alone():
+    model, other = net(), nn.Linear(1, 1)
+    optimizer, of_other = SGD(model.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
+    update = every(2)
+
+    def below():
+        of_other.step()
+        update(model, optimizer)
+
+    said, updated = trained(optimizer, model, below)
+    assert said == [] and updated == [True, False] * 5
+
+
+def test_an_exception_below_the_yield_leaves_no_hook():
+    model = net()
+    with pytest.raises(ZeroDivisionError):
+        trained(SGD(model.parameters(), lr=0.1), model, lambda: 1 / 0)
+    assert not _global_optimizer_post_hooks
+
+
+def test_a_step_within_the_update_of_another_stays_fused():
+    """It tells its kernel the loss scale in place of a wait, which nothing else shows."""
+    model, inner = net(), nn.Linear(3, 1)
+    fused = AdamW(inner.parameters(), lr=0.1, fused=True)
+    told = []
+
+    class Spy(dict):
+        def update(self, *args, **kwargs):
+            told.append(set(*args))
+            super().update(*args, **kwargs)
+
+    step = train_step(fused, max_norm=0.1)(lambda x: inner(x).square().mean())
+    fused.__dict__ = Spy(fused.__dict__)
+    trained(SGD(model.parameters(), lr=0.1), model, lambda: step(torch.ones(2, 3)), windows=2)
+    assert told == [{"found_inf", "grad_scale"}] * 2
+
+
+# Parameters that unfreeze made trainable
+
+
+def staged(returns=True):
+    """A step in its second stage: layers were frozen, and are trainable now."""
+    model = net()
+    freeze(model, "[0]")
+    optimizer = SGD(trainable_parameters(model), lr=0.1)
+    step = train_step(optimizer, accumulate(2))(lambda x: model(x).square().mean())
+    for _ in range(8):
+        step(torch.ones(2, 3))
+    unfreeze(model, "[0]")
+    return model, optimizer, step
+
+
+@pytest.mark.parametrize("is_anew", [False, True])
+def test_unfrozen_parameters_that_no_optimizer_holds_are_said_once(is_anew):
+    model, _, step = staged()
+    new = SGD(model.parameters(), lr=0.1) if is_anew else None
+    (said,) = heard(lambda: [step(torch.ones(2, 3)) for _ in range(8)])
+    assert "2 parameter(s)" in said and "(4, 3)" in said and "add_param_group" in said
+    del new
+
+
+def test_parameters_that_join_the_optimizer_hear_nothing():
+    model, optimizer, step = staged()
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    before = model[0].weight.detach().clone()
+    assert heard(lambda: [step(torch.ones(2, 3)) for _ in range(4)]) == []
+    assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("held", ["by a step", "by an optimizer"])
+@pytest.mark.parametrize("around", ["nothing", "unfreeze", "frozen"])
+def test_the_d_of_a_gan_gets_gradients_in_the_step_of_g(held, around):
+    g, d = nn.Linear(3, 3), net()
+    freeze(d)
+    of_g, of_d = SGD(g.parameters(), lr=0.1), SGD(d.parameters(), lr=0.1)
+    parts = [frozen(d)] if around == "frozen" else []
+    g_step = train_step(of_g, *parts)(lambda x: d(g(x)).mean())
+    d_step = train_step(of_d)(lambda x: d(x).mean())
+
+    def loop():
+        for _ in range(4):
+            unfreeze(d)
+            if held == "by a step":
+                d_step(torch.ones(2, 3))
+            else:
+                of_d.zero_grad()
+                d(torch.ones(2, 3)).mean().backward()
+                of_d.step()
+            if around == "unfreeze":
+                freeze(d)
+            g_step(torch.ones(2, 3))
+
+    assert heard(loop) == []
+
+
+# What is left of the old loop
+
+
+@pytest.mark.parametrize("place", ["loop", "function"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_optimizer_that_is_stepped_beside_the_step_is_said_once(place, n):
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=0.1)
+
+    @train_step(optimizer, accumulate(n))
+    def step(x):
+        loss = model(x).mean()
+        if place == "function":
+            optimizer.step()
+        return loss
+
+    def loop():
+        for _ in range(6 * n):
+            step(torch.ones(2, 3))
+            if place == "loop":
+                optimizer.step()
+
+    (said,) = heard(loop)
+    assert "`optimizer.step()`" in said and "remove it" in said
+
+
+@pytest.mark.parametrize("other", ["loss", "yield", "closure", "once before", "itself"])
+def test_an_optimizer_that_is_stepped_for_another_purpose_hears_nothing(other):
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    if other == "once before":  # so that a scheduler does not complain
+        optimizer.step()
+    step = train_step(optimizer)(lambda x: model(x).mean())
+
+    @train_step(optimizer)
+    def yielding(x):
+        yield model(x).mean()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
+
+    def closure():
+        loss = model(torch.ones(2, 3)).mean()
+        loss.backward()
+        return loss
+
+    def loop():
+        for _ in range(6):
+            step(torch.ones(2, 3))
+            if other == "loss":
+                closure()
+                optimizer.step()
+                optimizer.zero_grad()
+            if other == "yield":
+                yielding(torch.ones(2, 3))
+            if other == "closure":
+                optimizer.step(closure)
+                optimizer.zero_grad()
+
+    assert heard(loop) == []
+
+
+def test_a_loss_that_a_scaler_scaled_is_refused_before_the_backward():
+    model = net()
+    scaler = torch.amp.GradScaler("cpu")
+    step = train_step(SGD(model.parameters(), lr=0.1))(lambda x: scaler.scale(model(x).mean()))
+    with pytest.raises(ValueError, match=r"GradScaler.*`return loss`.*`amp\(\)`"):
+        step(torch.ones(2, 3))
+    assert all(p.grad is None for p in model.parameters()) and step.updates == 0
+
+
+@pytest.mark.parametrize("factor", ["disabled", "number", "tensor", "of another"])
+def test_another_factor_of_a_loss_is_no_scaler(factor):
+    model = net()
+    scaler = torch.amp.GradScaler("cpu", enabled=factor != "disabled")
+    scaler.scale(torch.ones(()))
+    scale = {"disabled": scaler.scale, "number": lambda x: x * 65536.0}.get(
+        factor, lambda x: x * torch.tensor(65536.0)
+    )
+    step = train_step(SGD(model.parameters(), lr=0.1))(lambda x: scale(model(x).mean()))
+    assert step(torch.ones(2, 3)).updated
+
+
+def test_a_scaler_below_the_yield_unscales_what_it_scaled():
+    model = net()
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+
+    @train_step(optimizer)
+    def step(x):
+        yield scaler.scale(model(x).mean())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    updated = []
+    assert heard(lambda: updated.extend(step(torch.ones(2, 3)).updated for _ in range(4))) == []
+    assert updated == [True] * 4
+
+
+def test_a_block_without_a_loss_is_no_fault_and_one_with_a_foreign_backward_is():
+    model = net()
+    step = train_step(SGD(model.parameters(), lr=0.1))
+    with step:
+        model(torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match=r"step\.backward\(loss\)"), step:
+        model(torch.ones(2, 3)).mean().backward()
+
+
+# Windows that are never applied: said when the process ends, or when a third step is made
+
+SCRIPT = """
+import torch
+from trainkit import accumulate, train_step
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+data = [torch.ones(1, 2) for _ in range(5)]
+def make(n=2):
+    return train_step(optimizer, accumulate(n))(lambda x: model(x).mean())
+step = make()
+"""
+LOOP = "for x in data: step(x)"
+
+
+@pytest.mark.parametrize(
+    ("code", "lost"),
+    [
+        (LOOP, 1),
+        ("step = make(8)\n" + LOOP, 5),
+        ("def run(step):\n    for x in data: step(x)\nrun(step); del step", 1),
+        ("step.me = step\n" + LOOP + "\ndel step; import gc; gc.collect()", 1),
+        ("for x in data: make()(x)", 2),  # at the third step
+    ],
+)
+def test_a_window_that_was_never_applied_is_said_once_in_a_process(code, lost):
+    said = subprocess.run(
+        [sys.executable, "-c", SCRIPT + code], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stderr
+    assert said.count("UserWarning") == 1 and f"{lost} micro-batch(es)" in said, said
+    assert all(
+        call in said for call in ("`step.over(loader)`", "`step.close()`", "before the loop")
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "for x in step.over(data): step(x)\nstep(x)",
+        LOOP + "\nstep.close()",
+        LOOP + "\nstep.discard()",
+        LOOP + "\nstate = step.state_dict()",
+        LOOP + "\nstep.last(x)\nstep(x)",
+        "step = make(1)\n" + LOOP,
+        "pass",
+        LOOP + "\n1 / 0",
+        LOOP + "\nraise KeyboardInterrupt",
+        "import pytest\n" + LOOP,
+        "try: train_step(3)\nexcept TypeError: pass",
+    ],
+)
+def test_of_other_ends_of_a_process_nothing_is_said(code):
+    said = subprocess.run(
+        [sys.executable, "-c", SCRIPT + code], capture_output=True, text=True, cwd=ROOT
+    ).stderr
+    assert "micro-batch" not in said and "ignored" not in said, said

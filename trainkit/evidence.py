@@ -1,0 +1,217 @@
+"""Evidence that a loop does not train as its author thinks, and what a step says of it, once."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import operator
+import sys
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from trainkit.core.generators import run_to_end
+from trainkit.core.plan import Plan, check
+from trainkit.core.warning import warn
+
+unfrozen: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id
+evidence: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of each step that was called
+
+
+def note_unfrozen(parameters: list[Any]) -> None:
+    """Have every step look, when its window closes, whether its optimizers hold these."""
+    unfrozen.update({id(p): p for p in parameters})
+    for found in evidence.values():
+        found.awaits = True
+
+
+class Evidence:
+    """What one step has shown of its updates. Its hooks on optimizers change nothing."""
+
+    only_looks = True
+    lost: ClassVar[list[int]] = []  # micro-batches in the open windows of steps that are gone
+    has_hinted: ClassVar[bool] = False
+
+    def __init__(self, step: Any) -> None:
+        self.awaits = True  # whether ``tell`` is called although nothing was below a yield
+        self.windows = self.idle_calls = 0
+        self.before: tuple[list[int], list[Any]] | None = None  # versions and sums of parameters
+        # Whether versions or hooks tell of updates; None before the first.
+        self.updates_show: bool | None = None
+        self.is_bare = False  # whether there is no line below the yield
+        self.stepped: list[Any] = []
+        evidence[step] = self
+        hint_at_exit()
+        if len(Evidence.lost) > 1:
+            hint()
+        for optimizer in () if step._yields else filter(_calls_hooks, step._plan.optimizers):
+            optimizer._optimizer_step_pre_hooks[id(Evidence)] = Evidence._note_idle
+
+    @classmethod
+    def _note_idle(cls, optimizer: Any, args: Any, closure: Any) -> None:
+        """Count a call of ``optimizer.step()`` that finds no gradient, and is not the step's."""
+        owners = [step for step in evidence if optimizer in step._plan.optimizers]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        if len(owners) > 1 or gradients.count(None) < len(gradients) or args[1:] or closure:
+            return  # another step, or a loop, may need this call
+        for step in owners:
+            is_own = step._running is not None and step._running.result.complete
+            evidence[step].idle_calls += not (is_own or step._yields)
+
+    @staticmethod
+    def check_loss(loss: Tensor) -> None:
+        """Raise ValueError for ``scaler.scale(loss)``: a step that updates does not unscale it."""
+        node: Any = loss.grad_fn
+        factor = node._saved_other if node is not None and node.name() == "MulBackward0" else None
+        if factor is not None and not factor.dim() and not factor.requires_grad:
+            is_scaled = any(scaler._scale is factor for scaler in _alive(torch.amp.GradScaler))
+            came = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
+            check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
+
+    def _note_stepped(self, optimizer: Any, *_: Any) -> None:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self.stepped.append(optimizer)
+
+    def run(self, plan: Plan, generator: Any) -> None:
+        """Run the update code below the yield, and note what shows whether a parameter moved."""
+        parameters, frame, sums = plan.parameters(), generator.gi_frame, []
+        if self.updates_show is None:
+            lines = {line for _, end, line in frame.f_code.co_lines() if end > frame.f_lasti}
+            self.is_bare, sums = lines <= {None, frame.f_lineno}, _checksums(parameters)
+        versions, self.stepped = [*map(_version, parameters)], []
+        try:
+            _global_optimizer_post_hooks[id(self)] = self._note_stepped
+            run_to_end(generator)
+        finally:
+            _global_optimizer_post_hooks.pop(id(self), None)
+        self.before = versions, sums
+
+    def tell(self, step: Any, result: Any) -> None:
+        """Say what a closed window has shown, each thing once. Correct ``result.updated``."""
+        plan, found, self.windows = step._plan, {}, self.windows + 1
+        if self.before is not None:
+            if not self._has_moved(plan.parameters(), *self.before):
+                result._skipped = True
+                if self.updates_show is None and (self.is_bare or self.windows > 7):
+                    found["still"] = _STILL
+            if other := _stepped_instead(plan, self.stepped):
+                found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
+            self.before, self.stepped = None, []
+        if self.awaits and (idle := _idle(plan)):
+            found["idle"] = _IDLE.format(len(idle), tuple(idle[0].shape))
+        if self.idle_calls > 1:
+            found["beside"] = _BESIDE
+        self.awaits = self.windows < 3
+        for optimizer in () if self.awaits or step._yields else plan.optimizers:
+            getattr(optimizer, "_optimizer_step_pre_hooks", {}).pop(id(Evidence), None)
+        for key in found.keys() - step._said:
+            step._said.add(key)
+            warn(found[key])
+
+    def _has_moved(self, parameters: list[Any], versions: list[int], sums: list[Any]) -> bool:
+        trained = {*map(id, parameters)}  # fused kernels leave versions as they are
+        is_stepped = any(_held(optimizer) & trained for optimizer in self.stepped)
+        if is_stepped or [*map(_version, parameters)] != versions:
+            self.updates_show = True
+            return True
+        if self.updates_show is None and _values(_checksums(parameters)) != _values(sums):
+            self.updates_show = False  # ``p.data``, or a kernel of which torch knows nothing
+        return self.updates_show is False
+
+
+_STILL = (
+    "nothing below `yield loss` moves a parameter: call `optimizer.step()` there, or `return loss`"
+)
+_INSTEAD = (
+    "below the yield {} stepped in place of the {} of the step, which scales and clips only what "
+    "its own optimizer holds: make the step anew too, `train_step(optimizer)`"
+)
+_IDLE = (
+    "{} parameter(s) that unfreeze made trainable get gradients, the first of shape {}, and no "
+    "optimizer of the step holds them: `optimizer.add_param_group(...)`, or make the step anew"
+)
+_BESIDE = (
+    "`optimizer.step()` found no gradients, beside a step that steps the optimizer itself: remove "
+    "it, or put it below `yield loss`"
+)
+
+
+def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
+    """Return an optimizer that stepped parameters of the plan where none of the plan's did.
+
+    Nothing is known of an optimizer without hooks. What is inside one of the plan's is the same.
+    """
+    own, trained = plan.optimizers, {*map(id, plan.parameters())}
+    if not stepped or not own or not all(map(_calls_hooks, own)):
+        return None
+    known = {id(x) for o in own for x in (o, *o.param_groups, *vars(o).values())}
+    if any(id(x) in known for other in stepped for x in (other, *other.param_groups)):
+        return None
+    return next((other for other in stepped if _held(other) & trained), None)
+
+
+def _idle(plan: Plan) -> list[Tensor]:
+    """Return parameters that ``unfreeze`` made trainable, with gradients that nothing reads.
+
+    What another step holds is its own, and so is what an optimizer holds that shares nothing with
+    this plan: the D of a GAN gets gradients in the step of G.
+    """
+    own = {*map(id, plan.parameters())}
+    idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
+    idle = [p for p in idle if p.grad is not None]
+    held = [_held(optimizer) for optimizer in _alive(Optimizer)] if idle else []
+    held = [ids for ids in held if not ids & own]
+    held += [{*map(id, step._plan.parameters())} for step in evidence if step._plan is not plan]
+    return [p for p in idle if not any(id(p) in ids for ids in held)]
+
+
+def hint(is_exit: bool = False) -> None:
+    """Say once in a process that steps ended with open windows; not in tests, nor after errors."""
+    for step in list(evidence) if is_exit else ():
+        step.__del__()
+    lost, is_quiet = sum(Evidence.lost), hasattr(sys, "last_type") or "pytest" in sys.modules
+    Evidence.lost.clear()
+    if lost and not is_quiet and not Evidence.has_hinted:
+        Evidence.has_hinted = True
+        ended = f"{lost} micro-batch(es) were never applied, in open windows of steps that ended"
+        loops = "loop over `step.over(loader)`, or call `step.close()`"
+        warn(f"{ended}: {loops}, and make the step before the loop")
+
+
+@functools.cache
+def hint_at_exit() -> None:
+    """Call ``hint`` when the process ends."""
+    atexit.register(hint, is_exit=True)
+
+
+def _calls_hooks(optimizer: Any) -> bool:
+    has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return has_hooks and hasattr(optimizer.step, "hooked")
+
+
+def _held(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _alive(kind: type) -> list[Any]:
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
+_version, _kind = operator.attrgetter("_version"), operator.attrgetter("__class__.__name__")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksums(parameters: list[Any]) -> list[Tensor]:
+    """Return the sum over the bits of each parameter, which shows updates of any size."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+    local = [torch.view_as_real(p) if p.is_complex() else p for p in local]
+    return [p.detach().view(_BITS[p.element_size()]).sum() for p in local]
+
+
+def _values(numbers: list[Tensor]) -> list[Any]:
+    return [number.item() for number in numbers]
