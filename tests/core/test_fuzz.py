@@ -294,7 +294,7 @@ class Oracle:
             self.window_reference = 1.0 if self.reference is None else self.reference
         if weight is None:
             return self.scale / self.parts()
-        if self.reference is None and sum(job.weight for job in self.jobs) == 0:
+        if self.reference is None and not self.jobs:  # 1 for a weight of 0
             self.window_reference = power_of_two_near(weight)
         return self.scale * weight / (self.window_reference * self.parts())
 
@@ -389,8 +389,9 @@ class Oracle:
             self.scale *= 1.0 if finite else 0.5
             if self.tracker == 2:
                 self.scale, self.tracker = self.scale * 2, 0
-        if weighted and total > 0:
-            self.reference = power_of_two_near(total / len(self.jobs))
+        if weighted and (total > 0 or self.setup.half):
+            known = power_of_two_near(total / len(self.jobs))
+            self.reference = known if total > 0 else self.window_reference
         self.updates += apply
         self.skipped += not apply
         self.discard()
