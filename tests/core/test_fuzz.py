@@ -44,8 +44,7 @@ class Tied(nn.Module):
 
 
 # Models, and their layers: a pattern or a list of patterns, the parameters it means, and the
-# modules whose statistics it holds. Patterns that begin with "!" belong here, for example
-# `(["**", "!2"], {"0.weight", "0.bias"}, ())`. So does `buffers=False`, with `()` for the modules.
+# modules whose statistics it holds.
 MODELS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
     "tied": Tied,
@@ -60,12 +59,19 @@ LAYERS = {
         ("[0]", {"0.weight", "0.bias"}, ()),
         ("**.bias", {"0.bias", "2.bias"}, ()),
         ("2.weight", {"2.weight"}, ()),
+        (["**", "!2"], {"0.weight", "0.bias"}, ()),
     ],
-    "tied": [("embedding", {"embedding.weight"}, ()), ("body", {"body.weight", "body.bias"}, ())],
+    "tied": [
+        ("embedding", {"embedding.weight"}, ()),
+        ("body", {"body.weight", "body.bias"}, ()),
+        (["!body", "**"], {"embedding.weight"}, ()),
+    ],
     "conv": [
         ("[:2]", {"0.weight", "1.weight", "1.bias"}, ("1",)),
         ("[1]", {"1.weight", "1.bias"}, ("1",)),
         ("**.weight", {"0.weight", "1.weight", "4.weight"}, ()),
+        (["**", "!4"], {"0.weight", "1.weight", "1.bias"}, ("1",)),
+        (["**", "![1]"], {"0.weight", "4.weight", "4.bias"}, ()),
     ],
     "norm": [
         ("[0]", {"0.weight", "0.bias"}, ()),
@@ -288,7 +294,7 @@ class Oracle:
             self.window_reference = 1.0 if self.reference is None else self.reference
         if weight is None:
             return self.scale / self.parts()
-        if self.reference is None and sum(job.weight for job in self.jobs) == 0:
+        if self.reference is None and not self.jobs:  # 1 for a weight of 0
             self.window_reference = power_of_two_near(weight)
         return self.scale * weight / (self.window_reference * self.parts())
 
@@ -383,8 +389,9 @@ class Oracle:
             self.scale *= 1.0 if finite else 0.5
             if self.tracker == 2:
                 self.scale, self.tracker = self.scale * 2, 0
-        if weighted and total > 0:
-            self.reference = power_of_two_near(total / len(self.jobs))
+        if weighted and (total > 0 or self.setup.half):
+            known = power_of_two_near(total / len(self.jobs))
+            self.reference = known if total > 0 else self.window_reference
         self.updates += apply
         self.skipped += not apply
         self.discard()
@@ -750,11 +757,15 @@ class Fuzz(RuleBasedStateMachine):
         """Fused SGD with momentum does, where a parameter joins later."""
         return self.setup.optimizer[0] is torch.optim.SGD and "fused" in self.setup.implementation
 
-    @rule(choice=st.integers(0, 2))
-    def enter_frozen(self, choice):
-        layers = LAYERS[self.setup.kind][choice % len(LAYERS[self.setup.kind])]
+    def layers(self, choice, buffers=True):
+        pattern, names, modules = LAYERS[self.setup.kind][choice % len(LAYERS[self.setup.kind])]
+        return pattern, names, modules if buffers else ()
+
+    @rule(choice=st.integers(0, 4), buffers=st.booleans())
+    def enter_frozen(self, choice, buffers):
+        layers = self.layers(choice, buffers)
         if self.leaves_something(layers):
-            block = frozen(self.model, layers[0])
+            block = frozen(self.model, layers[0], buffers=buffers)
             block.__enter__()
             self.blocks.append(block)
             self.oracle.blocks.append(layers)
@@ -770,11 +781,9 @@ class Fuzz(RuleBasedStateMachine):
         self.blocks.pop(which).__exit__(None, None, None)
         self.oracle.blocks.pop(which)
 
-    @rule(choice=st.integers(0, 2), thaw=st.booleans())
-    def freeze_or_unfreeze(self, choice, thaw):
-        pattern, names, modules = layers = LAYERS[self.setup.kind][
-            choice % len(LAYERS[self.setup.kind])
-        ]
+    @rule(choice=st.integers(0, 4), thaw=st.booleans(), buffers=st.booleans())
+    def freeze_or_unfreeze(self, choice, thaw, buffers):
+        pattern, names, modules = layers = self.layers(choice, buffers or thaw)
         if thaw:
             unfreeze(self.model, pattern)
             self.oracle.for_good = [
@@ -782,7 +791,7 @@ class Fuzz(RuleBasedStateMachine):
                 self.oracle.for_good[1] - {*modules},
             ]
         elif not thaw and self.leaves_something(layers):
-            freeze(self.model, pattern)
+            freeze(self.model, pattern, buffers=buffers)
             self.oracle.for_good = [
                 self.oracle.for_good[0] | names,
                 self.oracle.for_good[1] | {*modules},
