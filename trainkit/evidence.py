@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from trainkit.core.generators import run_to_end
@@ -164,7 +163,7 @@ def _idle(plan: Plan) -> list[Tensor]:
     own = {*map(id, plan.parameters())}
     idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
     idle = [p for p in idle if p.grad is not None]
-    held = [_held(optimizer) for optimizer in _alive(Optimizer)] if idle else []
+    held = [_held(optimizer) for optimizer in _alive(torch.optim.Optimizer)] if idle else []
     held = [ids for ids in held if not ids & own]
     held += [{*map(id, step._plan.parameters())} for step in evidence if step._plan is not plan]
     return [p for p in idle if not any(id(p) in ids for ids in held)]
