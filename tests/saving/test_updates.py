@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from saving_runs import ALWAYS, LOADERS, Killed, batches, same, small
 from torch import nn
+from torch.utils.data import DataLoader
 
 from trainkit import accumulate, amp, resumable, train_step
 
@@ -132,15 +133,44 @@ def test_more_updates_than_before_and_a_run_at_its_end(tmp_path):
     assert same(parts["model"].state_dict(), whole["model"].state_dict())
 
 
-def test_a_loader_that_can_be_gone_over_once_or_not_at_all(tmp_path):
-    for loader, words in ((iter(batches(3)), "after 1 of 4"), ([], "after 0 of 4")):
+class Once:
+    """A loader without a length, whose batches can be read once, from wherever a run begins."""
+
+    def __init__(self, items):
+        self.iterator = iter(items)
+
+    def __iter__(self):
+        return self.iterator
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: iter(batches(3)), "after 1 of 4"),
+        (lambda: (x for x in batches(4)), "after 2 of 4"),
+        (lambda: Once(batches(3)), "after 1 of 4"),
+        (list, "after 0 of 4"),
+        (lambda: DataLoader([]), "after 0 of 4"),
+    ],
+)
+def test_a_loader_that_ends_before_its_updates_is_refused(make, words, tmp_path):
+    """As without resumable; also where the run is resumed."""
+
+    def ended(surrounding, stop=None):
         objects = small()
-        with (
-            pytest.raises(ValueError, match=words),
-            resumable(tmp_path / words[6], **objects),
-        ):
-            for x in objects["step"].over(loader, updates=4):
+        with pytest.raises(ValueError, match=words) as raised, surrounding(objects):
+            for i, x in enumerate(objects["step"].over(make(), updates=4)):
+                if i == stop:
+                    raise ValueError(words)
                 objects["step"](x)
+        return str(raised.value)
+
+    plain = ended(lambda objects: nullcontext())
+    assert "`step.over(list(loader), updates=N)`" in plain
+    for stop in (None, 2):
+        path = tmp_path / str(stop)
+        ended(lambda objects, path=path: resumable(path, every=ALWAYS, **objects), stop)
+        assert ended(lambda objects, path=path: resumable(path, **objects)) == plain
 
 
 def test_a_shorter_loader_than_before_is_refused(tmp_path):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from trainkit.core.loop import Again, length_of
+from trainkit.core.loop import Again, Batches, length_of
 from trainkit.core.plan import check
 from trainkit.core.warning import warn
 from trainkit.saving.randomness import RandomStates, read_once, within
@@ -133,7 +133,8 @@ class Position:
                 batch = next(reading, self)
             message = f"{now.counted} batches of this pass, and the loader has {now.read}: {SAME}"
             check(batch is not self, ValueError, f"the checkpoint is from after {message}")
-            for delivery in deliver(_Rest(loader, reading, now.counted), batch):
+            rest = Batches(reading, max(length_of(loader) - now.counted, 0))
+            for delivery in deliver(rest, batch):
                 now.delivered += 1
                 now.counted += not getattr(delivery, "is_filler", False)
                 yield delivery._replace(number=now.delivered - 1)
@@ -155,7 +156,7 @@ class Position:
 
     def _read(
         self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         """Yield batches; of an ``Again`` those of its inner loader, pass after pass.
 
         Before a batch of the first pass whose index is in ``states_at``, set these random states.
@@ -171,10 +172,10 @@ class Position:
             if (batch := next(iterator, self)) is not self:
                 now.read += 1
                 yield batch
-            elif loader is inner or now.read < now.counted:
+            elif not isinstance(loader, Again) or now.read < now.counted:
                 return
             elif now.read == 0:
-                yield from loader  # which notes that the inner loader has no batch
+                loader.has_ended = True
                 return
             else:
                 now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
@@ -215,18 +216,3 @@ class Position:
 
 
 SAME = "give that loader, `step.over(loader)`, and the same objects, or a new path"
-
-
-@dataclass
-class _Rest:
-    """A loader without its first ``skipped`` batches."""
-
-    loader: Iterable[Any]
-    iterator: Iterator[Any]
-    skipped: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.iterator
-
-    def __len__(self) -> int:
-        return max(len(self.loader) - self.skipped, 0)  # type: ignore[arg-type]

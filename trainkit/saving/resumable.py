@@ -98,7 +98,7 @@ class resumable:
         self._note_time()
         self._readers = readers
         for step, read in zip(steps, readers, strict=True):
-            step._deliver = functools.partial(resumable._deliver, self, step, read)
+            step._deliver = functools.partial(resumable._deliver, self, read)
         self._signals.catch()
         return self
 
@@ -131,7 +131,7 @@ class resumable:
 
     # Between two micro-batches.
 
-    def _deliver(self, step: Step[Any], read: Any, loader: Iterable[Any]) -> Iterator[Any]:
+    def _deliver(self, read: Any, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield what ``step.over`` reads in this block; see ``Position.run``."""
 
         def deliver(rest: Iterable[Any], last_batch: Any) -> Any:
