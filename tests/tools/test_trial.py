@@ -1,5 +1,6 @@
 """doctor MODULE:FUNCTION measures the parts that it names, and leaves the model as it was."""
 
+import gc
 import json
 
 import pytest
@@ -90,6 +91,12 @@ def given():
     return made
 """
 ALL = ["plain", "amp()", "frozen blocks[:2]", "microbatch", "recompute blocks[:]", "all of these"]
+
+
+@pytest.fixture(autouse=True)
+def quick_collect(monkeypatch):
+    """``gc.collect`` takes long among everything that tests have made."""
+    monkeypatch.setattr(gc, "collect", int)
 
 
 @pytest.fixture(scope="module")

@@ -138,11 +138,8 @@ class ChunkedStep(Step[P]):
         """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
         if self._owed is not None and self._owed.known():
             self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
-        rows, outer, (args, kwargs) = (
-            stop - start,
-            sys.exc_info()[1],
-            batch.chunk(start, stop),
-        )
+        rows, outer = stop - start, sys.exc_info()[1]
+        args, kwargs = batch.chunk(start, stop)
         self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
         try:
             super().__call__(*args, **kwargs)

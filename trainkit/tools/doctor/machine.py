@@ -104,38 +104,33 @@ def advise(m: SimpleNamespace) -> dict[str, Any]:
 
 def find_faults(m: SimpleNamespace) -> list[dict[str, str]]:
     """Return what to change, the worst first: its level, what was found, and the remedy."""
-    install = "https://pytorch.org/get-started/locally"
-    built = f"CUDA {m.cuda}" if m.cuda else "CPUs alone"
-    threads_fit = m.threads <= m.cpus and (m.kind != "cpu" or m.cpus <= 2 * m.threads)
-    rules = (
-        (
-            m.kind == "cpu" and m.driver,
-            "error",
-            f"torch is built for {built}; the NVIDIA driver is {m.driver}",
-            f"`nvidia-smi`; update the driver, or install torch for a CUDA it supports: {install}",
-        ),
-        (
-            m.failures,
-            "error",
-            f"a product of two small matrices fails on {'; '.join(m.failures)}",
-            "no kernel image: install a torch that was built for this GPU (the one for CUDA 12.6 "
-            f"has compute capabilities 5.0 to 9.0: {install}); else: `nvidia-smi`, restart",
-        ),
-        (
-            not threads_fit,
-            "warning",
-            f"{m.threads} threads on {m.cpus} CPUs: too many wait, too few leave CPUs idle",
-            f"`export OMP_NUM_THREADS={m.cpus}`; torchrun sets 1 if nothing is set",
-        ),
-        (
-            m.float32_matmul == "highest" and m.capability >= (8, 0),
-            "hint",
-            "TF32 is off, the default of torch: float32 products do not use the tensor cores",
-            '`torch.set_float32_matmul_precision("high")`, if 10 bits of mantissa are enough',
-        ),
-    )
-    found = [rule for applies, *rule in rules if applies]
+    found = []
+    if m.kind == "cpu" and m.driver:
+        built = f"CUDA {m.cuda}" if m.cuda else "CPUs alone"
+        text = f"torch is built for {built}; the NVIDIA driver is {m.driver}"
+        found += [("error", text, _WRONG_TORCH)]
+    if m.failures:
+        text = f"a product of two small matrices fails on {'; '.join(m.failures)}"
+        found += [("error", text, _NO_KERNEL)]
+    if m.threads > m.cpus or (m.kind == "cpu" and m.cpus > 2 * m.threads):
+        text = f"{m.threads} threads on {m.cpus} CPUs: too many wait, too few leave CPUs idle"
+        remedy = f"`export OMP_NUM_THREADS={m.cpus}`; torchrun sets 1 if nothing is set"
+        found += [("warning", text, remedy)]
+    if m.float32_matmul == "highest" and m.capability >= (8, 0):
+        found += [("hint", _TF32_OFF, _TF32_ON)]
     return [{"level": level, "found": text, "remedy": remedy} for level, text, remedy in found]
+
+
+_INSTALL = "https://pytorch.org/get-started/locally"
+_WRONG_TORCH = (
+    "`nvidia-smi`; update the driver, or install torch for a CUDA it supports: " + _INSTALL
+)
+_NO_KERNEL = (
+    "no kernel image: install a torch that was built for this GPU (the one for CUDA 12.6 has "
+    f"compute capabilities 5.0 to 9.0: {_INSTALL}); else: `nvidia-smi`, restart"
+)
+_TF32_OFF = "TF32 is off, the default of torch: float32 products do not use the tensor cores"
+_TF32_ON = '`torch.set_float32_matmul_precision("high")`, if 10 bits of mantissa are enough'
 
 
 def report(found: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ class Task(NamedTuple):
 
 
 MakePart = Callable[[Task], Any]
+Parts = Sequence[MakePart]
 
 
 def run_trial(
@@ -132,7 +133,7 @@ def _microbatch(task: Task) -> Any:
     return microbatch(_quarter(task), task.dim)
 
 
-def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> SimpleNamespace:
+def measure(name: str, parts: Parts, task: Task, steps: int) -> SimpleNamespace:
     """Measure a variant: the median of the time of the steps after a first one, and the memory.
 
     Return a row of the table; None was not measured.
@@ -146,7 +147,7 @@ def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Sim
 
     try:
         if parts and name != "all of these":
-            row.note = compare(task, parts, is_strict=not name.startswith(("amp", "frozen")))
+            row.note = compare(task, parts, _EXPECTED.get(name.split()[0], ""))
         step = make_step(task, parts)
         step()
         seconds = timeit.repeat(step, timer=clock, repeat=steps, number=1)
@@ -158,89 +159,98 @@ def measure(name: str, parts: Sequence[MakePart], task: Task, steps: int) -> Sim
     return row
 
 
-def make_step(
-    task: Task, parts: Sequence[MakePart], kinds: Any = nn.Module, seed: int | None = None
-) -> Callable[[], dict[str, Tensor]]:
-    """Return a step of a copy of the model, without arguments.
-
-    Modules of these kinds are in training mode. With a seed, the step returns its gradients.
-    """
-    if seed is None:
-        gc.collect()  # frees what the last measurement has left
+def make_step(task: Task, parts: Parts) -> Callable[[], Any]:
+    """Return a step of a copy of the model, without arguments."""
+    gc.collect()  # frees what the last measurement has left
     getattr(torch.get_device_module(task.device), "empty_cache", bool)()
-    torch.manual_seed(seed or 0)
-    model, gradients = copy.deepcopy(task.model).to(task.device).train(), dict[str, Tensor]()
-    for module in model.modules():
-        module.training &= isinstance(module, kinds)
-        if isinstance(module, nn.RNNBase) and kinds is not nn.Module:
-            module.dropout = 0.0
-    task = task._replace(model=model)
-    # A fused optimizer would divide the gradients by the loss scale itself.
-    optimizer = torch.optim.AdamW(trainable_parameters(model), fused=seed is None)
-    if seed is not None:
-        noted = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-        optimizer.register_step_pre_hook(lambda *_: gradients.update(noted))
+    task = copied(task, seed=0)
+    return bind(task, parts, torch.optim.AdamW(trainable_parameters(task.model), fused=True))
+
+
+def copied(task: Task, seed: int) -> Task:
+    """Return the task with a copy of its model, in training mode, and seed the random numbers."""
+    torch.manual_seed(seed)
+    return task._replace(model=copy.deepcopy(task.model).to(task.device).train())
+
+
+def bind(task: Task, parts: Parts, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Return a step of the model itself, without arguments."""
     part: Any = train_step(optimizer, *(make_part(task) for make_part in parts))
-    step = part(lambda batch: task.loss_fn(model, batch))
-
-    def call() -> dict[str, Tensor]:
-        # In containers of its own, since the function may take things out of them.
-        step(mapped(task.batch, lambda tensor: tensor))
-        return gradients
-
-    return call
+    step = part(lambda batch: task.loss_fn(task.model, batch))
+    # In containers of its own, since the function may take things out of them.
+    return lambda: step(mapped(task.batch, lambda tensor: tensor))
 
 
 class NotExact(Exception):
     """The gradient of a variant is not the gradient of the plain step."""
 
 
+# Why a variant may have another gradient than the plain step.
+_EXPECTED = {"amp()": "half precision rounds it", "frozen": "frozen layers are in evaluation mode"}
 _DROPOUT = "dropout draws other numbers for each chunk"
 # Why a gradient differs that does not if only modules of these kinds are in training mode. cuDNN
 # has no backward for a recurrent network in evaluation mode.
 _REASONS: dict[Any, str] = {
-    nn.Module: "",
     (_BatchNorm, nn.RNNBase): _DROPOUT,
     nn.RNNBase: "BatchNorm takes the statistics of other rows",
 }
 _NO_MEAN = "the loss is no mean over these rows: `return loss, count`, or is the batch another dim?"
 
 
-def compare(task: Task, parts: Sequence[MakePart], is_strict: bool = True) -> str:
+def compare(task: Task, parts: Parts, expected: str = "") -> str:
     """Return by how much the gradient of a variant differs from the plain one, and why.
 
-    "" is a difference by rounding alone. NotExact if the variant ought to have the same gradient. A
-    batch for which memory runs out is compared in part.
+    "" is a difference by rounding alone. NotExact if the gradient ought to be the same. A batch for
+    which memory runs out is compared in part.
     """
-    tolerance = max(torch.finfo(p.dtype).eps for p in trainable_parameters(task.model)) ** 0.5
-    differences = []
     try:
-        for kinds in _REASONS:
-            reason = _REASONS[kinds]
-            plain = make_step(task, [], kinds, seed=0)()
-            differences.append(difference(make_step(task, parts, kinds, seed=0)(), plain))
-            if differences[-1] <= tolerance:
-                break
-        else:
-            other = difference(make_step(task, [], kinds, seed=1)(), plain)
-            reason = "the function draws random numbers" if other > tolerance else _NO_MEAN
-            reason = reason if is_strict else "half precision rounds it"
+        size = difference(task, parts)
+        reason = expected or find_reason(task, parts) if size else ""
     except Exception as error:
         if task.rows in (None, 1) or not is_out_of_memory(error):
             raise
-        differences = []
-    if not differences:  # here: the error is gone, and what it held
-        return compare(resized(task, (task.rows or 1) // 2), parts, is_strict)
-    differ = f"the gradient differs by {differences[0]:.2g}"
-    check(not is_strict or reason in ("", _DROPOUT), NotExact, f"{differ}: {reason}")
-    return reason and f"{differ}: {reason}"
+    else:
+        differs = f"the gradient differs by {size:.2g}: {reason}"
+        check(reason in ("", expected, _DROPOUT), NotExact, differs)
+        return reason and differs
+    # Here the error is gone, and what it held.
+    return compare(resized(task, (task.rows or 1) // 2), parts, expected)
 
 
-def difference(found: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
-    """Return the norm of the difference of two gradients, relative to the second one."""
+def find_reason(task: Task, parts: Parts) -> str:
+    """Return why the gradient of a variant differs."""
+    for kinds, reason in _REASONS.items():
+        if not difference(task, parts, kinds):
+            return reason
+    is_random = difference(task, [], nn.RNNBase, seed=1)
+    return "the function draws random numbers" if is_random else _NO_MEAN
+
+
+def difference(task: Task, parts: Parts, kinds: Any = nn.Module, seed: int = 0) -> float:
+    """Return the norm of the difference from the plain gradient, relative to the plain one.
+
+    0.0 is a difference by rounding alone, nan a variant without an update.
+    """
+    plain, found = gradient(task, [], kinds, 0), gradient(task, parts, kinds, seed)
     off = math.hypot(*(float((one - plain[name]).norm()) for name, one in found.items()))
-    size = math.hypot(*(float(plain[name].norm()) for name in found))
-    return off / (size or 1.0) if found else math.nan
+    size = math.hypot(*(float(plain[name].norm()) for name in found)) or 1.0
+    rounding = max(torch.finfo(p.dtype).eps for p in trainable_parameters(task.model)) ** 0.5
+    return (0.0 if off / size <= rounding else off / size) if found else math.nan
+
+
+def gradient(task: Task, parts: Parts, kinds: Any, seed: int) -> dict[str, Tensor]:
+    """Return the gradient of a variant. Modules of these kinds are in training mode."""
+    task, found = copied(task, seed), dict[str, Tensor]()
+    for module in task.model.modules():
+        module.training &= isinstance(module, kinds)
+        if isinstance(module, nn.RNNBase) and kinds is not nn.Module:
+            module.dropout = 0.0
+    # A fused optimizer would divide the gradients by the loss scale itself.
+    optimizer = torch.optim.SGD(trainable_parameters(task.model), fused=False)
+    noted = ((n, p.grad) for n, p in task.model.named_parameters() if p.grad is not None)
+    optimizer.register_step_pre_hook(lambda *_: found.update(noted))
+    bind(task, parts, optimizer)()
+    return found
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
@@ -280,7 +290,7 @@ def _storages(values: Any) -> set[torch.UntypedStorage]:
     return {tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided}
 
 
-def largest_batch(parts: Sequence[MakePart], task: Task, rows: int) -> int:
+def largest_batch(parts: Parts, task: Task, rows: int) -> int:
     """Return how many rows fit, to 1/16 of the batch and up to 64 times the batch; 0 if none."""
 
     def fails(count: int) -> bool:
