@@ -87,7 +87,7 @@ def not_an_optimizer(given: Any) -> TypeError:
         remedy = "train_step(optimizer, after=scheduler.step)"
     elif isinstance(given, (list, tuple, dict)):
         remedy = "train_step([optimizer_a, optimizer_b])"
-    elif hasattr(given, "step"):
+    elif hasattr(given, "step") or hasattr(given, "param_groups"):
         came += f" without {', '.join(missing)}"
         remedy = f"{missing[0]} = property(lambda self: self.optimizer.{missing[0]})"
     return TypeError(f"expected an optimizer, got {came}: `{remedy}`")
