@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 
@@ -15,7 +16,8 @@ def warn(message: str) -> None:
     Source: ``find_stack_level`` of
     https://github.com/pandas-dev/pandas/blob/main/pandas/util/_exceptions.py
     """
-    ours = warn.__code__.co_filename.removesuffix("core/warning.py")  # a folder, or a lifted file
+    package = warn.__code__.co_filename.removesuffix("core/warning.py")  # or a lifted file
+    ours = (package, contextlib.__file__)
     level, frame = 1, sys._getframe()
     while frame.f_code.co_filename.startswith(ours) and frame.f_code.co_name != "<module>":
         if frame.f_back is None:
