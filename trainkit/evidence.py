@@ -68,7 +68,9 @@ class Evidence:
         node: Any = loss.grad_fn
         factor = node._saved_other if node is not None and node.name() == "MulBackward0" else None
         if factor is not None and not factor.dim() and not factor.requires_grad:
-            is_scaled = any(scaler._scale is factor for scaler in _alive(torch.amp.GradScaler))
+            is_scaled = any(
+                getattr(scaler, "_scale", None) is factor for scaler in _alive(torch.amp.GradScaler)
+            )
             came = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
             check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
 
@@ -114,7 +116,7 @@ class Evidence:
 
     def _has_moved(self, parameters: list[Any], versions: list[int], sums: list[Any]) -> bool:
         trained = {*map(id, parameters)}  # fused kernels leave versions as they are
-        is_stepped = any(_held(optimizer) & trained for optimizer in self.stepped)
+        is_stepped = any(_ids_in(optimizer) & trained for optimizer in self.stepped)
         if is_stepped or [*map(_version, parameters)] != versions:
             self.updates_show = True
             return True
@@ -151,7 +153,7 @@ def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
     known = {id(x) for o in own for x in (o, *o.param_groups, *vars(o).values())}
     if any(id(x) in known for other in stepped for x in (other, *other.param_groups)):
         return None
-    return next((other for other in stepped if _held(other) & trained), None)
+    return next((other for other in stepped if _ids_in(other) & trained), None)
 
 
 def _idle(plan: Plan) -> list[Tensor]:
@@ -163,7 +165,7 @@ def _idle(plan: Plan) -> list[Tensor]:
     own = {*map(id, plan.parameters())}
     idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
     idle = [p for p in idle if p.grad is not None]
-    held = [_held(optimizer) for optimizer in _alive(torch.optim.Optimizer)] if idle else []
+    held = [_ids_in(optimizer) for optimizer in _alive(torch.optim.Optimizer)] if idle else []
     held = [ids for ids in held if not ids & own]
     held += [{*map(id, step._plan.parameters())} for step in evidence if step._plan is not plan]
     return [p for p in idle if not any(id(p) in ids for ids in held)]
@@ -193,7 +195,7 @@ def _calls_hooks(optimizer: Any) -> bool:
     return has_hooks and hasattr(optimizer.step, "hooked")
 
 
-def _held(optimizer: Any) -> set[int]:
+def _ids_in(optimizer: Any) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
