@@ -54,13 +54,12 @@ class Evidence:
     @classmethod
     def _note_idle(cls, optimizer: Any, args: Any, closure: Any) -> None:
         """Count a call of ``optimizer.step()`` that finds no gradient, and is not the step's."""
+        if args[1:] or closure or _has_gradient(optimizer):
+            return
         owners = [step for step in evidence if optimizer in step._plan.optimizers]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        if len(owners) > 1 or gradients.count(None) < len(gradients) or args[1:] or closure:
-            return  # another step, or a loop, may need this call
-        for step in owners:
+        for step in owners if len(owners) == 1 else ():  # another may need this call
             is_own = step._running is not None and step._running.result.complete
-            evidence[step].idle_calls += not (is_own or step._yields)
+            evidence[step].idle_calls += not is_own
 
     @staticmethod
     def check_loss(loss: Tensor) -> None:
@@ -75,7 +74,7 @@ class Evidence:
             check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
 
     def _note_stepped(self, optimizer: Any, *_: Any) -> None:
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if _has_gradient(optimizer):
             self.stepped.append(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
@@ -193,6 +192,10 @@ def hint_at_exit() -> None:
 def _calls_hooks(optimizer: Any) -> bool:
     has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
     return has_hooks and hasattr(optimizer.step, "hooked")
+
+
+def _has_gradient(optimizer: Any) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _ids_in(optimizer: Any) -> set[int]:

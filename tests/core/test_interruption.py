@@ -121,7 +121,9 @@ def signals(injector):
         left_early = code.co_name == "<genexpr>" or (
             code.co_flags & inspect.CO_GENERATOR and code.co_filename == FILES[2]
         )
-        return code.co_filename.startswith(FILES) and not left_early
+        # What is raised in `__del__`, Python prints and ignores.
+        is_skipped = left_early or code.co_name == "__del__"
+        return code.co_filename.startswith(FILES) and not is_skipped
 
     def profile(frame, event, argument):
         if event not in ("call", "c_return") or not looks(frame.f_code):
