@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import itertools
 import operator
 import sys
 from typing import Any, ClassVar
@@ -164,7 +165,9 @@ def _idle(plan: Plan) -> list[Tensor]:
     own = {*map(id, plan.parameters())}
     idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
     idle = [p for p in idle if p.grad is not None]
-    held = [_ids_in(optimizer) for optimizer in _alive(torch.optim.Optimizer)] if idle else []
+    if not idle:
+        return []
+    held = [_ids_in(optimizer) for optimizer in _alive(torch.optim.Optimizer)]
     held = [ids for ids in held if not ids & own]
     held += [{*map(id, step._plan.parameters())} for step in evidence if step._plan is not plan]
     return [p for p in idle if not any(id(p) in ids for ids in held)]
@@ -203,7 +206,8 @@ def _ids_in(optimizer: Any) -> set[int]:
 
 
 def _alive(kind: type) -> list[Any]:
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+    found = gc.get_objects()  # many: looked at in C
+    return [*itertools.compress(found, map(issubclass, map(type, found), itertools.repeat(kind)))]
 
 
 _version, _kind = operator.attrgetter("_version"), operator.attrgetter("__class__.__name__")
