@@ -84,16 +84,18 @@ class Evidence:
         if self.updates_show is None:
             lines = {line for _, end, line in frame.f_code.co_lines() if end > frame.f_lasti}
             self.is_bare, sums = lines <= {None, frame.f_lineno}, _checksums(parameters)
-        versions, self.stepped = [*map(_version, parameters)], []
+        self.before, self.stepped = ([*map(_version, parameters)], sums), []
         try:
             _global_optimizer_post_hooks[id(self)] = self._note_stepped
-            run_to_end(generator)
-        finally:
+            run_to_end(generator)  # the last call here: Ctrl-C must find no point before the count
+        except BaseException:
+            self.before = None
             _global_optimizer_post_hooks.pop(id(self), None)
-        self.before = versions, sums
+            raise
 
     def tell(self, step: Any, result: Any) -> None:
         """Say what a closed window has shown, each thing once. Correct ``result.updated``."""
+        _global_optimizer_post_hooks.pop(id(self), None)
         plan, found, self.windows = step._plan, {}, self.windows + 1
         if self.before is not None:
             if not self._has_moved(plan.parameters(), *self.before):
