@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from trainkit.core.generators import run_to_end
-from trainkit.core.plan import Plan, check
+from trainkit.core.plan import Plan, check, parameters_of
 from trainkit.core.warning import warn
 
 unfrozen: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id
@@ -200,11 +200,11 @@ def _calls_hooks(optimizer: Any) -> bool:
 
 
 def _has_gradient(optimizer: Any) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    return any(p.grad is not None for p in parameters_of(optimizer))
 
 
 def _ids_in(optimizer: Any) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {*map(id, parameters_of(optimizer))}
 
 
 def _alive(kind: type) -> list[Any]:

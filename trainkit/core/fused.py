@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from trainkit.core.plan import parameters_of
+
 
 def step_all(optimizers: Sequence[Any], told: dict[str, Tensor]) -> None:
     """Step the optimizers. Fused kernels read ``told``: they divide gradients by ``grad_scale``
@@ -44,7 +46,7 @@ def can_fuse(optimizers: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
         return False
     if len(optimizers) == 1:
         return True
-    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    owned = [id(p) for optimizer in optimizers for p in parameters_of(optimizer)]
     return len(set(owned)) == len(owned)
 
 

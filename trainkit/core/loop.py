@@ -95,8 +95,7 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
         else:
             if again is not None and again.has_ended:
                 came = f"the loader ended after {again.closed} of {updates} windows"
-                remedy = "give one that can be iterated over again"
-                raise ValueError(f"{came}: {remedy}, `step.over(list(loader), updates=N)`")
+                raise ValueError(f"{came}: give a list, `step.over(list(loader), updates=N)`")
     finally:
         for step, delivery in zip(steps, found, strict=True):
             step._delivery = delivery

@@ -80,7 +80,7 @@ class Plan:
     def optimized(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each optimizer, or without optimizers of each module."""
         if self.optimizers:
-            return [[p for g in o.param_groups for p in g["params"]] for o in self.optimizers]
+            return [parameters_of(optimizer) for optimizer in self.optimizers]
         return [list(module.parameters()) for module in self.modules]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -89,6 +89,11 @@ class Plan:
             found: list[nn.Parameter] = groups[0]["params"]
             return found
         return list({id(p): p for parameters in self.optimized() for p in parameters}.values())
+
+
+def parameters_of(optimizer: OptimizerLike) -> list[nn.Parameter]:
+    """Return the parameters in the groups of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 _NAMES = {"precision": "amp()", "step": "microbatch()", "window": "accumulate(dtype=...)"}
@@ -123,10 +128,14 @@ def check_length(n: Any) -> float:
     """Return n if it is a number of micro-batches, inf for None; else TypeError or ValueError."""
     if n is None:
         return math.inf
-    wanted = f"n counts micro-batches, an int of at least 1, got {shown(n)}: `accumulate(4)`"
+    check_count(n, f"n counts micro-batches, an int of at least 1, got {shown(n)}: `accumulate(4)`")
+    return int(n)
+
+
+def check_count(n: Any, wanted: str) -> None:
+    """Raise TypeError or ValueError unless n is an integer of at least 1."""
     check(isinstance(n, numbers.Integral) and not isinstance(n, bool), TypeError, wanted)
     check(1 <= n <= sys.maxsize, ValueError, wanted)
-    return int(n)
 
 
 def optimizers_of(given: Any) -> tuple[OptimizerLike, ...]:

@@ -12,8 +12,6 @@ import contextlib
 import functools
 import inspect
 import math
-import numbers
-import operator
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -32,12 +30,13 @@ from trainkit.core.plan import (
     Plan,
     Surrounding,
     check,
+    check_count,
     check_length,
     check_plan,
     check_stepping,
 )
 from trainkit.core.result import StepResult
-from trainkit.core.update import Answer, Updater
+from trainkit.core.update import Answer, Updater, requires_grad
 from trainkit.core.warning import warn
 from trainkit.core.window import Size, Versions, Weight, Window, as_weight, is_changed, versions
 
@@ -159,13 +158,12 @@ class Step(Generic[P]):
             where = "in `with step:` or in the step function; below a yield, `loss.backward()`"
             raise RuntimeError(f"step.backward(loss) is called inside a micro-batch: {where}")
         loss, weight = read_loss(loss if weight is None else (loss, weight))
-        detached = loss.detach()
         options = {"create_graph": create_graph, "retain_graph": retain_graph, "inputs": inputs}
         is_plain = not create_graph and retain_graph is None and inputs is None
-        running.backward(loss, weight, {} if is_plain else options)
+        running.backward(loss, weight, None if is_plain else options)
         running.watch(running.lent)
         if running.result.loss is None:
-            running.result.loss = detached
+            running.result.loss = loss.detach()
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch: for loops without ``over``."""
@@ -207,9 +205,7 @@ class Step(Generic[P]):
             check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
         if updates is not None:
             came = f"updates counts windows, an int of at least 1, got {updates!r}"
-            is_count = isinstance(updates, numbers.Integral) and not isinstance(updates, bool)
-            check(is_count, TypeError, f"{came}: `step.over(loader, updates=1000)`")
-            check(updates >= 1, ValueError, f"{came}: `step.over(loader, updates=1000)`")
+            check_count(updates, f"{came}: `step.over(loader, updates=1000)`")
         length = length_of(loader) if updates is None else 0
         batches = Batches(over(loader, (self, *others), updates), length)
         if progress is False:
@@ -592,16 +588,13 @@ def _keep_casts_fresh(step: Step[Any]) -> None:
     copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
     every weight would cost as much as backward through a small layer.
     """
-    if step._cast_weights and all(map(_is_trained, step._cast_weights)):
+    if step._cast_weights and all(map(requires_grad, step._cast_weights)):
         return
     weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in step._plan.optimized()]
     step._cast_weights = [trained[-1] for trained in weights if trained]
     for weight in step._cast_weights:
         if _clear_casts not in (weight._backward_hooks or {}).values():
             weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
-
-
-_is_trained = operator.attrgetter("requires_grad")
 
 
 def _clear_casts(gradient: Tensor) -> None:

@@ -110,7 +110,7 @@ class Updater:
                 scaled = total_norm(gradients, self.plan.norm_type, self.zero)
             found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
-        has_graph = any(map(_requires_grad, gradients))  # of ``backward(create_graph=True)``
+        has_graph = any(map(requires_grad, gradients))  # of ``backward(create_graph=True)``
         if own is None and window.can_fuse and not has_graph and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
             verdict = Verdict(told.get("found_inf", False), found_inf, norm)
@@ -185,7 +185,7 @@ class Updater:
         self.skips, self.latest, self.asked = 0, [], None
 
 
-_requires_grad = operator.attrgetter("requires_grad")
+requires_grad = operator.attrgetter("requires_grad")
 
 
 def _times(divisor: Weight, factor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
-from trainkit.core.plan import check, shown
+from trainkit.core.plan import check, parameters_of, shown
 from trainkit.core.step import Step
 from trainkit.core.warning import warn
 from trainkit.saving.randomness import is_source
@@ -108,8 +108,8 @@ class Objects:
         for name, module in self.of(nn.Module).items():
             found.update(_tensors(name, module.state_dict()))
         for name, optimizer in self.optimizers.items():
-            parameters = (p.detach() for group in optimizer.param_groups for p in group["params"])
-            found.update((f"{name}.state.{i}", p) for i, p in enumerate(parameters))
+            parameters = enumerate(parameters_of(optimizer))
+            found.update((f"{name}.state.{i}", p.detach()) for i, p in parameters)
         return found
 
     def check_fit(self, states: Mapping[str, Any]) -> None:

@@ -136,7 +136,7 @@ class Position:
             rest = Batches(reading, max(length_of(loader) - now.counted, 0))
             for delivery in deliver(rest, batch):
                 now.delivered += 1
-                now.counted += not getattr(delivery, "is_filler", False)
+                now.counted += not delivery.is_filler
                 yield delivery._replace(number=now.delivered - 1)
         finally:
             if name is not None:
