@@ -15,7 +15,7 @@ usual = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("ci", max_examples=150, derandomize=True, **usual)
+settings.register_profile("ci", max_examples=100, derandomize=True, **usual)
 settings.register_profile("deep", max_examples=2000, **usual)
 settings.register_profile("brief", max_examples=15, derandomize=True, **usual)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

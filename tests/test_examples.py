@@ -173,17 +173,22 @@ def losses_of_one_process(tmp_path_factory):
     return run_here("finetune_sentiment", *SENTENCES, "--output", tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("how", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
-def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "restarts"), [((), 1), (("--fsdp",), 0)], ids=["ddp, a rank killed once", "fsdp2"]
+)
+def test_finetune_sentiment_on_two_ranks(
+    how, restarts, losses_of_one_process, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # pytorch#135712
     options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
-    printed, losses = run_ranks("finetune_sentiment", tmp_path / "losses.json", *options, *how)
-    assert (
-        printed.count("training on")
-        == printed.count("accuracy")
-        == printed.count("\ntrainkit")
-        == 1
+    printed, losses = run_ranks(
+        "finetune_sentiment", tmp_path / "losses.json", *options, *how, restarts=restarts
     )
+    assert printed.count("training on") == 1 + restarts
+    assert printed.count("accuracy") == printed.count("\ntrainkit") == 1
     assert "plain" not in printed
+    # After each batch, and at the end: none was done again.
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
     assert len(losses) == 4
     assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
     assert (tmp_path / "finetune_sentiment.png").exists()
@@ -194,21 +199,6 @@ def test_finetune_sentiment_on_two_ranks(how, losses_of_one_process, tmp_path):
     # One process begins the loop that two ranks left after two batches again; then nothing is left.
     resumed, again = (run_here("finetune_sentiment", *options) for _ in range(2))
     assert len(resumed) == 2 + 4 and again == resumed
-
-
-def test_torchrun_restarts_a_killed_rank_and_the_finetune_goes_on(
-    losses_of_one_process, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # pytorch#135712
-    options = (*SENTENCES, "--output", tmp_path, "--checkpoint", tmp_path / "checkpoints")
-    printed, losses = run_ranks(
-        "finetune_sentiment", tmp_path / "losses.json", *options, restarts=1
-    )
-    assert printed.count("training on") == 2 and printed.count("\ntrainkit") == 1
-    assert (
-        len(list((tmp_path / "checkpoints").iterdir())) == 5
-    )  # after each batch, and at the end: none was done again
-    assert losses == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
 def test_an_archive_with_another_hash_is_not_opened(finetune, tmp_path):

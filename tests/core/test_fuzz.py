@@ -865,6 +865,8 @@ class Fuzz(RuleBasedStateMachine):
         with ExitStack() as stack:
             for block in getattr(self, "blocks", ()):
                 stack.push(block)
+        if hasattr(self, "model"):  # else steps of later tests warn of unfrozen parameters
+            self.model.zero_grad()
 
 
 def test_fuzz(capsys):

@@ -33,6 +33,7 @@ from torch import nn
 from trainkit import accumulate, amp, freeze, frozen, microbatch, train_step, unfreeze
 
 HAS_WIDE_SUMS = hasattr(torch.Tensor, "grad_dtype")
+FEW = settings(max_examples=settings.default.max_examples // 2)
 FULL_SIZES = [4, 3, 2, 4, 3, 4, 2]  # rows of each micro-batch
 
 
@@ -253,7 +254,6 @@ def undisturbed(setup):
     return World(setup).train()
 
 
-@settings(max_examples=2 * settings.default.max_examples)
 @given(setups(), st.lists(GAP, min_size=4, max_size=8), st.booleans())
 def test_nothing_between_two_micro_batches_changes_anything(setup, gaps, at_the_top):
     """The top of a step function, before any loss, is between two micro-batches, too."""
@@ -411,6 +411,7 @@ def intruded(draw):
     return replace(setup, **values), draw(st.sampled_from(places))
 
 
+@FEW
 @given(intruded(), st.sampled_from(sorted(INTRUSIONS)), st.integers(0, 2))
 def test_a_change_inside_a_micro_batch_is_refused(drawn, name, at):
     setup, place = drawn
@@ -504,6 +505,7 @@ class Harmless(Intruded):
         self.others["others"]()
 
 
+@FEW
 @given(intruded(), st.sampled_from([*HARMLESS, *BEFORE]), st.booleans())
 def test_no_false_alarm(drawn, name, leftover):
     setup, place = drawn

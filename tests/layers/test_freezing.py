@@ -11,7 +11,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import batch_norm, mse_loss
@@ -363,7 +363,6 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
 @given(st.lists(ACTIONS, max_size=14), st.lists(st.booleans(), min_size=11, max_size=11))
 def test_blocks_may_end_in_any_order(actions, found):
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Sequential(nn.BatchNorm1d(1)))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -122,7 +122,6 @@ def test_predicates_and_words_of_all_kinds_go_together_and_may_come_from_an_iter
             assert names == ["scale", "embeddings.weight", "head.0.bias"]
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
 @given(*[st.none() | st.integers(-6, 6)] * 2, st.none() | st.integers(-3, 3).filter(bool))
 def test_slices_are_those_of_python(start, stop, step):
     text = ":".join("" if bound is None else str(bound) for bound in (start, stop, step))
@@ -135,7 +134,6 @@ def test_slices_are_those_of_python(start, stop, step):
             selected(model, f"encoder.layer[{text}]")
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.data())
 def test_stars_are_those_of_a_regular_expression(data):
     path = data.draw(st.sampled_from(NAMES)).split(".")

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import run
 from torch import nn
@@ -137,6 +137,7 @@ FROZEN = st.sampled_from(
 )
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     layers=st.sampled_from(LAYERS),
     inner_layers=st.sampled_from(LAYERS),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -38,7 +38,6 @@ PATTERNS = ["**", "embeddings", "blocks", "blocks[0]", "blocks[1:]", "**.bias", 
 PATTERNS += ["blocks.*.1", "blocks[-1][1].weight", "head.weight", "**.running_mean"]
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
 @given(
     plus=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3),
     minus=st.lists(st.sampled_from(PATTERNS), max_size=3),
