@@ -3,6 +3,7 @@
 import gc
 import os
 
+import older_torch  # noqa: F401
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

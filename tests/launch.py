@@ -6,6 +6,7 @@ import os
 import tempfile
 import traceback
 
+import older_torch  # noqa: F401
 import torch
 from torch import distributed as dist
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import older_torch  # noqa: F401
 import pytest
 import torch
 

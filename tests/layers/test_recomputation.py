@@ -628,6 +628,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("how", COMPILED)
 def test_a_compiled_model_recomputes_too_and_takes_one_graph_more(how):
+    if how in ("before", "in place") and torch.__version__ < (2, 7):
+        pytest.skip("a BatchNorm in torch 2.6's own compiled checkpoint counts a batch twice")
+
     def compile_it(module):
         return torch.compile(module, backend="aot_eager", fullgraph=True)
 
@@ -694,6 +697,8 @@ def on_ranks(rank, ranks):
         ("fsdp2", False, ["stem", "layers[0]"]),
         ("fsdp2", True, []),
     ]:
+        if how[0] == "fsdp2" and torch.__version__ < (2, 7):
+            continue  # spectral_norm changes in place what the backward of FSDP2 needs
         expected = train(*how[:2], [], how[2], False)
         for layers, ends_early in [("layers", False), ("**.wide", True), (["layers[1]"], False)]:
             ours = train(*how[:2], layers, how[2], ends_early)
@@ -703,4 +708,6 @@ def on_ranks(rank, ranks):
 
 def test_wrapped_models_on_two_ranks():
     for answer in run(on_ranks, 2):
-        assert len(answer) == 12 and all(answer.values()), answer
+        assert len(answer) == (12 if torch.__version__ >= (2, 7) else 3) and all(answer.values()), (
+            answer
+        )
