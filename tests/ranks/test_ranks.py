@@ -189,6 +189,11 @@ def a_window_that_is_dropped_leaves_nothing_behind(rank, ranks, how):
     assert distance(trained(False), trained(True)) == 0
 
 
+def groups_of_state(state):
+    has_several = hasattr(state, "_fsdp_param_groups")  # older versions of torch have one
+    return state._fsdp_param_groups if has_several else [state._fsdp_param_group]
+
+
 def wrappers_are_left_as_they_were_found(rank, ranks, how):
     _, model, optimizer = made(ranks, how)
 
@@ -196,7 +201,7 @@ def wrappers_are_left_as_they_were_found(rank, ranks, how):
         if how == "ddp":
             return [model.require_backward_grad_sync]
         states = [part._get_fsdp_state() for part in (model, model[0])]
-        groups = [group for state in states for group in state._fsdp_param_groups]
+        groups = [g for state in states for g in groups_of_state(state)]
         found = [group.reduce_grads for group in groups]
         return found + [state._state_ctx.is_last_backward for state in states]
 
@@ -266,6 +271,8 @@ def frozen_layers_stay_and_are_not_reduced(rank, ranks, how):
 
 def an_open_window_keeps_the_sums_of_layers_while_they_are_frozen(rank, ranks, how):
     """FSDP2 would reduce its hidden sums in any backward through the module."""
+    if how == "fsdp2" and torch.__version__ < (2, 7):
+        return  # on a CPU it cannot differentiate an input: its gather counts as a change
     base, model, optimizer = made(ranks, how)
     gain = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
     step = train_step(optimizer, accumulate(3), module=model)(loss_function(model, False))
