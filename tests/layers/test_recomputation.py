@@ -697,8 +697,6 @@ def on_ranks(rank, ranks):
         ("fsdp2", False, ["stem", "layers[0]"]),
         ("fsdp2", True, []),
     ]:
-        if how[0] == "fsdp2" and torch.__version__ < (2, 7):
-            continue  # spectral_norm changes in place what the backward of FSDP2 needs
         expected = train(*how[:2], [], how[2], False)
         for layers, ends_early in [("layers", False), ("**.wide", True), (["layers[1]"], False)]:
             ours = train(*how[:2], layers, how[2], ends_early)
@@ -708,6 +706,4 @@ def on_ranks(rank, ranks):
 
 def test_wrapped_models_on_two_ranks():
     for answer in run(on_ranks, 2):
-        assert len(answer) == (12 if torch.__version__ >= (2, 7) else 3) and all(answer.values()), (
-            answer
-        )
+        assert len(answer) == 12 and all(answer.values()), answer
