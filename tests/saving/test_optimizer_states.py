@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from saving_runs import ALWAYS, Killed, batches, names, same, same_when_killed
 from torch import nn
@@ -179,6 +179,7 @@ kept = st.recursive(
 )
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(kept)
 def test_what_an_optimizer_keeps_comes_back_as_it_was(value):
     """Torch's own ``load_state_dict`` casts to the dtype of the parameter, and the like."""
