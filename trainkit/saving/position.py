@@ -122,10 +122,10 @@ class Position:
             self._start_workers(inner)
         if isinstance(loader, Again):
             loader.begun = now.begun = loader.begun if self._begun is None else self._begun
-        self._begun = self._resumed = None
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now = self._return(found, now)
+        self._begun = self._resumed = None
         reading, self.current = self._read(loader, inner, now, states_at), now
         try:
             for _ in range(now.counted - now.read):
