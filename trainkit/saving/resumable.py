@@ -66,8 +66,8 @@ class resumable:
         check(isinstance(every, timedelta) or every >= 1, ValueError, message)
         message = f"keep={keep!r} is not a number of checkpoints, at least 1: `keep=2`"
         check(isinstance(keep, int) and keep >= 1, ValueError, message)
-        self._every, self._keep = every, keep
-        self._path = Path(path).absolute()  # the loop may change folders
+        self._every = every
+        self._checkpoints = Checkpoints(Path(path).absolute(), keep)  # the loop may change folders
         self._objects = Objects(objects)
         self._objects.warn_of_missing()
         self._readers: list[Any] = []  # how the steps read loaders outside of the block
@@ -83,7 +83,6 @@ class resumable:
         advice = "give all objects to one `resumable(path, ...)`"
         check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
         self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
-        self._checkpoints = Checkpoints(self._path, self._keep)
         self._signals = _Signals()
         self._is_nested = False
         # On several ranks: their common request, and the number of batches at the window's end.
@@ -215,7 +214,7 @@ class resumable:
             step.settle()  # schedulers may be an update behind the parameters
         self._note_time()
         if broken := first_of_ranks(self._objects.not_finite()):
-            warn(f"{broken} is not finite: nothing is written, the newest in {self._path} stays")
+            warn(f"{broken} is not finite: nothing is written, and the newest checkpoint stays")
             return
         position = self._position.state_dict()
         states = self._objects.states(position["loaders"])

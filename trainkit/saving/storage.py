@@ -95,9 +95,8 @@ class Checkpoints:
             last = max(map(int, self._names()), default=0)
             os.rename(aside, self._path / f"{last + 1:08d}")
             _sync(self._path)
-            names = self._names()
-            good = [name for name in names if name not in self._damaged]
-            for name in set(names) - set(good[-self._keep :]):
+            good = [name for name in self._names() if name not in self._damaged]
+            for name in set(self._names()) - set(good[-self._keep :]):
                 # Renamed first: a half-deleted checkpoint must not look like a damaged one.
                 os.rename(self._path / name, aside)
                 shutil.rmtree(aside)
