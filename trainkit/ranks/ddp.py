@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ class Replica:
         self.reduces: bool | None = None
         # It synchronises what was trainable when it was made. Only the buckets of its reducer tell;
         # a bucket of sparse gradients does not, and then nothing is checked.
-        try:
-            buckets: list[Any] = module.reducer._get_zeros_like_grad_buckets()
-        except RuntimeError:
-            buckets = []
-        self._synchronised = {id(p) for bucket in buckets for p in bucket.parameters()}
+        self._synchronised = set[int]()
+        with suppress(RuntimeError):
+            for bucket in module.reducer._get_zeros_like_grad_buckets():
+                self._synchronised.update(map(id, bucket.parameters()))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that it synchronises if they are trained, in the same order on all
@@ -36,19 +34,16 @@ class Replica:
         named, ignored = self.module.module.named_parameters(), self.module.parameters_to_ignore
         return {name: parameter for name, parameter in named if name not in ignored}
 
-    @contextmanager
-    def around(self, closes: bool) -> Iterator[None]:
-        """Reduce gradients in this micro-batch only if it closes a window."""
+    def enter(self, closes: bool, until: ExitStack) -> None:
+        """Begin a micro-batch: reduce its gradients only if it closes a window."""
         self._check_frozen()
         module, self.reduces = self.module, None
-        with ExitStack() as stack:
-            if module.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-                stack.callback(module.module.register_forward_pre_hook(self._skip_broadcast).remove)
-            if closes or not self.may_wait:
-                stack.callback(module.register_forward_pre_hook(self._note_forward).remove)
-            else:
-                stack.enter_context(module.no_sync())
-            yield
+        if module.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            until.callback(module.module.register_forward_pre_hook(self._skip_broadcast).remove)
+        if closes or not self.may_wait:
+            until.callback(module.register_forward_pre_hook(self._note_forward).remove)
+        else:
+            until.enter_context(module.no_sync())
 
     def before_backward(self) -> None:
         """Raise RuntimeError if the gradients of a backward would not be reduced."""

@@ -26,19 +26,19 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
         others = tuple(part for part in plan.surroundings if part is not joined)
         plan = replace(plan, surroundings=others, window=None)
     ranks = Ranks(step, plan, updater.zero.device)
-    if ranks.count == 1 and not ranks.is_wrapped:
+    if ranks.size == 1 and not ranks.is_wrapped:
         return plan, deliver
-    alone = f"each of {ranks.count} ranks would train its own model: give the wrapped one"
+    alone = f"each of {ranks.size} ranks would train its own model: give the wrapped one"
     is_shared = ranks.is_wrapped or has_shards(plan)
     check(is_shared, ValueError, f"{alone}, `train_step(..., module=ddp_model)`")
     single = "accumulate(dtype=torch.float32) is for one process: `model.float()` and `amp()`"
     check(plan.window is None, ValueError, single)
-    is_partial = ranks.count > 1 and updater.looks and bool(ranks.fsdp1)
+    is_partial = ranks.size > 1 and updater.looks and bool(ranks.fsdp1)
     part = "under FullyShardedDataParallel a rank would clip and check its part of the gradients"
     check(not is_partial, ValueError, f"{part} alone: `fully_shard(model)`")
-    if ranks.count > 1 and ranks.device.type != "cpu":
+    if ranks.size > 1 and ranks.device.type != "cpu":
         updater.lag = 16
-    if ranks.count > 1 and deliver is mark_last:
+    if ranks.size > 1 and deliver is mark_last:
         deliver = functools.partial(
             lockstep,
             window_length=lambda: step._new_window().length,

@@ -52,9 +52,8 @@ def lockstep(
         wanted = length + 1 if size - seen <= length else int(batch is None)
         ahead.extend(itertools.islice(iterator, max(wanted - len(ahead), 0)))
         left = size - seen if len(ahead) == wanted <= length else len(ahead)
-        told = exchange(min(left, length), left > length).tolist()
-        counts = [count for count, _ in told]
-        has_more = any(more for _, more in told)
+        counts, more = exchange(min(left, length), left > length).T.tolist()
+        has_more = any(more)
         if 0 in counts and (is_endless or (batch is None and any(counts))):
             missing = [rank for rank, count in enumerate(counts) if not count]
             call = "step.over(list(loader), updates=N)" if is_endless else "DistributedSampler(...)"
