@@ -81,7 +81,6 @@ class ChunkedStep(Step[P]):
         batch = Batch(args, kwargs, self._dim)
         if self._updater is None:
             self._prepare()
-        self._window = self._window or self._new_window()
         fillers, start = self._count_fillers(batch), 0
         parts: list[Any] = []  # the losses of the chunks, their weights and outputs
         try:
@@ -136,8 +135,6 @@ class ChunkedStep(Step[P]):
 
     def _try(self, batch: Batch, start: int, stop: int) -> Chunk | None:
         """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
-        if self._owed is not None and self._owed.known():
-            self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
         rows, outer = stop - start, sys.exc_info()[1]
         args, kwargs = batch.chunk(start, stop)
         self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
@@ -145,7 +142,8 @@ class ChunkedStep(Step[P]):
             super().__call__(*args, **kwargs)
             return chunk
         except Exception as error:
-            if not (chunk.is_revocable and is_out_of_memory(error)):
+            has_begun = self._chunk is None  # else ``after`` failed: smaller chunks do not help
+            if not (has_begun and chunk.is_revocable and is_out_of_memory(error)):
                 raise
             chunk.revoke()
             if rows <= 1:
