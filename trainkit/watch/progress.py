@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
 
-from trainkit.core.loop import length_of
+from trainkit.core.loop import Batches, length_of
 from trainkit.core.plan import check
 from trainkit.watch.optional import optional
 from trainkit.watch.readings import Readings, Smoothed
@@ -20,9 +20,7 @@ _CALL = "`step.over(loader, progress=True)` or `step.over(loader, progress={'des
 _COLUMNS = {"loss": "loss", "norm": "grad_norm", "lr": "lr", "scale": "loss_scale"}
 
 
-def with_progress(
-    batches: Iterator[T], loader: Iterable[T], steps: Sequence[Any], progress: Any
-) -> Iterator[T]:
+def with_progress(batches: Batches[T], steps: Sequence[Any], progress: Any) -> Iterator[T]:
     """Iterate over ``batches`` and show a bar of tqdm, on rank 0 alone. See ``Step.over``."""
     is_known = progress is True or isinstance(progress, Mapping)
     check(is_known, TypeError, f"progress is a bool or a mapping, got {progress!r}: {_CALL}")
@@ -34,7 +32,7 @@ def with_progress(
 
 
 def _with_bar(
-    batches: Iterator[T], make_bar: Callable[[], Any], steps: Sequence[Any]
+    batches: Batches[T], make_bar: Callable[[], Any], steps: Sequence[Any]
 ) -> Iterator[T]:
     try:
         bar = make_bar()
@@ -60,7 +58,7 @@ def _with_bar(
             bar.update()
     finally:
         try:
-            batches.close()  # type: ignore[attr-defined]  # a generator that flushes the readings
+            batches.close()  # which flushes the readings
         finally:
             for numbers in shown:
                 numbers.readings.close()

@@ -66,19 +66,16 @@ class Readings:
         self._waiting += [(row, _joined([x for _, x in pairs if isinstance(x, Tensor)]))]
         self.ask(self._least)
 
-    def ask(self, least: int = 1) -> None:
-        """Hand over what has arrived, and start a copy if ``least`` windows wait; never blocks."""
-        self._hand_over()
+    def ask(self, least: int = 1, wait: bool = False) -> None:
+        """Hand over what has arrived, and start a copy if ``least`` windows are waiting for one."""
+        self._hand_over(wait)
         if self._copy is None and len(self._waiting) >= least:
             self._start_copy()
-            self._hand_over()
+            self._hand_over(wait)
 
     def flush(self) -> None:
         """Hand over the numbers of all windows, waiting for the device if necessary."""
-        self._hand_over(wait=True)
-        if self._waiting:
-            self._start_copy()
-            self._hand_over(wait=True)
+        self.ask(wait=True)
 
     def close(self) -> None:
         """Stop watching the step."""
@@ -98,7 +95,7 @@ class Readings:
         # One statement, so that Ctrl-C cannot lose or repeat a window. The same below.
         self._copy, self._copied, self._waiting = Answer(numbers), rows, []
 
-    def _hand_over(self, wait: bool = False) -> None:
+    def _hand_over(self, wait: bool) -> None:
         if self._copy is not None and (wait or self._copy.known()):
             numbers = iter(self._copy.read().tolist())
             arrived = deque([_completed(row, numbers) for row in self._copied])
