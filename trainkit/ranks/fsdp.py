@@ -1,4 +1,4 @@
-"""FSDP2 and FSDP1: when they reduce gradients, the sums that FSDP2 keeps, and norms of shards."""
+"""FSDP: when it reduces gradients, the sums that FSDP2 keeps, and the norm of shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def modules_of(modules: Iterable[nn.Module], name: str) -> list[Any]:
 
 
 def groups_of(sharded: Iterable[Any]) -> Iterator[Any]:
-    """Yield the parameter groups of FSDP2 modules: what is public gathers all parameters first."""
+    """Yield the parameter groups of FSDP2 modules.
+
+    The public attributes would gather all parameters first.
+    """
     for module in sharded:
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)  # older versions of torch have one
@@ -31,7 +34,7 @@ def groups_of(sharded: Iterable[Any]) -> Iterator[Any]:
 
 
 def set_reducing(is_reducing: bool, sharded: Iterable[Any], until: ExitStack) -> None:
-    """Have FSDP2 reduce the gradients of backwards, or keep them; leave flags as found."""
+    """Have FSDP2 reduce gradients, or only add them up. ``until`` restores its flags."""
     for group in groups_of(sharded):
         found = {name: getattr(group, name) for name in ("reduce_grads", "all_reduce_grads")}
         until.callback(vars(group).update, found)
@@ -58,7 +61,7 @@ class Unsharded:
 
     @property
     def grad(self) -> Tensor | None:
-        """What FSDP2 has summed, in the dtype that it reduces in or in that of the parameter."""
+        """The sum so far, in the dtype of the parameter or of the reduction."""
         total: Tensor | None = self._parameter.unsharded_accumulated_grad
         own = getattr(self._parameter, "_unsharded_param", None)
         return getattr(own, "grad", None) if total is None else total
@@ -83,7 +86,7 @@ def reduce_sums(sharded: Sequence[Any]) -> None:
 
 
 def sharded_norm(gradients: Sequence[Any], norm_type: float, zero: Tensor) -> Tensor:
-    """Return the norm of gradients some or all of which are DTensors, as ``total_norm`` does."""
+    """Return ``total_norm`` of gradients of which some are DTensors."""
     from torch.distributed.tensor import DTensor, Partial
 
     shards = defaultdict[Any, list[Any]](list)
@@ -93,10 +96,10 @@ def sharded_norm(gradients: Sequence[Any], norm_type: float, zero: Tensor) -> Te
         shards[key].append(gradient.to_local() if is_sharded else gradient)
     norms, is_max = [], norm_type == math.inf
     for (mesh, placements), local in shards.items():
-        # In float64 on all ranks: the norm of an empty shard is a float32 zero.
+        # In float64, so that all ranks reduce one dtype: the norm of an empty shard is float32.
         norm = total_norm(local, norm_type, zero).double()
         if mesh is not None:
-            # A maximum over ranks loses a nan.
+            # A maximum over ranks would drop a nan.
             norm = torch.where(norm.isnan(), math.inf, norm) if is_max else norm**norm_type
             partial = Partial("max" if is_max else "sum")
             over = [partial if placement.is_shard() else placement for placement in placements]

@@ -1,4 +1,4 @@
-"""Loaders on several ranks: every rank gets as many batches as the rank with most."""
+"""Loaders on several ranks: every rank gets as many batches as the longest loader has."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ def lockstep(
 ) -> Iterator[Delivery]:
     """Yield the same number of batches on every rank.
 
-    A rank that has run out repeats its last batch, which counts nothing, so that the others need
-    not wait for it.
+    A rank that has run out repeats its last batch, so that the others do not wait for it forever.
+    The repeated batch counts nothing.
 
     Before every window the ranks exchange two numbers in one collective: how many micro-batches
-    they have for it, and whether they have more. A loader without a length is read ahead by a
-    window and one batch, one with a length only at its end, where reading checks the length. If it
-    is not known when the window closes, ranks exchange before every micro-batch.
+    they have for the window, and whether they have more. In a window without a known length, they
+    exchange before every micro-batch. A loader without a length is read ahead by a window and one
+    batch. A loader with a length is read ahead only at its end, which checks the length.
 
     Args:
-        window_length: returns the number of micro-batches in the next window, inf if not known.
-        exchange: takes the numbers of this rank, returns those of all, int64 ``[ranks, numbers]``.
-        last_batch: the batch before, if the pass is resumed and this rank may have no further one.
+        window_length: returns the number of micro-batches in the next window, inf if unknown.
+        exchange: takes two numbers of this rank, and returns an int64 tensor ``[ranks, 2]``.
+        last_batch: the batch before the position of a resumed pass, to repeat if it was the last.
 
     Raises:
-        ValueError: on every rank, if one of them has no batch at all, or no further one where
-            loaders are iterated over again and again.
+        ValueError: on every rank, if a rank has no batch at all, or if an endless loader ends.
         RuntimeError: if a loader ends a window or more before its length.
     """
     size, seen, number = length_of(loader), 0, 0
@@ -65,10 +64,10 @@ def lockstep(
                     came = f"a loader of length {size} ended before batch {seen + 1}"
                     remedy = "and ranks wait for it: correct its `__len__`"
                     check(is_endless, RuntimeError, f"{came}, {remedy}")
-                    left, size = i, seen  # ranks learn it in the next exchange
+                    left, size = i, seen  # the next exchange tells all ranks
                 else:
                     batch, seen = following, seen + 1
-            # The loop may remove entries of its batch, which may have to be repeated.
+            # A copy: the loop may remove entries of a batch that is repeated later.
             given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
             present = sum(count > i for count in counts) / len(counts)
             is_last = i + 1 == max(counts) and not has_more

@@ -1,7 +1,7 @@
 """A window on several ranks, and the wrappers that average its gradients.
 
-The wrappers of PyTorch average gradients over ranks. A step tells them which backward is the last
-of a window, so that gradients are reduced once, and averages the weights of the window likewise.
+PyTorch's wrappers average gradients over ranks. A step tells them which backward is the last of a
+window, so that gradients are reduced once, and averages the weights of the window itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainkit.ranks.fsdp import Unsharded, groups_of, modules_of, reduce_sums, s
 
 
 class Ranks:
-    """The wrappers in the modules of a plan, at any depth. It surrounds every micro-batch."""
+    """The wrappers in the modules of a plan, at any depth: a surrounding of every micro-batch."""
 
     def __init__(self, step: Any, plan: Plan, device: torch.device) -> None:
         modules = list(nn.ModuleList(plan.modules).modules())
@@ -38,14 +38,14 @@ class Ranks:
         self.is_joint = bool(self.fsdp1 or has_batch_norm or has_shards(plan))
         meshes = [] if self.replicas else [g.mesh_info.mesh for g in groups_of(self.fsdp2)]
         self.group = self.replicas[0].module.process_group if self.replicas else None
-        if meshes and meshes[0].ndim == 1:  # a mesh of two dimensions has all ranks
+        if meshes and meshes[0].ndim == 1:  # with two dimensions, all ranks belong to it
             self.group = meshes[0].get_group()
         self.size = dist.get_world_size(self.group)
         # The number of ranks whose gradients the wrappers average.
         self.averaged = meshes[0].size() if meshes else self.size if self.is_wrapped else 1
         buckets = any(replica.module.gradient_as_bucket_view for replica in self.replicas)
-        self.can_watch = not (buckets or self.fsdp1 or self.fsdp2)  # else gradients move elsewhere
-        self.closes = False  # whether the micro-batch under way reduces gradients
+        self.can_watch = not (buckets or self.fsdp1 or self.fsdp2)  # wrappers move gradients
+        self.closes = False  # whether this micro-batch reduces gradients
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
@@ -62,9 +62,9 @@ class Ranks:
     def all_reduce(self, *numbers: Weight, by: Any = dist.ReduceOp.SUM) -> tuple[Tensor, Any]:
         """Begin to reduce numbers over ranks, in float64 and one collective.
 
-        The result is there after ``wait()``, which on an accelerator its stream does, not the host.
+        The result is ready after ``wait()``. On an accelerator the stream waits, not the host.
         """
-        # No tensor is made of Python floats: its copy to an accelerator would wait.
+        # torch.full, because copying a tensor of Python floats to an accelerator would wait.
         kind: Any = {"dtype": torch.float64, "device": self.device}
         wide = [
             n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers
@@ -74,8 +74,11 @@ class Ranks:
 
 
 class RankedWindow(Window):
-    """Gradients are averaged over ranks, and so are the sum of the weights and the number of
-    micro-batches that divide them: one collective per window, begun before its last backward."""
+    """A window whose gradients and weights are averaged over ranks.
+
+    One collective per window averages the sum of the weights and the number of micro-batches. It
+    begins before the last backward, which hides it.
+    """
 
     kept = (*Window.kept, "absent")  # type: ignore[assignment]
 
@@ -84,8 +87,8 @@ class RankedWindow(Window):
     ) -> None:
         super().__init__(length, reference, is_sum)
         self.ranks, self.can_watch = ranks, ranks.can_watch
-        self.absent = 0.0  # micro-batches that ranks lack, the mean over ranks
-        # Of the sum of the weights and the number of micro-batches.
+        self.absent = 0.0  # micro-batches that a rank lacks, on average
+        # The sum of the weights and the number of micro-batches, summed over ranks; their means.
         self._reduced: tuple[Tensor, Any] | None = None
         self._means: Tensor | None = None
         self._is_reduced = False  # by step.close()
@@ -112,12 +115,12 @@ class RankedWindow(Window):
         super().add(loss, 0.0 if is_filler else weight, size)
 
     def _place(self, size: Size) -> tuple[bool, float]:
-        """Return whether this rank has no batch, and how much of one ranks lack on average."""
+        """Return whether this rank has no batch, and the share of ranks without one times size."""
         delivery = self.ranks.step._delivery
         return size == 0 or delivery.is_filler, (1.0 - delivery.present) * float(size)
 
     def total(self) -> Weight:
-        """Return the sum of the weights; of a complete window its mean over ranks."""
+        """Return the sum of the weights, averaged over ranks once the window is complete."""
         return super().total() if self._means is None else self._means[0]
 
     def divisor(self) -> Weight:
@@ -127,7 +130,7 @@ class RankedWindow(Window):
         return super().divisor() if self.weighted else self._count() / self.parts
 
     def next_reference(self) -> Weight | None:
-        """Return the reference for the window after this one, the same on all ranks."""
+        """Return the reference for the next window, the same on all ranks."""
         if not self.weighted or self.reference is None:
             return self.reference
         return power_of_two_near(self.total() / self._count(), 1, self.reference)
@@ -149,18 +152,18 @@ class RankedWindow(Window):
                 self.sums[i] = None
 
     def take(self) -> None:
-        """Take the sums. Those of FSDP1 stay in ``.grad``, since it reads them there."""
+        """Take the sums. FSDP1 reads its sums in ``.grad``: they stay there."""
         if self.ranks.fsdp1:
             return
         super().take()
-        # If every backward is reduced, sums may lie in buckets that any other backward writes to.
+        # After a reduction the sums may be views of buckets, which any other backward overwrites.
         if any(r.module.gradient_as_bucket_view and not r.may_wait for r in self.ranks.replicas):
             self.sums = [None if total is None else total.clone() for total in self.sums]
 
     def reduce(self, parameters: list[nn.Parameter]) -> bool:
-        """Reduce the sums of an open window, on all ranks. Return whether any of them has one.
+        """Reduce the sums of an open window. Return whether any rank has an open window.
 
-        RuntimeError, before anything is changed, for sums that only a backward reduces.
+        RuntimeError, before anything is changed, for sums that only a backward can reduce.
         """
         ranks = self.ranks
         replicas = ranks.replicas if ranks.size > 1 else []
@@ -175,9 +178,11 @@ class RankedWindow(Window):
             return bool(is_open)
         is_even = bool((told == told[0])[:, 2 + len(replicated) :].all())
         can = is_even and 2 not in kinds and (ranks.size == 1 or not ranks.fsdp1)
-        late = "step.close() cannot reduce sparse gradients, those of FSDP1, and sums of FSDP2"
+        late = (
+            "step.close() cannot reduce sparse gradients, FSDP1, or FSDP2 gradients of some ranks"
+        )
         remedy = "`step.last(batch)`, or the end of `step.over(loader)`"
-        check(can, RuntimeError, f"{late} that only some ranks have: {remedy}")
+        check(can, RuntimeError, f"{late}: {remedy}")
         ranks.step._running.lent = self  # an error from here on drops the window
         self._lend(parameters)
         reduce_sums(ranks.fsdp2)
@@ -193,9 +198,9 @@ class RankedWindow(Window):
         return True
 
     def close(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Lend the sums for the update, and return them, reduced over ranks.
+        """Lend the reduced sums for the update, and return them.
 
-        RuntimeError if they are not, for example where a block fetched the last batch of a loop.
+        RuntimeError if the last backward did not reduce them.
         """
         ranks = self.ranks
         self._lend(parameters)
@@ -218,7 +223,7 @@ class RankedWindow(Window):
         """Forget the sums, and what a failed backward left."""
         super().drop()
         for module in self.ranks.fsdp2:
-            # Otherwise FSDP2 takes the next backward for a part of this one, and never reduces it.
+            # Otherwise FSDP2 counts the next backward as a part of this one, and never reduces.
             module._get_fsdp_state()._state_ctx.post_backward_final_callback_queued = False
 
     def copied_sums(self) -> dict[int, Tensor]:
