@@ -207,9 +207,8 @@ class Chunk(MicroBatch):
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
-        if (
-            self.aside is not None and self.aside[0] is self.lent
-        ):  # unless the function discarded it
+        # The function may have discarded the window, and begun another.
+        if self.aside is not None and self.aside[0] is self.lent:
             self.lent.take()
             pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
             self.lent.sums = [_added(gradient, total) for gradient, total in pairs]

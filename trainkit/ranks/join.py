@@ -10,7 +10,7 @@ from typing import Any
 from trainkit.core.loop import mark_last
 from trainkit.core.plan import Plan, check
 from trainkit.core.update import Updater
-from trainkit.ranks.collectives import all_gather_ints
+from trainkit.ranks.collectives import all_gather_ints, world_size
 from trainkit.ranks.lockstep import lockstep
 from trainkit.ranks.window import RankedWindow, Ranks, has_shards
 
@@ -36,7 +36,7 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     is_partial = ranks.size > 1 and updater.looks and bool(ranks.fsdp1)
     part = "under FullyShardedDataParallel a rank would clip and check a part of the gradients"
     check(not is_partial, ValueError, f"{part}: `fully_shard(model)`")
-    if ranks.size > 1 and ranks.device.type != "cpu":
+    if world_size() > 1 and ranks.device.type != "cpu":
         updater.lag = 16
     if ranks.size > 1 and deliver is mark_last:
         deliver = functools.partial(
@@ -49,9 +49,9 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
 
 
 def group_of(plan: Plan) -> tuple[Any, bool]:
-    """Return the group of ranks that average gradients, and whether every forward needs all of them.
+    """Return the group of ranks that average gradients, and whether forwards need all of them.
 
-    The group is None for the default one. A forward needs all ranks under FSDP, for example.
+    The group is None for the default one. Forwards need all ranks under FSDP, for example.
     """
     if (ranks := _ranks_of(plan)) is None:
         return None, has_shards(plan)
