@@ -52,9 +52,8 @@ class Batch:
 
     def _dim_of(self, value: Any) -> int | None:
         """Return the dimension along which a value is cut; None if it is not cut."""
-        is_list = (
-            isinstance(value, list) or type(value) is tuple
-        )  # not a named tuple, not a torch.Size
+        # A named tuple and a torch.Size are not lists of rows.
+        is_list = isinstance(value, list) or type(value) is tuple
         if is_list and len(value) == self.rows and not _cut_tensors(value):
             return 0
         is_array = torch.is_tensor(value) or hasattr(type(value), "__array_interface__")  # NumPy

@@ -41,16 +41,16 @@ def lockstep(
         ValueError: on every rank, if a rank has no batch at all, or if an endless loader ends.
         RuntimeError: if a loader ends a window or more before its length.
     """
-    size, seen, number = length_of(loader), 0, 0
+    size, number = length_of(loader), 0
     is_endless = size > sys.maxsize // 2
     iterator, ahead = iter(loader), deque[Any]()
     batch, has_more = last_batch, True
     while has_more:
         length = window_length()
         length = 1 if length == math.inf else int(length)
-        wanted = length + 1 if size - seen <= length else int(batch is None)
+        wanted = length + 1 if size - number <= length else int(batch is None)
         ahead.extend(itertools.islice(iterator, max(wanted - len(ahead), 0)))
-        left = size - seen if len(ahead) == wanted <= length else len(ahead)
+        left = size - number if len(ahead) == wanted <= length else len(ahead)
         counts, more = exchange(min(left, length), left > length).T.tolist()
         has_more = any(more)
         if 0 in counts and (is_endless or (batch is None and any(counts))):
@@ -61,12 +61,12 @@ def lockstep(
             if i < left:
                 following = ahead.popleft() if ahead else next(iterator, _END)
                 if following is _END:
-                    came = f"a loader of length {size} ended before batch {seen + 1}"
+                    came = f"a loader of length {size} ended before batch {number + 1}"
                     remedy = "and ranks wait for it: correct its `__len__`"
                     check(is_endless, RuntimeError, f"{came}, {remedy}")
-                    left, size = i, seen  # the next exchange tells all ranks
+                    left, size = i, number  # the next exchange tells all ranks
                 else:
-                    batch, seen = following, seen + 1
+                    batch = following
             # A copy: the loop may remove entries of a batch that is repeated later.
             given = copy.copy(batch) if isinstance(batch, (MutableMapping, list)) else batch
             present = sum(count > i for count in counts) / len(counts)

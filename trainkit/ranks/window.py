@@ -178,9 +178,7 @@ class RankedWindow(Window):
             return bool(is_open)
         is_even = bool((told == told[0])[:, 2 + len(replicated) :].all())
         can = is_even and 2 not in kinds and (ranks.size == 1 or not ranks.fsdp1)
-        late = (
-            "step.close() cannot reduce sparse gradients, FSDP1, or FSDP2 gradients of some ranks"
-        )
+        late = "step.close() cannot reduce sparse gradients, FSDP1's, or FSDP2's that a rank lacks"
         remedy = "`step.last(batch)`, or the end of `step.over(loader)`"
         check(can, RuntimeError, f"{late}: {remedy}")
         ranks.step._running.lent = self  # an error from here on drops the window
