@@ -79,6 +79,15 @@ def test_the_table_has_every_public_name():
     assert set(trainkit.__all__) <= named
 
 
+def test_contributing_names_every_file():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = {line.split("|")[1].strip(" `/"): line for line in page.splitlines() if "/` |" in line}
+    for path in (ROOT / "trainkit").glob("*/**/*.py"):
+        if path.stem != "__init__":
+            line = told[path.relative_to(ROOT / "trainkit").parts[0]]
+            assert re.search(rf"\b{path.stem}\b", line.split("|")[2]), path
+
+
 def test_links_lead_to_files_and_headings():
     for target in re.findall(r"\]\(([^)\s:]+)\)", README):
         path, _, anchor = target.partition("#")
