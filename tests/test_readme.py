@@ -79,6 +79,13 @@ def test_the_table_has_every_public_name():
     assert set(trainkit.__all__) <= named
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/recipes/kaggle.md"])
+def test_commands_of_make_are_there(page):
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    found = re.findall(r"(?:`|^)make (\w+)", (ROOT / page).read_text(), re.MULTILINE)
+    assert found and set(found) <= set(targets)
+
+
 def test_contributing_names_every_file():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     told = {line.split("|")[1].strip(" `/"): line for line in page.splitlines() if "/` |" in line}
