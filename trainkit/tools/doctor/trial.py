@@ -152,11 +152,40 @@ def measure(name: str, parts: Parts, task: Task, steps: int) -> SimpleNamespace:
         step()
         seconds = timeit.repeat(step, timer=clock, repeat=steps, number=1)
         row.seconds, row.peak_bytes = statistics.median(seconds), peak_memory(step, task.device)
+        if task.device.type == "cuda" and not parts:
+            row.note = advise(kernel_times(step), row.seconds)
     except Exception as error:
         if not parts and not is_out_of_memory(error):
             raise  # the user's own error
         row.failure = f"{type(error).__name__}: {error}"
     return row
+
+
+def kernel_times(step: Callable[[], Any]) -> dict[str, float]:
+    """Return the seconds of each CUDA kernel in a call."""
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[cuda], acc_events=True) as found:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in found.key_averages() if not event.is_user_annotation]
+    return {kernel.key: kernel.self_device_time_total / 1e6 for kernel in kernels}
+
+
+def advise(kernels: dict[str, float], seconds: float) -> str:
+    """Return what helps a plain step of so many seconds on a GPU, by the times of its kernels."""
+    idle = 1 - sum(kernels.values()) / seconds
+    rules = (
+        (idle > 0.3, f"the GPU is idle for {idle:.0%} of a step, which is {_LAUNCHES}"),
+        (any("cudnn" in name and "sdpa" in name for name in kernels), _CUDNN),
+    )
+    return "; ".join(text for holds, text in rules if holds)
+
+
+_LAUNCHES = "bound by the launches of kernels: use a larger batch or `torch.compile`"
+_CUDNN = (
+    "attention is in cuDNN, which makes a plan for each new shape: pad to multiples of 64, or "
+    "`torch.backends.cuda.enable_cudnn_sdp(False)`"
+)
 
 
 def make_step(task: Task, parts: Parts) -> Callable[[], Any]:
