@@ -80,17 +80,12 @@ class recompute(Block):
 
 def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
     """The outermost modules that are chosen with all in them and have a forward, by name."""
-    found: dict[str, nn.Module] = {}
-
-    def walk(name: str, module: nn.Module) -> None:
-        has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
-        if has_forward and chosen.issuperset(map(id, module.modules())):
-            found[name] = module
-        else:
-            for child_name, child in module.named_children():
-                walk(f"{name}.{child_name}".lstrip("."), child)
-
-    walk("", unwrapped(module))
+    found, outer = dict[str, nn.Module](), "."  # no name begins with "."
+    for name, part in unwrapped(module).named_modules(remove_duplicate=False):
+        has_forward = "forward" in vars(part) or type(part).forward is not nn.Module.forward
+        is_inner = name.startswith(outer)  # what is in a module comes directly after it
+        if has_forward and not is_inner and chosen.issuperset(map(id, part.modules())):
+            found[name], outer = part, name and f"{name}."
     return found
 
 
@@ -99,7 +94,7 @@ class _Region:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.forward = module, module.forward
-        self.found = vars(module).get("forward")
+        self.found = {key: own for key, own in vars(module).items() if key == "forward"}
         self.holders: set[object] = set()
         self.shadow = _shadow(self)
 
@@ -107,12 +102,12 @@ class _Region:
         vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
 
     def take_off(self) -> None:
-        vars(self.module).pop("__reduce_ex__", None)
+        own = vars(self.module)
+        own.pop("__reduce_ex__", None)
         # A forward that the user put around the shadow stays, and leads through it.
-        if vars(self.module).get("forward") is self.shadow:
-            del vars(self.module)["forward"]
-            if self.found is not None:
-                vars(self.module)["forward"] = self.found
+        if own.get("forward") is self.shadow:
+            del own["forward"]
+            own.update(self.found)
 
     def reduce(self, protocol: Any) -> tuple[Any, ...]:
         """Let deepcopy and pickle see the module as it was found."""
@@ -142,32 +137,32 @@ def _shadow(region: _Region) -> Callable[..., Any]:
                 "would write to it again in backward: `model(..., use_cache=False)`"
             )
         # Named values by position too, because checkpoint looks for devices and changes there.
-        return checkpoint(_Call(region, tuple(kwargs)), *values, use_reentrant=False)
+        run = _runs(region, len(args), tuple(kwargs))
+        return checkpoint(run, *values, use_reentrant=False)
 
     forward._region = region  # type: ignore[attr-defined]
     return forward
 
 
-class _Call:
+def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., Any]:
     """One call of a region. In backward it runs again, with the state of its first run."""
+    state: _State | None = None
 
-    def __init__(self, region: _Region, names: tuple[str, ...]) -> None:
-        self.region, self.names = region, names
-        self.state: _State | None = None
-
-    def __call__(self, *values: Any) -> Any:
-        count = len(values) - len(self.names)
-        args, kwargs = values[:count], dict(zip(self.names, values[count:], strict=True))
+    def run(*values: Any) -> Any:
+        nonlocal state
+        args, kwargs = values[:count], dict(zip(names, values[count:], strict=True))
         if torch.compiler.is_compiling():  # nothing comes between forward and backward of a graph
-            return self.region.forward(*args, **kwargs)
-        block = self.state.in_place() if self.state else nullcontext()
-        self.state = self.state or _State(self.region.module)
+            return region.forward(*args, **kwargs)
+        block = state.in_place() if state else nullcontext()
+        state = state or _State(region.module)
         token = _inside.set(True)
         try:
             with block:
-                return self.region.forward(*args, **kwargs)
+                return region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
+
+    return run
 
 
 class _State:

@@ -38,9 +38,8 @@ class ModelSummary:
         lines = self._lines()
         if sum(_widths(lines)) + 2 * len(lines[0]) - 2 > width:
             for row, line in zip(self.rows, lines[1:], strict=True):
-                if row.path != "**":
-                    depth = row.path.count(".") + 1
-                    line[0] = "  " * depth + row.path.rpartition(".")[2]
+                depth = row.path.count(".") + (row.path != "**")
+                line[0] = "  " * depth + row.path.rpartition(".")[2]
         widths = _widths(lines)
         for i in (0, -1) if len(widths) > 4 else (0,):
             excess = max(sum(widths) + 2 * len(widths) - 2 - width, 0)
