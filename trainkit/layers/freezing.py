@@ -261,14 +261,14 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-# What a pin replaces. `train` is the last, because after Ctrl-C the pin must be found there.
+# What a pin replaces. `train` comes last, since `_unpin` looks for the pin there after Ctrl-C.
 _METHODS = "reset_running_stats", "train"
 
 
 class _Pin:
-    """Replaces ``module.train``: the module stays in evaluation mode, and this notes other modes.
+    """Replaces ``module.train``: notes the mode that is asked for, and keeps evaluation mode.
 
-    On the instance, where torch.compile notices it. Compiled models ignore hooks added later.
+    It is on the instance, where torch.compile notices it. A compiled model ignores later hooks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -302,10 +302,11 @@ def _pin_copy(module: nn.Module, name: str, state: list[Any]) -> _Pin:
 
 
 class _Copied(functools.partial[Any]):
-    """Calls ``_pin_copy`` for deepcopy. Pickled, it is the call of a partial.
+    """Calls ``_pin_copy`` for deepcopy, and is pickled as a call of the function it holds.
 
-    Files load without trainkit, too. What cannot be located is None there, and has no ``__call__``,
-    so that ``getattr`` takes the place of ``_pin_copy`` and finds the plain ``train``.
+    A file has to load without trainkit too. There ``locate`` returns None, which has no
+    ``__call__``. So the default, ``getattr``, is called in place of ``_pin_copy``, and finds the
+    plain ``train`` of the module.
     """
 
     __call__ = staticmethod(_pin_copy)
@@ -315,7 +316,7 @@ class _Copied(functools.partial[Any]):
 
 
 def reset_running_stats(module: nn.Module) -> None:
-    """Replaces the method of this name, by which pickle looks it up: frozen statistics stay."""
+    """Replaces the method, so that frozen statistics stay. Pickle looks for it by this name."""
 
 
 def _pin(module: nn.Module, holder: object) -> _Pin:

@@ -20,7 +20,7 @@ from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrap
 class recompute(Block):
     """Recomputes layers in backward, inside a ``with`` block, a function or a training step.
 
-    Equivalent to this, but with the bits of the loop without it, BatchNorm and dropout included::
+    Equivalent to this. The bits are those of a loop without it, BatchNorm and dropout included::
 
         for layer in selected:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -119,7 +119,7 @@ class _Region:
             vars(self.module).update(now)
 
 
-# Whether a region is running. A module within it is a part of it.
+# Whether a region is running. A region inside another one is not recomputed on its own.
 _inside: ContextVar[bool] = ContextVar("_inside", default=False)
 
 
@@ -136,7 +136,7 @@ def _shadow(region: _Region) -> Callable[..., Any]:
                 f"a recomputed {type(region.module).__name__} was given a key-value cache, and "
                 "would write to it again in backward: `model(..., use_cache=False)`"
             )
-        # Named values by position too, because checkpoint looks for devices and changes there.
+        # Keyword arguments go by position, where checkpoint looks for devices and changes.
         run = _runs(region, len(args), tuple(kwargs))
         return checkpoint(run, *values, use_reentrant=False)
 
@@ -145,7 +145,7 @@ def _shadow(region: _Region) -> Callable[..., Any]:
 
 
 def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., Any]:
-    """One call of a region. In backward it runs again, with the state of its first run."""
+    """Return one call of a region. Backward runs it again, with the state of the first run."""
     state: _State | None = None
 
     def run(*values: Any) -> Any:
@@ -178,7 +178,7 @@ class _State:
             for key, value in owner.items()
             if isinstance(value, kinds)
         ]
-        # Integer buffers are tables or quantised weights and do not move. A single one may count.
+        # An integer buffer is a table or a quantised weight, and stays. A single integer may count.
         moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
         self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
@@ -189,7 +189,7 @@ class _State:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the state back for a second run, and afterwards what is there now."""
+        """Put the state back for the second run, and the present state back after it."""
         changed = [p for p, _, version in self.parameters if p._version != version]
         if not all(map(self._is_same, changed)):
             raise RuntimeError(
@@ -226,7 +226,7 @@ class _State:
 
 
 def _directions(embedding: Any) -> Tensor:
-    """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
+    """A number for each row of a weight: ``max_norm`` keeps it, and an update changes it."""
     rows: Tensor = embedding.weight.detach().float()
     norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
     return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)
