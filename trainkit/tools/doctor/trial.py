@@ -183,7 +183,7 @@ def advise(kernels: dict[str, float], seconds: float) -> str:
 
 _LAUNCHES = "bound by the launches of kernels: use a larger batch or `torch.compile`"
 _CUDNN = (
-    "attention is in cuDNN, which makes a plan for each new shape: pad to multiples of 64, or "
+    "attention runs in cuDNN, which makes a plan for each new shape: pad to multiples of 64, or "
     "`torch.backends.cuda.enable_cudnn_sdp(False)`"
 )
 
