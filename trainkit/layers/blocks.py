@@ -23,8 +23,7 @@ class Block:
     def __init__(self) -> None:
         self._entered: list[AbstractContextManager[list[str]]] = []
 
-    # A compiled graph would leave out changes of flags and modes. The public decorator,
-    # torch.compiler.disable, imports the compiler.
+    # A compiled graph leaves out flags and modes. The public decorator imports the compiler.
     @_disable_dynamo
     def __enter__(self) -> list[str]:
         context = self.around_step()

@@ -103,9 +103,7 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     minus = [layer for layer in layers if isinstance(layer, str) and layer.startswith("!")]
     plus = [layer for layer in layers if layer not in minus]
     if minus and not plus:
-        raise ValueError(
-            f'{minus[0]!r} takes layers out, and nothing else is given: `["**", "!head"]`'
-        )
+        raise ValueError(f'{minus[0]!r} takes layers out of nothing: `["**", "!head"]`')
     chosen = reach(module, plus) - reach(module, minus)
     modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
