@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainkit.core.generators import run_to_end
 from trainkit.core.plan import Plan, check, parameters_of
@@ -36,11 +36,13 @@ class Evidence:
     only_looks = True
     lost: ClassVar[list[int]] = []  # micro-batches in the open windows of steps that are gone
     has_hinted: ClassVar[bool] = False
+    running: ClassVar[set[Any]] = set()  # whose update code runs now
 
     def __init__(self, step: Any) -> None:
         self.awaits = True  # whether ``tell`` is called although nothing was below a yield
         self.windows = self.idle_calls = 0
-        self.before: tuple[list[int], list[Any]] | None = None  # versions and sums of parameters
+        # Trained parameters, their versions and sums, before the code below a yield.
+        self.before: tuple[list[Any], list[int], list[Any]] | None = None
         # Whether versions or hooks tell of updates; None before the first.
         self.updates_show: bool | None = None
         self.is_bare = False  # whether there is no line below the yield
@@ -74,33 +76,36 @@ class Evidence:
             came = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
             check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
 
-    def _note_stepped(self, optimizer: Any, *_: Any) -> None:
-        if _has_gradient(optimizer):
-            self.stepped.append(optimizer)
+    @classmethod
+    def _note_stepped(cls, optimizer: Any, *_: Any) -> None:
+        for found in tuple(cls.running) if _has_gradient(optimizer) else ():
+            found.stepped.append(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
         """Run the update code below the yield, and note what shows whether a parameter moved."""
-        parameters, frame, sums = plan.parameters(), generator.gi_frame, []
+        _note_every_update()
+        frame, sums, parameters = generator.gi_frame, [], plan.parameters()
+        parameters = [p for p in parameters if p.requires_grad]
         if self.updates_show is None:
             lines = {line for _, end, line in frame.f_code.co_lines() if end > frame.f_lasti}
             self.is_bare, sums = lines <= {None, frame.f_lineno}, _checksums(parameters)
-        self.before, self.stepped = ([*map(_version, parameters)], sums), []
+        self.before, self.stepped = (parameters, [*map(_version, parameters)], sums), []
         try:
-            _global_optimizer_post_hooks[id(self)] = self._note_stepped
+            Evidence.running.add(self)
             run_to_end(generator)  # the last call here: Ctrl-C must find no point before the count
         except BaseException:
             self.before = None
-            _global_optimizer_post_hooks.pop(id(self), None)
+            Evidence.running.discard(self)
             raise
 
     def tell(self, step: Any, result: Any) -> None:
         """Warn of what a closed window shows, once each. Correct ``result.updated``."""
-        _global_optimizer_post_hooks.pop(id(self), None)
+        Evidence.running.discard(self)
         plan, found, self.windows = step._plan, {}, self.windows + 1
         if self.before is not None:
-            if not self._has_moved(plan.parameters(), *self.before):
+            if not self._has_moved(*self.before):
                 result._skipped = True
-                if self.updates_show is None and (self.is_bare or self.windows > 7):
+                if self.updates_show is None and (self.is_bare or self.windows > 99):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
@@ -187,6 +192,12 @@ def hint(is_exit: bool = False) -> None:
         ended = f"{lost} micro-batch(es) were never applied, in open windows of steps that ended"
         loops = "loop over `step.over(loader)`, or call `step.close()`"
         warn(f"{ended}: {loops}, and make the step before the loop")
+
+
+@functools.cache
+def _note_every_update() -> None:
+    """Register the hook for good, since another thread may iterate over all hooks."""
+    register_optimizer_step_post_hook(Evidence._note_stepped)
 
 
 @functools.cache

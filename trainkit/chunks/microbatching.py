@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import sys
 import traceback
 from collections.abc import Callable
@@ -210,8 +209,10 @@ class Chunk(MicroBatch):
         # The function may have discarded the window, and begun another.
         if self.aside is not None and self.aside[0] is self.lent:
             self.lent.take()
-            pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
-            self.lent.sums = [_added(gradient, total) for gradient, total in pairs]
+            _, sums, parameters = self.aside
+            totals = {id(p): total for p, total in zip(parameters, sums, strict=True)}
+            pairs = zip(self.lent.parameters, self.lent.sums, strict=True)
+            self.lent.sums = [_added(gradient, totals.get(id(p))) for p, gradient in pairs]
         self.aside, self.is_revocable = None, False
         super().finish()
 

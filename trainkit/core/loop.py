@@ -98,7 +98,7 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
                 raise ValueError(f"{came}: give a list, `step.over(list(loader), updates=N)`")
     finally:
         for step, delivery in zip(steps, found, strict=True):
-            step._delivery = delivery
+            step._delivery, step._ended_early = delivery, False
             for watcher in step._watchers:
                 watcher.flush()
     for step in steps:

@@ -20,6 +20,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit.core.fused import forget
@@ -81,6 +82,8 @@ class Step(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
         try:
+            if not self._closed:
+                running.watch(self._window)
             if self._autocast is None:
                 output = running.forward(*args, **kwargs)
             else:
@@ -250,6 +253,7 @@ class Step(Generic[P]):
         running, window, self._window = self._running, self._window, None
         if running is not None and running.lent is not None:
             window, running.lent = running.lent, None
+            vars(running.result).pop("loss", None)  # a block may begin again
         if window is not None:
             window.drop()
         forget(self._plan.optimizers)
@@ -447,7 +451,8 @@ class MicroBatch:
             came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
             raise TypeError(f"{came}: `step.backward(first, weight)`")
         try:
-            if step._evidence is not None and not step._closed and self.generator is None:
+            is_first = not step._closed and not window.losses
+            if is_first and step._evidence is not None and self.generator is None:
                 step._evidence.check_loss(loss)
             window.lend(parameters)
             _run_backward(loss, step._updater.seed(loss, self.share), options)
@@ -476,9 +481,8 @@ class MicroBatch:
                 self.step._ended_early = True
             self.close(window)
         else:
+            self.end_function()  # a ``frozen`` block around the yield holds sums
             window.take()
-        if self.generator is not None:
-            self.generator.close()
         self.lent = None
 
     def close(self, window: Window) -> None:
@@ -520,11 +524,15 @@ class MicroBatch:
 
                 step._updater.forgive()
                 raise too_many_skips(step, count)
-            if own is not None and verdict.skipped is not True:
-                window.parameters = []  # what becomes of ``.grad`` is up to the update code
+            self.end_function()
             window.drop()
             if owed is not None and (owed.known() or not step._after_may_be_late):
                 step.settle()
+
+    def end_function(self) -> None:
+        """End a function that is still at its yield."""
+        if self.generator is not None:
+            self.generator.close()
 
     def leave(self) -> None:
         """Leave the contexts around the micro-batch. An interrupted call may be repeated.
@@ -534,8 +542,7 @@ class MicroBatch:
         try:
             if self.lent is not None:
                 self.step.discard()
-            if self.generator is not None:
-                self.generator.close()
+            self.end_function()
         finally:
             self.step._running = None
             while self.entered:
@@ -547,10 +554,10 @@ class MicroBatch:
         del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
-        """Remember the gradients, which only ``step.backward`` may change inside a block."""
+        """Remember the gradients, which only the step may change inside a micro-batch."""
         if window is not None and window.can_watch:
-            all_of, lent = self.step._plan.parameters(), window.lent
-            self.left = versions([p for i, p in enumerate(all_of) if self.lent is None or lent[i]])
+            found = ((p, p.grad) for p in self.step._plan.parameters())
+            self.left = versions(found) if self.lent is None else window.note()
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""
@@ -591,7 +598,8 @@ def _keep_casts_fresh(step: Step[Any]) -> None:
     """
     if step._cast_weights and all(map(requires_grad, step._cast_weights)):
         return
-    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in step._plan.optimized()]
+    optimized = [[p for p in ps if not is_lazy(p)] for ps in step._plan.optimized()]
+    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in optimized]
     step._cast_weights = [trained[-1] for trained in weights if trained]
     for weight in step._cast_weights:
         if _clear_casts not in (weight._backward_hooks or {}).values():

@@ -60,9 +60,9 @@ class Chosen:
         now, known = self._structure(), self._known
         if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
-            modules = list(self._module.modules())
-            self._members = [own.values() for m in modules for own in (m._modules, m._parameters)]
-            self._buffers = [m._buffers.values() for m in modules]
+            own = [x for m in self._module.modules() for x in (m._modules, m._parameters)]
+            self._members = [*own, *(members.values() for members in own)]  # names and values
+            self._buffers = [m._buffers.values() for m in self._module.modules()]
             self._known = self._structure()
         return self._selection
 

@@ -178,9 +178,13 @@ class _State:
             for key, value in owner.items()
             if isinstance(value, kinds)
         ]
-        # An integer buffer is a table or a quantised weight, and stays. A single integer may count.
-        moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
-        self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
+        # Forward may change these in place. Many integers are a table or a quantised weight.
+        buffers = {id(b) for b in module.buffers() if b.is_floating_point()}
+        fixed = {id(p) for p in module.parameters()}
+        tensors = [v for *_, v in self.values if isinstance(v, Tensor) and id(v) not in fixed]
+        constants = [t for t in tensors if not t.requires_grad]
+        moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
+        self.copies = {id(tensor): tensor.clone() for tensor in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
         # With max_norm, the forward of an embedding changes its weight.
         inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
@@ -196,7 +200,7 @@ class _State:
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
                 "backward, which runs the forward again: update after the last backward"
             )
-        copies = {key: buffer.clone() for key, buffer in self.buffers.items()}
+        copies = {key: copy.clone() for key, copy in self.copies.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
         replaced = []
         for owner, key, value in self.values:
