@@ -8,6 +8,7 @@ Comments that do not show in a page tell what is needed besides:
     -->
 """
 
+import functools
 import io
 import math
 import pkgutil
@@ -108,6 +109,9 @@ def test_every_block_runs(page, as_torchrun_starts_it, monkeypatch, tmp_path):
     text = page.read_text()
     assert text.count("```python") == len(blocks_of(page)), "a block that PIECE does not find"
     monkeypatch.chdir(tmp_path)  # some of them write
+    # This backend needs no C++ compiler.
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
     torch.manual_seed(0)
     # A module, since what is made in it is looked up there, by pickle for one.
     module = types.ModuleType("page")
