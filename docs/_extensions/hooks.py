@@ -19,6 +19,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **kwargs: Any) ->
     """``make bench`` writes BENCHMARKS.md at the root; its pictures are in this folder."""
     if page.file.src_uri == "models.md":
         page.meta["hide"] = ["toc"]  # which leaves room for a table of six columns
+    if page.file.src_uri in ("benchmarks.md", "hazards.md"):  # they mention everything
+        page.meta["search"] = {"boost": 0.4}
     if page.file.src_uri == "benchmarks.md":
         return ROOT.joinpath("BENCHMARKS.md").read_text(encoding="utf-8").replace("](docs/", "](")
     return _mark_english(markdown, page.file.src_uri) if _is_chinese(config) else markdown
