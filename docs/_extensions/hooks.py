@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 CHINESE = ROOT / "docs" / "zh"
 ENGLISH = "english:"  # and then a path from the root of the English site
+BOOSTS = {"how_do_i.md": 1.5, "hazards.md": 0.4, "benchmarks.md": 0.4}  # in a search
 LINK = re.compile(r"\]\((?P<path>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -19,8 +20,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **kwargs: Any) ->
     """``make bench`` writes BENCHMARKS.md at the root; its pictures are in this folder."""
     if page.file.src_uri == "models.md":
         page.meta["hide"] = ["toc"]  # which leaves room for a table of six columns
-    if page.file.src_uri in ("benchmarks.md", "hazards.md"):  # they mention everything
-        page.meta["search"] = {"boost": 0.4}
+    if page.file.src_uri in BOOSTS:
+        page.meta["search"] = {"boost": BOOSTS[page.file.src_uri]}
     if page.file.src_uri == "benchmarks.md":
         return ROOT.joinpath("BENCHMARKS.md").read_text(encoding="utf-8").replace("](docs/", "](")
     return _mark_english(markdown, page.file.src_uri) if _is_chinese(config) else markdown
