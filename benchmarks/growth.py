@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -16,6 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 TENSORS, LENGTHS = [4, 16, 64, 256, 1024], [1, 2, 4, 8, 16, 32]
+# The first is what the others are compared with.
+UPDATES = [update.BY_HAND, update.USUAL, update.TRAINKIT, update.BARE]
+STEPS = [steps.BY_HAND, steps.USUAL, steps.TRAINKIT, *contenders.LIBRARIES]
 # Readable on a light and on a dark page.
 INK, OURS = "#808080", "#3b8ed0"
 
@@ -26,23 +30,23 @@ def measure(device, rounds):
     micro_batches = [steps.compete(steps.tiny(device, n), rounds) for n in LENGTHS]
     return {
         "An update alone": {
-            "about": "float16 scaler, clipping, AdamW",
+            "about": "float16 scaler and clipping",
             "x": "parameter tensors of 10 elements",
             "places": TENSORS,
-            "ratios": _ratios(updates, update.CONTENDERS, update.BY_HAND),
+            "ratios": _ratios(updates, UPDATES),
         },
         "A step of a tiny model": {
             "about": "where all is overhead",
             "x": "n, micro-batches in a window",
             "places": LENGTHS,
-            "ratios": _ratios(micro_batches, steps.CONTENDERS, steps.BY_HAND),
+            "ratios": _ratios(micro_batches, STEPS),
         },
     }
 
 
-def _ratios(taken, names, by_hand):
+def _ratios(taken, names):
     def ratio(times, name):
-        rounds = zip(times[name], times[by_hand], strict=True)
+        rounds = zip(times[name], times[names[0]], strict=True)
         return round(statistics.median(ours / theirs for ours, theirs in rounds), 3)
 
     in_all = [name for name in names if all(name in times for times in taken)]
@@ -50,12 +54,12 @@ def _ratios(taken, names, by_hand):
 
 
 def draw(figures, path):
-    """A panel for each, with the name of each line at its end."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor="none")
-    for axes, (title, panel) in zip(figure.subplots(1, 2), figures.items(), strict=True):
+    """A panel for each, one above the other, with the name of each line at its end."""
+    figure = Figure(figsize=(7, 7), layout="constrained", facecolor="none")
+    for axes, (title, panel) in zip(figure.subplots(2, 1), figures.items(), strict=True):
         _draw_panel(axes, panel)
-        axes.set_title(f"{title}: {panel['about']}", color=INK, fontsize=11, loc="left")
-    figure.savefig(path, dpi=150)
+        axes.set_title(f"{title}: {panel['about']}", color=INK, fontsize=12, loc="left")
+    figure.savefig(path, dpi=160)
 
 
 def _draw_panel(axes, panel):
@@ -63,7 +67,7 @@ def _draw_panel(axes, panel):
     low = min(map(min, ratios.values()))
     high = max(map(max, ratios.values()))
     axes.set(xscale="log", xlabel=panel["x"], xticks=places, facecolor="none")
-    axes.set(ylim=(low - 0.1, high + 0.1), ylabel="time, relative to a correct loop by hand")
+    axes.set(ylim=(low - 0.1, high + 0.1), ylabel="time, relative to the loop by hand")
     axes.set_xlim(places[0] / 1.2, places[-1] * 1.2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -74,11 +78,11 @@ def _draw_panel(axes, panel):
         style = {"color": OURS, "linewidth": 3, "zorder": 3} if is_ours else {"color": INK}
         axes.plot(places, line, marker="o", markersize=4, **style)
         axes.annotate(
-            name.strip("*"),
+            name.strip("*").removesuffix(", fused AdamW"),
             (places[-1] * 1.3, heights[name]),
             annotation_clip=False,
             color=OURS if is_ours else INK,
-            fontsize=9,
+            fontsize=10,
             fontweight="bold" if is_ours else "normal",
             va="center",
         )
@@ -95,7 +99,7 @@ def _apart(heights, least):
     found = dict(sorted(heights.items(), key=lambda item: item[1]))
     names = list(found)
     for _ in range(50):
-        for below, above in zip(names, names[1:], strict=False):
+        for below, above in itertools.pairwise(names):
             if (missing := least - found[above] + found[below]) > 0:
                 found[below] -= missing / 2
                 found[above] += missing / 2
