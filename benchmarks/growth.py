@@ -1,6 +1,6 @@
 """How the cost grows with the number of parameter tensors and with n: measured, stored and drawn.
 
-    python benchmarks/growth.py docs/benchmarks_cpu.json     draws the stored figures again
+python benchmarks/growth.py docs/benchmarks_cpu.json     draws the stored figures again
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import contenders
 import steps
 import update
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 TENSORS, LENGTHS = [4, 16, 64, 256, 1024], [1, 2, 4, 8, 16, 32]
 # The first is what the others are compared with.
 UPDATES = [update.BY_HAND, update.USUAL, update.TRAINKIT, update.BARE]
-STEPS = [steps.BY_HAND, steps.USUAL, steps.TRAINKIT, *contenders.LIBRARIES]
+STEPS = [steps.BY_HAND, steps.USUAL, steps.TRAINKIT, *sorted(contenders.LIBRARIES)]
 # Readable on a light and on a dark page.
 INK, OURS = "#808080", "#3b8ed0"
 
@@ -78,7 +79,7 @@ def _draw_panel(axes, panel):
         style = {"color": OURS, "linewidth": 3, "zorder": 3} if is_ours else {"color": INK}
         axes.plot(places, line, marker="o", markersize=4, **style)
         axes.annotate(
-            name.strip("*").removesuffix(", fused AdamW"),
+            "trainkit" if is_ours else name.removesuffix(", fused AdamW"),
             (places[-1] * 1.3, heights[name]),
             annotation_clip=False,
             color=OURS if is_ours else INK,
