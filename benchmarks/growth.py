@@ -56,11 +56,11 @@ def _ratios(taken, names):
 
 def draw(figures, path):
     """A panel for each, one above the other, with the name of each line at its end."""
-    figure = Figure(figsize=(7, 7), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(5.6, 6.6), layout="constrained", facecolor="none")
     for axes, (title, panel) in zip(figure.subplots(2, 1), figures.items(), strict=True):
         _draw_panel(axes, panel)
         axes.set_title(f"{title}: {panel['about']}", color=INK, fontsize=12, loc="left")
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=200)
 
 
 def _draw_panel(axes, panel):
@@ -79,7 +79,7 @@ def _draw_panel(axes, panel):
         style = {"color": OURS, "linewidth": 3, "zorder": 3} if is_ours else {"color": INK}
         axes.plot(places, line, marker="o", markersize=4, **style)
         axes.annotate(
-            "trainkit" if is_ours else name.removesuffix(", fused AdamW"),
+            "trainkit" if is_ours else name.split(", fused")[0].split(":")[0],
             (places[-1] * 1.3, heights[name]),
             annotation_clip=False,
             color=OURS if is_ours else INK,
