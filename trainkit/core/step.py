@@ -214,8 +214,7 @@ class Step(Generic[P]):
             return batches
         from trainkit.watch.progress import with_progress
 
-        counted = loader if updates is None else ()  # so many batches, or nobody knows how many
-        return with_progress(batches, counted, (self, *others), progress)
+        return with_progress(batches, (self, *others), progress)
 
     def close(self) -> StepResult:
         """Make the update of the open window now, divided by what is in it.
