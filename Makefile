@@ -19,6 +19,7 @@ bench: .venv/bench
 # The variable is about mkdocs-material's own future.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS) --config-file mkdocs.zh.yml
 
 notebooks: .venv/ready
 	$(BIN)/python examples/notebooks.py $(ARGS)
