@@ -593,8 +593,8 @@ def _keep_casts_fresh(step: Step[Any]) -> None:
 
     A step function may move weights along a gradient between two of its forwards, for example in
     SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412). The second forward would use the
-    copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
-    every weight would cost as much as backward through a small layer.
+    copies of the old weights. Only the last trained weight of each optimizer carries the hook,
+    because a hook on every weight would cost as much as backward through a small layer.
     """
     if step._cast_weights and all(map(requires_grad, step._cast_weights)):
         return
