@@ -105,7 +105,8 @@ def train_in_turns(runs, windows, wait):
     losses, seconds = {name: [] for name in runs}, {name: [] for name in runs}
     slices = min(SLICES, *windows.values())
     orders = itertools.cycle(itertools.permutations(runs))
-    random_states = dict.fromkeys(runs, torch.get_rng_state())  # each loop has its own
+    # Each loop has its own random state. A GPU's is for dropout, which only the plain loop has.
+    random_states = dict.fromkeys(runs, torch.get_rng_state())
     for number in tqdm(range(slices), desc="training"):
         for name in next(orders):
             begin, end = (windows[name] * i // slices for i in (number, number + 1))
@@ -228,7 +229,7 @@ def print_table(found, clock):
         print(
             f"| {name} | {sum(row['seconds']):.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) "
             f"| {row['accuracy']:.3f} | {row['memory']:,.0f} MiB | {row['lines']} "
-            f"| {row['error']:.0e} |"
+            f"| {row['error']:.2g} |"
         )
     pairs = zip(found["by hand"]["losses"], found["trainkit"]["losses"], strict=True)
     apart = max(abs(mine - theirs) / theirs for mine, theirs in pairs)
