@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEVICE ?= cpu
 export MPLBACKEND ?= Agg
 
-.PHONY: demo notebooks test bench docs lint clean
+.PHONY: demo notebooks test bench docs lint wheel clean
 
 demo: .venv/ready
 	$(BIN)/python examples/compare.py $(ARGS)
@@ -28,6 +28,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict trainkit tests/typed_usage.py
 
+# One file, which needs no network to be installed. What an earlier build left would be packed, too.
+wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 # torch first and alone: the pinned version is then what every other package finds.
 .venv/ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -47,4 +53,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -88,9 +88,30 @@ def draw_growth(device, rounds, path):
     figure.savefig(path, dpi=110)
 
 
+def step_tables(tasks, rounds):
+    """On a CPU one table of all tasks; on a GPU one for each, with the times of host and GPU."""
+    if all(task.device == "cpu" for task in tasks.values()):
+        return steps.steps_table(tasks, rounds)
+    return "\n\n".join(f"{title}:\n\n{steps.gpu_table(t, rounds)}" for title, t in tasks.items())
+
+
+def gpt2_section(device, precisions, quick):
+    """GPT-2, which a CPU takes seconds for."""
+    if device == "cpu" or quick:
+        return ""
+    tasks = {f"GPT-2 in {name}": steps.gpt2(device, precision=p) for name, p in precisions.items()}
+    return f"""
+### A step of GPT-2
+
+{step_tables(tasks, 5)}
+
+124 M parameters, n = 4, micro-batches of 8 x 512 tokens, no dropout.
+"""
+
+
 def measured(device, quick, picture):
     """Everything on a device, in Markdown."""
-    rounds, few = (2, 2) if quick else (80, 25)
+    rounds, few = (2, 2) if quick else (80, 25) if device == "cpu" else (40, 10)
     threads = torch.get_num_threads()
     title = f"Measured on {machine(device)}"
     torch.set_num_threads(1)  # where there is hardly any work, a second one adds noise
@@ -101,7 +122,7 @@ def measured(device, quick, picture):
         "n = 4, bfloat16": steps.tiny(device, precision=torch.bfloat16),
         "n = 4, float16": steps.tiny(device, precision=torch.float16),
     }
-    tiny = steps.steps_table(tiny, rounds)
+    tiny = step_tables(tiny, rounds)
     draw_growth(device, few, picture)
     torch.set_num_threads(threads)
     precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +131,7 @@ def measured(device, quick, picture):
     encoder = {
         name: steps.encoder(device, precision=precision) for name, precision in precisions.items()
     }
+    sentences, tokens = steps.ENCODER_BATCH[device]
     sizes = {
         "1 M in 10 tensors": (10, 100_000),
         "10 M in 10 tensors": (10, 1_000_000),
@@ -117,6 +139,8 @@ def measured(device, quick, picture):
         "100 M in 100 tensors": (100, 1_000_000),
         "4,000 in 400 tensors": (400, 10),
     }
+    if device == "cuda":
+        sizes["1 G in 100 tensors"] = (100, 10_000_000)
     if quick:
         encoder, sizes = {"float32": encoder["float32"]}, {"1 M in 10 tensors": (10, 100_000)}
     return f"""{title}
@@ -130,10 +154,11 @@ Microseconds per micro-batch, and the ratio to the correct loop by hand.
 
 ### A step of an encoder
 
-{steps.steps_table(encoder, few)}
+{step_tables(encoder, few)}
 
 A BERT of six layers, 384 wide, 11.4 M parameters;
-n = 4, micro-batches of 8 sentences of 32 tokens, no dropout.
+n = 4, micro-batches of {sentences} sentences of {tokens} tokens, no dropout.
+{gpt2_section(device, precisions, quick)}
 
 ### An update alone
 

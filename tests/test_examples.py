@@ -453,3 +453,17 @@ def test_a_notebook_is_what_the_package_is_now_and_runs_by_itself(
         assert (tmp_path / "trainkit.py").exists() and len(
             (tmp_path / "submission.csv").read_text().splitlines()
         ) == 401
+
+
+def test_a_lifted_cell_is_collapsed_and_no_other(tmp_path, monkeypatch):
+    """By the keys of Kaggle and of Jupyter, in the file as it is written."""
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "away"))
+    path, notebooks = tmp_path / "small.ipynb", load("notebooks")
+    lifted = notebooks.HEAD + "# `python -m trainkit lift StepResult --bare` prints this"
+    cells = map(nbformat.v4.new_code_cell, [lifted, "import trainkit\ntrainkit.StepResult"])
+    notebook = nbformat.v4.new_notebook(cells=list(cells))
+    nbformat.write(notebook, path)
+    nbformat.write(notebooks.run(path, tmp_path), path)
+    found = [cell["metadata"] for cell in json.loads(path.read_text())["cells"]]
+    assert found == [{"_kg_hide-input": True, "jupyter": {"source_hidden": True}}, {}]

@@ -1,4 +1,4 @@
-"""Evidence that a loop does not train as its author thinks, and what a step says of it, once."""
+"""Signs that a loop does not train as its author thinks. A step warns of each once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ evidence: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of each step that
 
 
 def note_unfrozen(parameters: list[Any]) -> None:
-    """Have every step look, when its window closes, whether its optimizers hold these."""
+    """Have every step check, when a window closes, that some optimizer holds these."""
     unfrozen.update({id(p): p for p in parameters})
     for found in evidence.values():
         found.awaits = True
 
 
 class Evidence:
-    """What one step has shown of its updates. Its hooks on optimizers change nothing."""
+    """What was seen of one step and its updates. Its hooks on optimizers change nothing."""
 
     only_looks = True
     lost: ClassVar[list[int]] = []  # micro-batches in the open windows of steps that are gone
@@ -94,7 +94,7 @@ class Evidence:
             raise
 
     def tell(self, step: Any, result: Any) -> None:
-        """Say what a closed window has shown, each thing once. Correct ``result.updated``."""
+        """Warn of what a closed window shows, once each. Correct ``result.updated``."""
         _global_optimizer_post_hooks.pop(id(self), None)
         plan, found, self.windows = step._plan, {}, self.windows + 1
         if self.before is not None:
@@ -145,9 +145,9 @@ _BESIDE = (
 
 
 def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
-    """Return an optimizer that stepped parameters of the plan where none of the plan's did.
+    """Return an optimizer outside the plan that stepped parameters of the plan in place of its own.
 
-    Nothing is known of an optimizer without hooks. What is inside one of the plan's is the same.
+    An optimizer without hooks shows nothing. An optimizer inside one of the plan counts as its own.
     """
     own, trained = plan.optimizers, {*map(id, plan.parameters())}
     if not stepped or not own or not all(map(_calls_hooks, own)):
@@ -161,8 +161,8 @@ def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
 def _idle(plan: Plan) -> list[Tensor]:
     """Return parameters that ``unfreeze`` made trainable, with gradients that nothing reads.
 
-    What another step holds is its own, and so is what an optimizer holds that shares nothing with
-    this plan: the D of a GAN gets gradients in the step of G.
+    Parameters of another step do not count, nor parameters of an optimizer that shares nothing
+    with this plan: the discriminator of a GAN gets gradients in the step of the generator.
     """
     own = {*map(id, plan.parameters())}
     idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
@@ -176,7 +176,8 @@ def _idle(plan: Plan) -> list[Tensor]:
 
 
 def hint(is_exit: bool = False) -> None:
-    """Say once in a process that steps ended with open windows; not in tests, nor after errors."""
+    """Warn once in a process of steps that ended with an open window, except in tests and after
+    errors."""
     for step in list(evidence) if is_exit else ():
         step.__del__()
     lost, is_quiet = sum(Evidence.lost), hasattr(sys, "last_type") or "pytest" in sys.modules

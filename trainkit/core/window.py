@@ -30,8 +30,8 @@ class Window:
 
     can_fuse = True  # whether a fused optimizer may divide the sums
     can_watch = True  # whether only autograd changes a sum that is lent
-    may_be_open = False  # where a loop begins: it is from a checkpoint
-    # In a state_dict.
+    may_be_open = False  # whether a loop may begin with it open: it was loaded from a checkpoint
+    # What a state_dict keeps of it.
     kept = ("length", "parts", "reference", "weighted", "size", "weights", "is_sum")
 
     def __init__(self, length: float, reference: Weight | None, is_sum: bool = False) -> None:

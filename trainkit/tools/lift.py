@@ -17,11 +17,11 @@ import argparse
 import ast
 import difflib
 import functools
-import importlib.metadata
 import importlib.resources
 import re
 import symtable
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +230,8 @@ def lift(
     error = f"{{name}} was not lifted into this file: `{command} {{name}}`"
     missing = package.missing(names)
     reached = package.reached(names, missing)
-    head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
+    version = import_module("trainkit").__version__
+    head = f"# trainkit {version}, MIT license: what `{command}` prints."
     cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
     for above, statement in _statements(package, reached):
         drop = bare or statement.binds.isdisjoint(package.public)
@@ -240,11 +241,12 @@ def lift(
     cell += ["", "", f"__all__ = [{listed}]"]
     if not inline:
         left = " ".join(name for name in package.public if name not in exported)
-        cell += _END.format(left=left, error=error).splitlines()
+        cell += _END.format(version=version, left=left, error=error).splitlines()
     return "\n".join(cell) + "\n"
 
 
-_END = """
+_END = """__version__ = "{version}"
+
 
 def __getattr__(name: str) -> object:
     if name in "{left}".split():
@@ -341,10 +343,3 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
-
-
-def _released() -> str:
-    try:
-        return importlib.metadata.version("trainkit")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a checkout"
