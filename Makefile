@@ -7,7 +7,7 @@ export MPLBACKEND ?= Agg
 .PHONY: demo notebooks test bench docs lint wheel clean
 
 demo: .venv/ready
-	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+	$(BIN)/python examples/compare.py $(ARGS)
 
 test: export HF_HUB_OFFLINE := 1
 test: .venv/ready
