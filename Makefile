@@ -4,10 +4,10 @@ BIN := .venv/bin
 DEVICE ?= cpu
 export MPLBACKEND ?= Agg
 
-.PHONY: demo notebooks test bench docs lint clean
+.PHONY: demo notebooks test bench docs lint wheel clean
 
 demo: .venv/ready
-	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+	$(BIN)/python examples/compare.py $(ARGS)
 
 test: export HF_HUB_OFFLINE := 1
 test: .venv/ready
@@ -19,6 +19,7 @@ bench: .venv/bench
 # The variable is about mkdocs-material's own future.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS) --config-file mkdocs.zh.yml
 
 notebooks: .venv/ready
 	$(BIN)/python examples/notebooks.py $(ARGS)
@@ -27,6 +28,12 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict trainkit tests/typed_usage.py
+
+# One file, which needs no network to be installed. What an earlier build left would be packed, too.
+wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # torch first and alone: the pinned version is then what every other package finds.
 .venv/ready: setup.cfg pyproject.toml constraints.txt
@@ -47,4 +54,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -2,7 +2,8 @@
 
 Each contender takes a task and returns a model, and a function that trains it on all batches once.
 All of them clip and take the same updates. The last three follow the documentation of their
-library. They raise ImportError where it is not installed, and Unsupported where it lacks something.
+library. They raise ImportError where it is not installed. Where the library lacks something they
+raise Unsupported, or the library itself raises in the first epoch.
 """
 
 from __future__ import annotations
@@ -243,3 +244,4 @@ CONTENDERS = {
     "PyTorch Ignite, fused AdamW": ignite,
 }
 USUAL, BY_HAND, TRAINKIT, *_ = CONTENDERS
+LIBRARIES = {name for name, make in CONTENDERS.items() if make in (accelerate, fabric, ignite)}

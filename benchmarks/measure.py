@@ -22,6 +22,24 @@ def seconds(run, device):
     return start.elapsed_time(end) / 1e3
 
 
+def host_seconds(run):
+    """How long the host takes to hand this to an idle GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def busy_seconds(run):
+    """How long the GPU's kernels and copies take while this runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    marks = ("Optimizer.", "ProfilerStep")  # spans that torch names, which hold idle time as well
+    return sum(e.time_range.elapsed_us() for e in on_gpu if not e.name.startswith(marks)) / 1e6
+
+
 def in_turn(runs, device, rounds, repeat=1):
     """The seconds that each of several functions takes in each round."""
     times = {name: [] for name in runs}

@@ -14,18 +14,15 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import platform
 import re
-import statistics
 from pathlib import Path
 
-import matplotlib
+import growth
 import steps
 import torch
 import update
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,51 +43,36 @@ def machine(device):
 
 
 def draw_growth(device, rounds, path):
-    """How the cost grows with the number of parameter tensors, and with n."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    counts = [4, 16, 64, 256, 1024]
-    taken = [update.compete(count, 10, device, rounds) for count in counts]
-    for name in (update.USUAL, update.BY_HAND, update.TRAINKIT, update.BARE):
-        left.plot(
-            counts,
-            [1e3 * statistics.median(times[name]) for times in taken],
-            marker="o",
-            label=name.strip("*"),
-        )
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="parameter tensors of 10 elements",
-        ylabel="ms per update",
-    )
-    lengths = [1, 2, 4, 8, 16, 32]
-    taken = [steps.compete(steps.tiny(device, n), rounds) for n in lengths]
-    for name in steps.CONTENDERS:
-        if all(name in times for times in taken):
-            right.plot(
-                lengths,
-                [1e6 * statistics.median(times[name]) for times in taken],
-                marker="o",
-                label=name.strip("*"),
-            )
-    right.set(
-        xscale="log",
-        xlabel="n, micro-batches in a window",
-        ylabel="us per micro-batch, tiny model",
-        xticks=lengths,
-    )
-    right.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    right.set_ylim(0, 1.5 * right.get_ylim()[1])  # room for the legend
-    for axis in (left, right):
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    """How the cost grows, measured and drawn; the figures are stored beside the picture."""
+    figures = growth.measure(device, rounds)
+    path.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    growth.draw(figures, path)
+
+
+def step_tables(tasks, rounds):
+    """On a CPU one table of all tasks; on a GPU one for each, with the times of host and GPU."""
+    if all(task.device == "cpu" for task in tasks.values()):
+        return steps.steps_table(tasks, rounds)
+    return "\n\n".join(f"{title}:\n\n{steps.gpu_table(t, rounds)}" for title, t in tasks.items())
+
+
+def gpt2_section(device, precisions, quick):
+    """GPT-2, which a CPU takes seconds for."""
+    if device == "cpu" or quick:
+        return ""
+    tasks = {f"GPT-2 in {name}": steps.gpt2(device, precision=p) for name, p in precisions.items()}
+    return f"""
+### A step of GPT-2
+
+{step_tables(tasks, 5)}
+
+124 M parameters, n = 4, micro-batches of 8 x 512 tokens, no dropout.
+"""
 
 
 def measured(device, quick, picture):
     """Everything on a device, in Markdown."""
-    rounds, few = (2, 2) if quick else (80, 25)
+    rounds, few = (2, 2) if quick else (80, 25) if device == "cpu" else (40, 10)
     threads = torch.get_num_threads()
     title = f"Measured on {machine(device)}"
     torch.set_num_threads(1)  # where there is hardly any work, a second one adds noise
@@ -101,7 +83,7 @@ def measured(device, quick, picture):
         "n = 4, bfloat16": steps.tiny(device, precision=torch.bfloat16),
         "n = 4, float16": steps.tiny(device, precision=torch.float16),
     }
-    tiny = steps.steps_table(tiny, rounds)
+    tiny = step_tables(tiny, rounds)
     draw_growth(device, few, picture)
     torch.set_num_threads(threads)
     precisions = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +92,7 @@ def measured(device, quick, picture):
     encoder = {
         name: steps.encoder(device, precision=precision) for name, precision in precisions.items()
     }
+    sentences, tokens = steps.ENCODER_BATCH[device]
     sizes = {
         "1 M in 10 tensors": (10, 100_000),
         "10 M in 10 tensors": (10, 1_000_000),
@@ -117,6 +100,8 @@ def measured(device, quick, picture):
         "100 M in 100 tensors": (100, 1_000_000),
         "4,000 in 400 tensors": (400, 10),
     }
+    if device == "cuda":
+        sizes["1 G in 100 tensors"] = (100, 10_000_000)
     if quick:
         encoder, sizes = {"float32": encoder["float32"]}, {"1 M in 10 tensors": (10, 100_000)}
     return f"""{title}
@@ -130,10 +115,11 @@ Microseconds per micro-batch, and the ratio to the correct loop by hand.
 
 ### A step of an encoder
 
-{steps.steps_table(encoder, few)}
+{step_tables(encoder, few)}
 
 A BERT of six layers, 384 wide, 11.4 M parameters;
-n = 4, micro-batches of 8 sentences of 32 tokens, no dropout.
+n = 4, micro-batches of {sentences} sentences of {tokens} tokens, no dropout.
+{gpt2_section(device, precisions, quick)}
 
 ### An update alone
 
@@ -149,7 +135,9 @@ float16 scaler, clipping and AdamW; microseconds per update, the time of backwar
 
 ### How it grows
 
-![Time per update by number of tensors, and time per micro-batch by n](docs/{picture.name})"""
+![Time of an update and of a micro-batch, relative to a loop by hand](docs/{picture.name})
+
+Every contender without another optimizer in its name has fused AdamW."""
 
 
 def main():

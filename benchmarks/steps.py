@@ -1,12 +1,17 @@
-"""What a step costs with forward and backward: of a tiny model, all overhead, and of a real one."""
+"""What a step costs with forward and backward: of a tiny model, all overhead, and of real ones."""
 
 from __future__ import annotations
 
+import statistics
+import sys
+
 import torch
-from contenders import BY_HAND, CONTENDERS, TRAINKIT, USUAL, Task, Unsupported
-from measure import in_turn, microseconds, ratio, table
+from contenders import BY_HAND, CONTENDERS, LIBRARIES, TRAINKIT, USUAL, Task
+from measure import busy_seconds, host_seconds, in_turn, microseconds, ratio, table
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+
+ENCODER_BATCH = {"cpu": (8, 32), "cuda": (32, 128)}  # sentences, tokens
 
 
 def tiny(device, n=4, precision=torch.float32):
@@ -29,7 +34,7 @@ def tiny(device, n=4, precision=torch.float32):
 
 
 def encoder(device, n=4, precision=torch.float32):
-    """Six layers as wide as MiniLM-L6, a small vocabulary; micro-batches of 8 x 32 tokens."""
+    """Six layers as wide as MiniLM-L6, a small vocabulary."""
     from transformers import BertConfig, BertForSequenceClassification
 
     size = {
@@ -42,13 +47,31 @@ def encoder(device, n=4, precision=torch.float32):
         **size, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (n, 8, 32), generator=generator).to(device)
-    labels = torch.randint(2, (n, 8), generator=generator).to(device)
+    sentences, length = ENCODER_BATCH[device]
+    tokens = torch.randint(config.vocab_size, (n, sentences, length), generator=generator)
+    labels = torch.randint(2, (n, sentences), generator=generator)
     return Task(
         device,
         lambda: BertForSequenceClassification(config),
         lambda model, batch: cross_entropy(model(batch[0]).logits, batch[1]),
-        list(zip(tokens, labels, strict=True)),
+        list(zip(tokens.to(device), labels.to(device), strict=True)),
+        n,
+        precision,
+    )
+
+
+def gpt2(device, n=4, precision=torch.float32):
+    """GPT-2 of 124 M parameters, micro-batches of 8 x 512 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (n, 8, 512), generator=generator).to(device)
+    return Task(
+        device,
+        lambda: GPT2LMHeadModel(config),
+        lambda model, batch: model(input_ids=batch, labels=batch).loss,
+        list(tokens),
         n,
         precision,
     )
@@ -58,24 +81,31 @@ def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def compete(task, rounds):
-    """Seconds per micro-batch in each round, of each contender that is installed and has this."""
+def entered(task):
+    """Return an epoch of each contender that is installed and gets through its first epoch."""
     models, epochs = {}, {}
     for name, make in CONTENDERS.items():
         try:
-            models[name], epochs[name] = make(task)
-        except (ImportError, Unsupported):
-            continue
-    start = flat(task.made(True)[0])
-    for epoch in epochs.values():
-        epoch()
-    expected = flat(models[BY_HAND])
+            model, epoch = make(task)
+            epoch()
+        except Exception as error:
+            if name not in LIBRARIES:
+                raise
+            print(f"{name} refuses {task.precision}: {error!r:.200}", file=sys.stderr)
+        else:
+            models[name], epochs[name] = model, epoch
+    start, expected = flat(task.made(True)[0]), flat(models[BY_HAND])
     for name, model in models.items():
         off = ((flat(model) - expected).norm() / (expected - start).norm()).item()
         assert off <= 1e-2, (
             f"{name} takes other updates: {off:.0e}"
         )  # after many, all differ as much as rounding grows
-    times = in_turn(epochs, task.device, rounds)
+    return epochs
+
+
+def compete(task, rounds):
+    """Return the seconds per micro-batch in each round, of each contender that takes part."""
+    times = in_turn(entered(task), task.device, rounds)
     return {name: [t / len(task.batches) for t in taken] for name, taken in times.items()}
 
 
@@ -94,3 +124,18 @@ def steps_table(tasks, rounds):
         ratio(taken[TRAINKIT], taken[USUAL]) for taken in times.values()
     ]
     return table("", list(tasks), rows)
+
+
+def gpu_table(task, rounds):
+    """Time by the GPU's clock, by the host's, and how long the GPU has nothing to do."""
+    epochs = entered(task)
+    times, rows = in_turn(epochs, task.device, rounds), dict.fromkeys(CONTENDERS, ["-"] * 4)
+    for name, epoch in epochs.items():
+        host = [host_seconds(epoch) / len(task.batches) for _ in range(3)]
+        idle = max(0.0, 1 - busy_seconds(epoch) / statistics.median(times[name]))
+        per_batch = [t / len(task.batches) for t in times[name]]
+        ratio_to_hand = ratio(times[name], times[BY_HAND])
+        rows[name] = [microseconds(per_batch), ratio_to_hand, microseconds(host), f"{idle:.0%}"]
+    ratio_to_usual = ratio(times[TRAINKIT], times[USUAL])
+    rows["train_step, returning, / the usual loop"] = ["", ratio_to_usual, "", ""]
+    return table("", ["GPU", "ratio to by hand", "host", "GPU idle"], rows)

@@ -22,6 +22,8 @@ from trainkit.tools.lift import lift
 
 HERE = Path(__file__).parent
 HEAD = "%%writefile trainkit.py\n"
+# A cell that opens collapsed: on Kaggle, and in Jupyter.
+COLLAPSED = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
 
 
 def lifted(source):
@@ -43,7 +45,7 @@ def smaller(picture):
 def run(path, folder):
     """Return the notebook after its cells were lifted and run in an empty folder.
 
-    Raises the exception of a cell that fails.
+    Lifted cells are collapsed. Raises the exception of a cell that fails.
     """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
@@ -55,7 +57,7 @@ def run(path, folder):
         env=shell
     )
     for cell in notebook.cells:
-        cell.metadata = {}
+        cell.metadata = COLLAPSED if cell.source.startswith(HEAD) else {}
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])

@@ -40,6 +40,42 @@ def test_a_contender_that_takes_other_updates_is_found_out(module, monkeypatch):
         steps.compete(task, rounds=1)
 
 
+def refusing(task):
+    """Refuses in its first epoch, as Fabric refuses to clip with a scaler and a fused optimizer."""
+    model, _ = task.made(True)
+
+    def epoch():
+        raise NotImplementedError("no clipping")
+
+    return model, epoch
+
+
+def test_a_library_that_refuses_in_its_first_epoch_is_a_dash(module, monkeypatch, capsys):
+    steps = module("steps")
+    task = steps.tiny("cpu")
+    monkeypatch.setitem(steps.CONTENDERS, "other", refusing)
+    with pytest.raises(NotImplementedError, match="no clipping"):  # what is ours may not refuse
+        steps.compete(task, rounds=1)
+    monkeypatch.setattr(steps, "LIBRARIES", {*steps.LIBRARIES, "other"})
+    assert "| other | - | - |" in steps.steps_table({"a": task, "b": task}, rounds=2)
+    assert (
+        "other refuses torch.float32: NotImplementedError('no clipping')" in capsys.readouterr()[1]
+    )
+
+
+def test_the_table_of_a_gpu_has_the_times_of_host_and_gpu(module, monkeypatch):
+    steps = module("steps")
+    monkeypatch.setitem(steps.CONTENDERS, "other", refusing)
+    monkeypatch.setattr(steps, "LIBRARIES", {*steps.LIBRARIES, "other"})
+    task = steps.tiny("cpu")
+    monkeypatch.setattr(steps, "host_seconds", lambda epoch: 3e-6 * len(task.batches))
+    monkeypatch.setattr(steps, "busy_seconds", lambda epoch: 0.0)
+    rows = [row.strip("| ").split(" | ") for row in steps.gpu_table(task, rounds=2).splitlines()]
+    cells = {name: cells for name, *cells in rows[2:]}
+    assert cells[steps.BY_HAND][1:] == ["1.00 (1.00 to 1.00)", "3 us", "100%"]
+    assert cells["other"] == ["-"] * 4
+
+
 def test_updates_alone(module):
     update = module("update")
     assert set(update.compete(3, 50_000, "cpu", rounds=1)) == set(update.CONTENDERS)

@@ -7,10 +7,17 @@ import math
 import pytest
 import torch
 from oracles import distance, loss_of, make_batches, make_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from trainkit import History, accumulate, amp, train_step
+from trainkit import History, accumulate, amp, microbatch, recompute, resumable, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+needs_grad_dtype = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has none"
+)
+DEVICE, BACKEND = "cuda", "nccl"
 BATCHES = (
     [tuple(part.cuda() for part in batch) for batch in make_batches([4] * 8, torch.float32)]
     if torch.cuda.is_available()
@@ -131,3 +138,125 @@ def test_recording_logging_and_showing_wait_for_nothing(weight, error_where_the_
     assert rows == silent["update"] == logging["update"] == [1, 2, 3, 4]
     assert silent["loss"] == logging["loss"] and silent["loss_scale"] == [65536.0] * 4
     assert silent["peak_memory"][-1] > 0
+
+
+def make_deep():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)]
+    return nn.Sequential(*blocks, nn.Linear(64, 1)).to(DEVICE)
+
+
+def test_a_chunk_that_runs_out_of_memory_is_cut_and_the_gradient_is_that_of_the_batch():
+    x = torch.randn(1 << 14, 64, device=DEVICE)
+    model = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 1)).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    found = []
+
+    @train_step(optimizer, microbatch("auto"))
+    def step(x):
+        yield model(x).pow(2).mean()
+        found.extend(p.grad.clone() for p in model.parameters())
+
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    fits = torch.cuda.memory_reserved() + (400 << 20)  # an activation of the batch has 256 MiB
+    torch.cuda.set_per_process_memory_fraction(fits / total)
+    try:
+        with pytest.warns(UserWarning, match="memory ran out"):
+            step(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    model(x).pow(2).mean().backward()
+    assert distance(found, [p.grad for p in model.parameters()]) <= 1e-5
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
+    batches = [torch.randn(8, 64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+
+    def train(path, stop=None):
+        model = make_deep()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        parts = accumulate(2), amp(dtype=torch.float16, growth_interval=2)
+        step = train_step(optimizer, *parts, max_norm=0.1)(lambda x: model(x).pow(2).mean())
+        with resumable(path, every=1, model=model, optimizer=optimizer, step=step) as run:
+            for _ in run.epochs(2):
+                for x in step.over(batches):
+                    step(x.to(DEVICE))
+                    if step.updates == stop:
+                        raise InterruptedError
+        return [*model.state_dict().values(), torch.tensor(step.loss_scale)]
+
+    torch.manual_seed(1)
+    expected = train(tmp_path / "whole")
+    torch.manual_seed(1)
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "parts", stop=7)
+    resumed = train(tmp_path / "parts")
+    assert all(map(torch.equal, resumed, expected))
+
+
+def test_recompute_takes_less_memory_and_has_the_same_bits():
+    x = torch.randn(1 << 14, 64, device=DEVICE)
+
+    def train(*parts):
+        model = make_deep()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        parts = [part(model) for part in parts]
+        step = train_step(optimizer, *parts)(lambda x: model(x).pow(2).mean())
+        torch.manual_seed(1)
+        step(x)
+        torch.cuda.reset_peak_memory_stats()
+        step(x)
+        return torch.cuda.max_memory_allocated(), list(model.parameters())
+
+    much, expected = train()
+    little, found = train(lambda model: recompute(model, "[:6]"))
+    assert little < 0.8 * much
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_grad_dtype
+def test_sums_in_float32_do_not_stand_still(error_where_the_host_waits):
+    weight = nn.Parameter(torch.ones(8, device=DEVICE, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    step = train_step(optimizer, accumulate(1024, dtype=torch.float32))(
+        lambda x: (weight * x).sum()
+    )
+    ones = torch.ones(8, device=DEVICE, dtype=torch.bfloat16)
+    step.last(ones)
+    error_where_the_host_waits()
+    for _ in range(1024):
+        step(ones)
+    torch.cuda.set_sync_debug_mode("default")
+    assert weight.tolist() == [-1.0] * 8
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_a_wrapped_model_takes_the_same_updates_and_waits_for_nothing(
+    wrap, error_where_the_host_waits
+):
+    def train(wrap):
+        model = make_model(torch.float32).to(DEVICE)
+        wrapped = wrap(model)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01, fused=True)
+        parts, weight = (accumulate(2), amp(dtype=torch.float16)), torch.tensor(3, device=DEVICE)
+
+        @train_step(optimizer, *parts, max_norm=0.1, module=wrapped)
+        def step(batch):
+            return loss_of(wrapped, batch), weight
+
+        for batch in BATCHES[:4]:
+            step(batch)
+        error_where_the_host_waits()
+        for batch in BATCHES[4:]:
+            step(batch)
+        torch.cuda.set_sync_debug_mode("default")
+        assert step.updates == 4
+        return [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
+
+    expected, store = train(lambda model: model), torch.distributed.HashStore()
+    torch.distributed.init_process_group(BACKEND, store=store, rank=0, world_size=1)
+    try:
+        assert distance(train(wrap), expected) <= 1e-5
+    finally:
+        torch.distributed.destroy_process_group()

@@ -8,7 +8,9 @@ Comments that do not show in a page tell what is needed besides:
     -->
 """
 
+import functools
 import io
+import json
 import math
 import pkgutil
 import re
@@ -108,6 +110,9 @@ def test_every_block_runs(page, as_torchrun_starts_it, monkeypatch, tmp_path):
     text = page.read_text()
     assert text.count("```python") == len(blocks_of(page)), "a block that PIECE does not find"
     monkeypatch.chdir(tmp_path)  # some of them write
+    # This backend needs no C++ compiler.
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
     torch.manual_seed(0)
     # A module, since what is made in it is looked up there, by pickle for one.
     module = types.ModuleType("page")
@@ -263,12 +268,22 @@ def test_the_reference_has_all_that_is_public():
     ) == set(trainkit.__all__)
 
 
+def anchors_of(page):
+    """What mkdocs makes of the headings of a page; benchmarks.md has those of BENCHMARKS.md."""
+    text = (ROOT / "BENCHMARKS.md" if page == DOCS / "benchmarks.md" else page).read_text()
+    titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_between_pages_lead_somewhere():
-    """And to a heading of the page, where they name one; `make docs` looks at all of it."""
+    """To a page, and to a heading of it where they name one; Chinese pages to English ones, too."""
     for page in PAGES:
         for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text()):
-            path, _, _anchor = target.partition("#")
-            assert not path or (page.parent / path).exists(), f"{page}: {target}"
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page}: {target}"
+            if anchor and found.suffix == ".md":
+                assert anchor in anchors_of(found), f"{page}: {target}"
 
 
 def test_nobody_is_told_to_install_what_belongs_to_somebody_else():
@@ -283,14 +298,9 @@ def test_nobody_is_told_to_install_what_belongs_to_somebody_else():
     reason="needs the docs extra: `make docs`",
 )
 def test_the_site_is_built_without_a_warning(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--site-dir",
-        tmp_path,
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    for config, folder in (("mkdocs.yml", "."), ("mkdocs.zh.yml", "zh")):
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+        command += ["--config-file", config, "--site-dir", tmp_path / folder]
+        subprocess.run(command, cwd=ROOT, check=True)
+    searched = json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]
+    assert not any(re.search(r"[\u4e00-\u9fff]", entry["text"]) for entry in searched)

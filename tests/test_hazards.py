@@ -1,6 +1,7 @@
 """What breaks in loops and libraries, and has no other file here. All are in docs/hazards.md."""
 
 import copy
+import itertools
 import math
 import re
 import warnings
@@ -444,10 +445,11 @@ def test_every_rank_resumes_with_its_own_batch_norm_statistics(tmp_path):
 
 def test_every_hazard_in_the_document_has_its_test():
     text = (ROOT / "docs" / "hazards.md").read_text()
-    named = re.findall(r"`(test_\w+\.py)`: `(\w+)`", text)
-    assert len(named) > 50
-    for file, test in named:
-        (path,) = (ROOT / "tests").rglob(file)
-        assert f"def {test}(" in path.read_text(), f"{file}: {test}"
+    rows = re.findall(r"^\| (?!elsewhere).*\|$", text, re.MULTILINE)
+    linked = [re.findall(r"\[test\]\(\.\./([\w/]+\.py)#(\w+)\)", row) for row in rows]
+    assert len(rows) > 50 and all(linked)
+    for file, test in itertools.chain(*linked):
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}: {test}"
     here = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE))
-    assert here - {test for _, test in named} == {"test_every_hazard_in_the_document_has_its_test"}
+    named = {test for _, test in itertools.chain(*linked)}
+    assert here - named == {"test_every_hazard_in_the_document_has_its_test"}

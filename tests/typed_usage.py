@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from typing_extensions import assert_type
 
+import trainkit
 from trainkit import Step, StepResult, accumulate, amp, frozen, train_step
 
 model = torch.nn.Linear(2, 2)
@@ -51,3 +52,4 @@ with frozen(model, ["weight", model, lambda name, parameter: True]) as names:
     assert_type(names, list[str])
 with amp():
     pass
+assert_type(trainkit.__version__, str)

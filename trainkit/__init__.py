@@ -34,6 +34,7 @@ __all__ = [
     "trainable_parameters",
     "unfreeze",
 ]
+__version__ = "0.1.0"  # setup.cfg reads it here
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a step says when something is wrong: imported only then."""
+"""Messages for when something is wrong with a step. Imported only then."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ _CAUSES = {  # by a pattern in a message, which is torch's or Python's
 
 
 def described(step: Any) -> str:
-    """Return the plan of a step and where it is, without running ``after``."""
+    """Return the plan, the counts and the open window of a step, without running ``after``."""
     plan, window, function = step._plan, step._window, step._function
     lengths = (None if n == math.inf else getattr(n, "__qualname__", n) for n in plan.lengths)
     parts = [type(optimizer).__name__ for optimizer in plan.optimizers]
-    parts += [f"accumulate({n})" for n in lengths]
+    reduction = ", reduction='sum'" * plan.is_sum
+    parts += [f"accumulate({n}{reduction})" for n in lengths]
     parts += [f"{type(part).__name__}(...)" for part in plan.surroundings]
     parts += ["amp()"] if plan.precision is not None else []
     parts += ["microbatch(...)"] if plan.step is not None else []
@@ -70,7 +71,7 @@ def described(step: Any) -> str:
 
 
 def explain(error: Exception) -> None:
-    """Add to an error what usually causes it in a step; torch's own advice fits a loop."""
+    """Add to an error its usual cause in a step. Torch's own advice is for a loop."""
     for said, cause in _CAUSES.items():
         if re.search(said, str(error)):
             error.args = (f"{error}\n{cause}",)
@@ -78,7 +79,7 @@ def explain(error: Exception) -> None:
 
 
 def not_an_optimizer(given: Any) -> TypeError:
-    """Return the error for what was given in place of an optimizer."""
+    """Return the error for anything given in place of an optimizer."""
     came, remedy = f"{type(given).__name__} {shown(given)}", "AdamW(model.parameters())"
     missing = [name for name in ABILITIES if not hasattr(given, name)]
     if isinstance(given, type):
@@ -94,7 +95,7 @@ def not_an_optimizer(given: Any) -> TypeError:
 
 
 def no_loss(output: Any) -> Exception:
-    """Return the error for what a step function handed over in place of a loss."""
+    """Return the error for an output of a step function that is no loss."""
     got, kind = shown(output), type(output).__name__
     if not isinstance(output, Tensor):
         came, remedy = f"{got} ({kind})", "`return loss`, or `{'loss': loss, 'weight': weight}`"
@@ -108,7 +109,7 @@ def no_loss(output: Any) -> Exception:
         if isinstance(output, Mapping):
             names = ", ".join(map(repr, output))[:60]
             came = f"{kind} of {names}, where 'loss' is missing or None"
-        return TypeError(f"a step function hands over a loss, not {came}: {remedy}")
+        return TypeError(f"a step function returns or yields a loss, not {came}: {remedy}")
     if output.dim():
         return ValueError(f"the loss must be a single number, got {got}: `loss.mean()`")
     if not output.is_floating_point():
@@ -121,7 +122,7 @@ def no_loss(output: Any) -> Exception:
 
 
 def warn_of_missing(received: int, parameters: list[nn.Parameter]) -> None:
-    """Warn if most parameters take no part in the loss: torch says it vaguely, or not at all."""
+    """Warn if most parameters got no gradient: torch says it vaguely, or not at all."""
     trainable = sum(p.requires_grad for p in parameters)
     if 2 * received < trainable or not received:
         warn(

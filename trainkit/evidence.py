@@ -1,4 +1,4 @@
-"""Evidence that a loop does not train as its author thinks, and what a step says of it, once."""
+"""Signs that a loop does not train as its author thinks. A step warns of each once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainkit.core.generators import run_to_end
 from trainkit.core.plan import Plan, check, parameters_of
@@ -24,23 +24,25 @@ evidence: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of each step that
 
 
 def note_unfrozen(parameters: list[Any]) -> None:
-    """Have every step look, when its window closes, whether its optimizers hold these."""
+    """Have every step check, when a window closes, that some optimizer holds these."""
     unfrozen.update({id(p): p for p in parameters})
     for found in evidence.values():
         found.awaits = True
 
 
 class Evidence:
-    """What one step has shown of its updates. Its hooks on optimizers change nothing."""
+    """What was seen of one step and its updates. Its hooks on optimizers change nothing."""
 
     only_looks = True
     lost: ClassVar[list[int]] = []  # micro-batches in the open windows of steps that are gone
     has_hinted: ClassVar[bool] = False
+    running: ClassVar[set[Any]] = set()  # whose update code runs now
 
     def __init__(self, step: Any) -> None:
         self.awaits = True  # whether ``tell`` is called although nothing was below a yield
         self.windows = self.idle_calls = 0
-        self.before: tuple[list[int], list[Any]] | None = None  # versions and sums of parameters
+        # Trained parameters, their versions and sums, before the code below a yield.
+        self.before: tuple[list[Any], list[int], list[Any]] | None = None
         # Whether versions or hooks tell of updates; None before the first.
         self.updates_show: bool | None = None
         self.is_bare = False  # whether there is no line below the yield
@@ -74,33 +76,36 @@ class Evidence:
             came = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
             check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
 
-    def _note_stepped(self, optimizer: Any, *_: Any) -> None:
-        if _has_gradient(optimizer):
-            self.stepped.append(optimizer)
+    @classmethod
+    def _note_stepped(cls, optimizer: Any, *_: Any) -> None:
+        for found in tuple(cls.running) if _has_gradient(optimizer) else ():
+            found.stepped.append(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
         """Run the update code below the yield, and note what shows whether a parameter moved."""
-        parameters, frame, sums = plan.parameters(), generator.gi_frame, []
+        _note_every_update()
+        frame, sums, parameters = generator.gi_frame, [], plan.parameters()
+        parameters = [p for p in parameters if p.requires_grad]
         if self.updates_show is None:
             lines = {line for _, end, line in frame.f_code.co_lines() if end > frame.f_lasti}
             self.is_bare, sums = lines <= {None, frame.f_lineno}, _checksums(parameters)
-        self.before, self.stepped = ([*map(_version, parameters)], sums), []
+        self.before, self.stepped = (parameters, [*map(_version, parameters)], sums), []
         try:
-            _global_optimizer_post_hooks[id(self)] = self._note_stepped
+            Evidence.running.add(self)
             run_to_end(generator)  # the last call here: Ctrl-C must find no point before the count
         except BaseException:
             self.before = None
-            _global_optimizer_post_hooks.pop(id(self), None)
+            Evidence.running.discard(self)
             raise
 
     def tell(self, step: Any, result: Any) -> None:
-        """Say what a closed window has shown, each thing once. Correct ``result.updated``."""
-        _global_optimizer_post_hooks.pop(id(self), None)
+        """Warn of what a closed window shows, once each. Correct ``result.updated``."""
+        Evidence.running.discard(self)
         plan, found, self.windows = step._plan, {}, self.windows + 1
         if self.before is not None:
-            if not self._has_moved(plan.parameters(), *self.before):
+            if not self._has_moved(*self.before):
                 result._skipped = True
-                if self.updates_show is None and (self.is_bare or self.windows > 7):
+                if self.updates_show is None and (self.is_bare or self.windows > 99):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
@@ -145,9 +150,9 @@ _BESIDE = (
 
 
 def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
-    """Return an optimizer that stepped parameters of the plan where none of the plan's did.
+    """Return an optimizer outside the plan that stepped parameters of the plan in place of its own.
 
-    Nothing is known of an optimizer without hooks. What is inside one of the plan's is the same.
+    An optimizer without hooks shows nothing. An optimizer inside one of the plan counts as its own.
     """
     own, trained = plan.optimizers, {*map(id, plan.parameters())}
     if not stepped or not own or not all(map(_calls_hooks, own)):
@@ -161,8 +166,8 @@ def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
 def _idle(plan: Plan) -> list[Tensor]:
     """Return parameters that ``unfreeze`` made trainable, with gradients that nothing reads.
 
-    What another step holds is its own, and so is what an optimizer holds that shares nothing with
-    this plan: the D of a GAN gets gradients in the step of G.
+    Parameters of another step do not count, nor parameters of an optimizer that shares nothing
+    with this plan: the discriminator of a GAN gets gradients in the step of the generator.
     """
     own = {*map(id, plan.parameters())}
     idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
@@ -176,7 +181,8 @@ def _idle(plan: Plan) -> list[Tensor]:
 
 
 def hint(is_exit: bool = False) -> None:
-    """Say once in a process that steps ended with open windows; not in tests, nor after errors."""
+    """Warn once in a process of steps that ended with an open window, except in tests and after
+    errors."""
     for step in list(evidence) if is_exit else ():
         step.__del__()
     lost, is_quiet = sum(Evidence.lost), hasattr(sys, "last_type") or "pytest" in sys.modules
@@ -186,6 +192,12 @@ def hint(is_exit: bool = False) -> None:
         ended = f"{lost} micro-batch(es) were never applied, in open windows of steps that ended"
         loops = "loop over `step.over(loader)`, or call `step.close()`"
         warn(f"{ended}: {loops}, and make the step before the loop")
+
+
+@functools.cache
+def _note_every_update() -> None:
+    """Register the hook for good, since another thread may iterate over all hooks."""
+    register_optimizer_step_post_hook(Evidence._note_stepped)
 
 
 @functools.cache

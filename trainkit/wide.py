@@ -10,7 +10,7 @@ from trainkit.core.window import Weight, Window
 
 
 class WideWindow(Window):
-    """Has autograd add up half-precision gradients in float32, and rounds the sum once.
+    """A window in which autograd adds up half-precision gradients in float32, rounded once.
 
     In bfloat16 a sum of 256 equal gradients no longer grows. Nothing is divided before it is
     summed, since a third would be rounded. A scaled sum in float32 may be too large for float16:
@@ -28,7 +28,7 @@ class WideWindow(Window):
         self.parts = 1
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
-        """Lend the sums, to parameters whose gradients are float32 meanwhile."""
+        """Lend the sums. Until they are taken, gradients of these parameters are float32."""
         self.can_fuse = all(p.dtype != torch.float16 for p in parameters)
         for p in filter(_is_half, parameters):
             if p.requires_grad and (p.grad is None or p.grad.dtype != torch.float32):

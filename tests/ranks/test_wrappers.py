@@ -7,7 +7,7 @@ import torch
 from by_hand import CHECKS
 from oracles import BATCHES, OPTIMIZERS, distance, loss_of, make_batches, make_model, plain_loop
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import accumulate, amp, freeze, frozen, train_step, unfreeze
@@ -145,6 +145,32 @@ def test_gradients_of_fsdp2_are_unscaled_and_clipped(kind, weight):
         assert type(results[-1].grad_norm) is torch.Tensor and step.updates == 2
         states.append([results[-1].grad_norm, *whole(model)])
     assert distance(*states) <= 1e-6
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
+def test_sums_of_fsdp2_have_the_dtype_that_it_reduces_in(reduce_dtype):
+    """And no other backward through the module changes them, also while a layer is frozen."""
+    results, mesh = [], init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    x = torch.ones(1, 4)
+    for is_disturbed in (False, True):
+        model = make_model(torch.float32)
+        for part in (model[0], model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = train_step(optimizer, accumulate(None, reduction="sum"), module=model)
+        step = step(lambda factor, model=model: model(x).sum() * factor)
+        for factor in [512.0] + [1.0] * 7:  # which bfloat16 adds up to 512
+            step(factor)
+            if is_disturbed:
+                (model(x).sum() * 1e3).backward()
+                with frozen(model, "[0]"):
+                    (model(x).sum() * 1e3).backward()
+        assert step.close().updated
+        results.append(whole(model))
+    assert distance(*results) == 0
+    moved = whole(make_model(torch.float32))[-1] - results[0][-1]
+    assert moved.round().tolist() == [512.0 if reduce_dtype is None else 519.0] * 3
 
 
 @pytest.mark.parametrize("permanent", [False, True])

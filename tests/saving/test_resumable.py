@@ -261,7 +261,7 @@ def test_what_the_step_changes_and_was_not_given_is_warned_of(tmp_path):
         (lambda o: o["model"].__setitem__(2, nn.Linear(32, 9)), r"\[8, 32\].*\.2\..*\[9, 32\]"),
         (
             lambda o: o["optimizer"].add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
-            r"nothing as optimizer\.param_groups\.1.* 1 parameters",
+            r"nothing for optimizer\.param_groups\.1.* 1 parameters",
         ),
     ],
 )

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import types
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from trainkit import amp
 from trainkit.tools.doctor import trial
 from trainkit.tools.doctor.trial import (
     Task,
@@ -387,6 +389,38 @@ def test_the_table_has_ratios(user):
     assert lines[0] == "users_own:pair on cpu, a batch of 8 rows; the median of 1 steps"
     assert lines[3].startswith("plain ") and lines[3].count(" 1.00x") == 2
     assert max(map(len, lines)) <= 100
+
+
+SDPA = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3f_64x128x128"
+GEMM = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_warpgroupsize1x1x1_cublas"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        ({GEMM: 0.009}, []),
+        ({GEMM: 0.004, "flash_fwd_kernel": 0.005, "cudnn_batch_norm": 0.002}, []),  # two streams
+        ({GEMM: 0.002}, ["idle for 80% of a step", "`torch.compile`"]),
+        ({GEMM: 0.007, SDPA: 0.002}, ["cuDNN", "`torch.backends.cuda.enable_cudnn_sdp(False)`"]),
+        ({SDPA: 0.001}, ["idle for 90% of a step", "cuDNN"]),
+        ({}, ["idle for 100%"]),
+    ],
+)
+def test_a_gpu_that_waits_for_launches_or_plans_is_told_from_its_kernels(kernels, said):
+    note = trial.advise(kernels, 0.01)
+    assert all(text in note for text in said) and bool(note) is bool(said)
+    assert ("cuDNN" in note) is (SDPA in kernels)
+
+
+def test_kernels_of_the_plain_step_are_looked_at_on_a_gpu_alone(user, monkeypatch):
+    monkeypatch.setattr(trial, "kernel_times", lambda step: {GEMM: 0.0, SDPA: 0.0})
+    assert tried("pair")["variants"][0]["note"] == ""
+    gpu = Task(user.Model(), torch.ones(8, 8), mean_loss, types.SimpleNamespace(type="cuda"), 8)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)
+    monkeypatch.setattr(trial, "copied", lambda task, seed: task)
+    monkeypatch.setattr(trial, "peak_memory", lambda step, device: 0)
+    rows = [trial.measure("", parts, gpu, 1) for parts in ([], [lambda task: amp(device="cpu")])]
+    assert "idle for 100% of a step" in rows[0].note and "idle" not in rows[1].note
 
 
 def block(mebibytes):

@@ -1,4 +1,4 @@
-"""A batch: the arguments of a call, and how they are cut along the rows of their tensors."""
+"""A batch: the arguments of a call, which can be cut into chunks of rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainkit.core.plan import check
 
 
 class Batch:
-    """The arguments of a call, which can be taken in chunks of their rows.
+    """The arguments of a call, which can be cut into chunks of rows.
 
-    ``dim`` counts the rows of a tensor; a tensor with fewer dimensions has its rows in the last.
-    Lists and tuples without tensors, and NumPy arrays, are cut if they have as many rows. Every
-    chunk gets everything else whole, and tensors without a dimension too.
+    Tensors are cut along ``dim``, and tensors with fewer dimensions along their last one. NumPy
+    arrays, and lists and tuples without tensors, are cut if they have as many rows. Every chunk
+    gets everything else whole, 0-d tensors too.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int = 0) -> None:
@@ -34,16 +34,16 @@ class Batch:
         odd = [tuple(tensor.shape) for tensor in tensors if self._dim_of(tensor) is None]
         differ = f"{cuts} lengths that differ in {[whole[0], *odd]!r:.60}"
         check(not odd, ValueError, f"{differ}: {_REMEDY}")
-        # The memory for a row is roughly proportional to this.
+        # The memory that a row needs is roughly proportional to this.
         self.size_of_row = sum(tensor.numel() for tensor in tensors) // max(self.rows, 1)
 
     def chunk(self, start: int, stop: int) -> Any:
-        """Return the arguments of the call for some of the rows, as views."""
+        """Return the arguments with the rows from ``start`` to ``stop``, as views."""
         rows = slice(start, stop)
         return self.cut(lambda value, dim: value[(*[slice(None)] * dim, rows) if dim else rows])
 
     def cut(self, function: Callable[[Any, Any], Any]) -> Any:
-        """Return the arguments with ``function(value, dim)`` in place of each value with rows."""
+        """Return the arguments with ``function(value, dim)`` in place of every cut value."""
 
         def is_cut(value: Any) -> bool:
             return self._dim_of(value) is not None
@@ -51,8 +51,9 @@ class Batch:
         return mapped(self._arguments, lambda value: function(value, self._dim_of(value)), is_cut)
 
     def _dim_of(self, value: Any) -> int | None:
-        """Return the dimension of a value that counts rows; None if the value is not cut."""
-        is_list = isinstance(value, list) or type(value) is tuple  # no record, no torch.Size
+        """Return the dimension along which a value is cut; None if it is not cut."""
+        # A named tuple and a torch.Size are not lists of rows.
+        is_list = isinstance(value, list) or type(value) is tuple
         if is_list and len(value) == self.rows and not _cut_tensors(value):
             return 0
         is_array = torch.is_tensor(value) or hasattr(type(value), "__array_interface__")  # NumPy
@@ -66,7 +67,7 @@ _REMEDY = "pad images, cut another dim, bind a table: `functools.partial(functio
 
 
 class _Positional(tuple[Any, ...]):
-    """The positional arguments, which are no list of rows, however many there are."""
+    """The positional arguments. They are not a list of rows, whatever their number."""
 
 
 def _walk(value: Any) -> Iterator[Any]:
@@ -83,14 +84,14 @@ def _cut_tensors(value: Any) -> list[Tensor]:
 
 
 def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Any = torch.is_tensor) -> Any:
-    """Return a batch with ``function(leaf)`` in place of each of its leaves, its tensors."""
+    """Return a batch with ``function(leaf)`` in place of every leaf, by default every tensor."""
     if is_leaf(value):
         return function(value)
     if isinstance(value, (tuple, list)):
         items = [mapped(item, function, is_leaf) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        # A copy keeps what else a mapping has, for example the BatchEncoding of a tokenizer.
+        # A copy keeps the type and the attributes, for example of a tokenizer's BatchEncoding.
         found = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for name, item in value.items():
             found[name] = mapped(item, function, is_leaf)

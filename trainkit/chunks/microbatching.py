@@ -1,10 +1,9 @@
-"""``microbatch``: steps that take the batch of a call in chunks of its rows."""
+"""``microbatch``: a step that cuts the batch of a call into chunks of rows."""
 
 from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,21 +25,21 @@ P = ParamSpec("P")
 
 
 def microbatch(size: int | Literal["auto"], dim: int = 0) -> Part:
-    """Take the batch of a call in chunks of ``size`` rows; "auto" takes as many as memory allows.
+    """Cut the batch of a call into chunks of ``size`` rows; "auto" finds a size that fits.
 
-    Equivalent to one backward of ``f(*batch)``, in memory for the activations of one chunk::
+    Equivalent to one backward of ``f(*batch)``, with the activations of one chunk in memory::
 
         for start in range(0, rows, size):
             chunk = [tensor[start : start + size] for tensor in batch]
             (f(*chunk) * len(chunk[0]) / rows).backward()
 
-    A loss with a weight counts by its weight. Tensors are cut in tuples, lists and mappings at any
-    depth, as are lists and tuples without tensors that are as long as the batch. Every chunk gets
-    everything else whole. Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
+    A loss with a weight counts by its weight. Tensors are cut at any depth of tuples, lists and
+    mappings. Lists and tuples without tensors are cut if they are as long as the batch. Every chunk
+    gets everything else whole. Source: Huang et al. 2019, https://arxiv.org/abs/1811.06965
 
     Args:
-        size: rows of a chunk, an int of at least 1, or "auto".
-        dim: the dimension that counts rows: 1 for tensors of (time, batch, features).
+        size: the number of rows in a chunk, an int of at least 1, or "auto".
+        dim: the dimension of the rows, for example 1 for tensors of (time, batch, features).
 
     Raises:
         TypeError, ValueError: for another size or dim, and for tensors of different lengths.
@@ -53,7 +52,7 @@ def microbatch(size: int | Literal["auto"], dim: int = 0) -> Part:
         >>> step(torch.ones(10, 3)).updated  # chunks of 4, 4 and 2 rows
         True
     """
-    wanted = f"a chunk has an int of at least 1 rows, or 'auto', got {size!r:.60}: `microbatch(8)`"
+    wanted = f"size counts rows, an int of at least 1 or 'auto', got {size!r:.60}: `microbatch(8)`"
     check(size == "auto" or type(size) is int, TypeError, wanted)
     check(size == "auto" or size >= 1, ValueError, wanted)
     wanted = f"dim is an int, the dimension to cut, got {dim!r:.60}: `microbatch(8, dim=1)`"
@@ -62,17 +61,17 @@ def microbatch(size: int | Literal["auto"], dim: int = 0) -> Part:
 
 
 class ChunkedStep(Step[P]):
-    """A step whose calls take batches, each of them as several micro-batches.
+    """A step that runs the batch of a call as several chunks, which count as one micro-batch.
 
-    ``chunk_sizes``: with "auto", the rows of a chunk where more rows ran out of memory, by the
-    numbers in a row. It may be changed and cleared between two calls.
+    ``chunk_sizes`` maps the number of values in a row to the rows of a chunk that "auto" found. It
+    may be changed or cleared between two calls.
     """
 
     def __init__(self, rows: int | None, dim: int, plan: Plan, function: Callable[P, Any]) -> None:
         super().__init__(plan, function)
         self.chunk_sizes: dict[int, int] = {}
-        self._rows, self._dim = rows, dim  # the rows are None with "auto"
-        self._chunk: Chunk | None = None  # about to begin
+        self._rows, self._dim = rows, dim  # rows is None for "auto"
+        self._chunk: Chunk | None = None  # the chunk that is about to begin
         self._is_last_chunk = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
@@ -81,9 +80,8 @@ class ChunkedStep(Step[P]):
         batch = Batch(args, kwargs, self._dim)
         if self._updater is None:
             self._prepare()
-        self._window = self._window or self._new_window()
         fillers, start = self._count_fillers(batch), 0
-        parts: list[Any] = []  # the losses of the chunks, their weights and outputs
+        parts: list[Any] = []  # the loss, weight and output of each chunk
         try:
             while not parts or start < batch.rows:
                 stop = min(start + self._rows_for(batch), batch.rows)
@@ -98,7 +96,7 @@ class ChunkedStep(Step[P]):
                 args, kwargs = batch.chunk(latest, batch.rows)
                 result = super().__call__(*args, **kwargs)
         except BaseException:
-            if parts:  # some rows of the batch are in
+            if parts:  # the window has only some rows of the batch
                 self.discard()
             raise
         finally:
@@ -128,16 +126,14 @@ class ChunkedStep(Step[P]):
         return chunk or super()._micro_batch()
 
     def _rows_for(self, batch: Batch) -> int:
-        """Return the rows of the next chunk. Too many rows are too many of longer ones as well."""
+        """Return the rows of the next chunk: of longer rows, at most as many fit."""
         if self._rows is not None:
             return self._rows
         known = (rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row)
         return max(1, min(known, default=batch.rows))
 
     def _try(self, batch: Batch, start: int, stop: int) -> Chunk | None:
-        """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` is different."""
-        if self._owed is not None and self._owed.known():
-            self.settle()  # here: if ``after`` runs out of memory, smaller chunks do not help
+        """Run a chunk. Return None if memory ran out: then only ``chunk_sizes`` has changed."""
         rows, outer = stop - start, sys.exc_info()[1]
         args, kwargs = batch.chunk(start, stop)
         self._chunk = chunk = Chunk(self, is_revocable=self._rows is None)
@@ -145,14 +141,15 @@ class ChunkedStep(Step[P]):
             super().__call__(*args, **kwargs)
             return chunk
         except Exception as error:
-            if not (chunk.is_revocable and is_out_of_memory(error)):
+            has_begun = self._chunk is None  # if not, ``after`` failed: a smaller chunk is no help
+            if not (has_begun and chunk.is_revocable and is_out_of_memory(error)):
                 raise
             chunk.revoke()
             if rows <= 1:
                 error.args = (f"{error}\n{_ADVICE}",)
                 raise
             _clear_frames(error, outer)
-        gc.collect()  # the error is gone: only cycles of the user's still hold activations
+        gc.collect()  # the error is gone, but cycles in the user's code may hold activations
         getattr(torch.get_device_module(self._updater.zero.device), "empty_cache", bool)()
         size, rows = batch.size_of_row, rows // 2
         if not self.chunk_sizes:
@@ -162,10 +159,10 @@ class ChunkedStep(Step[P]):
         return None
 
     def _count_fillers(self, batch: Batch) -> int:
-        """Return how many chunks follow the batch and count nothing: other ranks wait for them.
+        """Return the number of chunks to run after the batch, for other ranks. They count nothing.
 
-        With "auto" ranks reduce gradients in a filler, because a rank that runs out of memory while
-        others wait for its gradients cannot try again. They exchange the sizes they found there.
+        With "auto" a filler closes the window, and ranks exchange their chunk sizes before it. A
+        rank that runs out of memory while others wait for its gradients could not try again.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0
@@ -176,7 +173,7 @@ class ChunkedStep(Step[P]):
         if self._rows is not None:
             count = -(-batch.rows // self._rows) or 1
             return int(all_gather_ints(group, count).max()) - count if needs_all else 0
-        alone = "got 'auto' where a rank cannot try again alone, as under FSDP: `microbatch(8)`"
+        alone = "got 'auto' where no rank can retry alone, for example under FSDP: `microbatch(8)`"
         check(not needs_all, ValueError, alone)
         if world_size() == 1 or not self._closes():
             return 0
@@ -190,8 +187,8 @@ class ChunkedStep(Step[P]):
 class Chunk(MicroBatch):
     """A micro-batch that can be revoked until its update, wherever memory runs out.
 
-    Its backward finds the window without sums. They are added to its gradients once it has
-    succeeded, so a chunk that fails leaves nothing in them.
+    Its backward finds ``.grad`` empty. The sums of the window are added once it has succeeded, so a
+    chunk that fails leaves nothing in them.
     """
 
     def __init__(self, step: Step[Any], is_revocable: bool) -> None:
@@ -209,21 +206,24 @@ class Chunk(MicroBatch):
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
-        if self.aside is not None and self.aside[0] is self.lent:  # the function did not discard it
+        # The function may have discarded the window, and begun another.
+        if self.aside is not None and self.aside[0] is self.lent:
             self.lent.take()
-            pairs = itertools.zip_longest(self.lent.sums, self.aside[1])
-            self.lent.sums = [_added(gradient, total) for gradient, total in pairs]
+            _, sums, parameters = self.aside
+            totals = {id(p): total for p, total in zip(parameters, sums, strict=True)}
+            pairs = zip(self.lent.parameters, self.lent.sums, strict=True)
+            self.lent.sums = [_added(gradient, totals.get(id(p))) for p, gradient in pairs]
         self.aside, self.is_revocable = None, False
         super().finish()
 
     def leave(self) -> None:
-        """Leave the chunk. A window that is still open gets its sums back."""
+        """Leave the chunk. A window that is still open receives its sums again."""
         super().leave()
         if self.aside is not None and self.aside[0] is self.step._window:
             self.revoke()
 
     def revoke(self) -> None:
-        """Give the step its window as it was before the chunk."""
+        """Restore the window as it was before the chunk."""
         if self.aside is not None:
             window, window.sums, window.parameters = self.aside
             window.lent = [False] * len(window.sums)
@@ -231,7 +231,7 @@ class Chunk(MicroBatch):
 
 
 def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:
-    """Return gradient + total in place of the gradient. The total does not change."""
+    """Return gradient + total, in the memory of the gradient. The total does not change."""
     if gradient is None or total is None:
         return total if gradient is None else gradient
     return total + gradient if gradient.is_sparse else gradient.add_(total)  # as autograd adds
@@ -241,7 +241,7 @@ _ADVICE = "A single row does not fit into memory: `amp()`, `recompute(model, lay
 
 
 def _clear_frames(error: BaseException | None, outer: BaseException | None) -> None:
-    """Have the frames of an error and of its causes forget their variables, up to ``outer``."""
+    """Clear the variables in the frames of an error and its causes, up to ``outer``."""
     while error is not None and error is not outer:
         traceback.clear_frames(error.__traceback__)
         context, error.__context__ = error.__context__, None  # chains may be cyclic
@@ -249,8 +249,8 @@ def _clear_frames(error: BaseException | None, outer: BaseException | None) -> N
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the memory of a device has run out."""
-    # torch has no type for the errors of a CPU, of Apple's GPUs and of the libraries of CUDA.
+    """Return whether an error says that a device ran out of memory."""
+    # CPUs, Apple's GPUs and CUDA's libraries raise a plain RuntimeError.
     is_said = isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     return is_said or isinstance(error, torch.OutOfMemoryError)
 

@@ -29,9 +29,12 @@ def step_all(optimizers: Sequence[Any], told: dict[str, Tensor]) -> None:
 def forget(optimizers: Sequence[Any]) -> None:
     """Remove what ``step_all`` told: left behind, it makes the next GradScaler.step raise."""
     for optimizer in optimizers:
-        kept = getattr(optimizer, "__dict__", {})  # an optimizer of one's own may have none
-        kept.pop("grad_scale", None)
-        kept.pop("found_inf", None)
+        if type(optimizer) in _HAVE_FUSED:  # another may keep something under these names
+            vars(optimizer).pop("grad_scale", None)
+            vars(optimizer).pop("found_inf", None)
+
+
+_HAVE_FUSED = Adam, AdamW, SGD, Adagrad
 
 
 def can_fuse(optimizers: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
@@ -51,7 +54,7 @@ def can_fuse(optimizers: Sequence[Any], gradients: Sequence[Tensor]) -> bool:
 
 
 def _is_fused(optimizer: Any) -> bool:
-    if type(optimizer) not in (Adam, AdamW, SGD, Adagrad):
+    if type(optimizer) not in _HAVE_FUSED:
         return False
     for group in optimizer.param_groups:
         # seed_momentum cannot express what dampening does in a first step.

@@ -28,7 +28,7 @@ def run_to_end(generator: GeneratorType[Any, None, Any]) -> None:
         next(generator)
     except StopIteration:
         return
-    raise ValueError("the step function yielded twice: `step.backward(loss)` takes further losses")
+    raise ValueError("the step function yielded twice: give other losses to `step.backward(loss)`")
 
 
 def _modes() -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Delivery(NamedTuple):
-    """A batch on its way to a step. ``number`` counts the batches of this pass before it."""
+    """A batch for a step. ``number`` counts the batches before it in this pass."""
 
     batch: Any
     is_last: bool
@@ -48,12 +48,12 @@ class Batches(Iterator[T]):
 
 
 class Again(Iterable[T]):
-    """A loader again and again, until a step has closed so many windows.
+    """A loader that is iterated over again and again, until a step has closed ``updates`` windows.
 
-    It has the largest length that there is: nothing reads it ahead to find its end.
+    Its length is the largest possible one, so that nothing reads it ahead to find its end.
     """
 
-    has_ended = False  # the loader gave nothing in its latest pass
+    has_ended = False  # whether the latest pass over the loader gave nothing
 
     def __init__(self, loader: Iterable[T], step: Any, updates: int) -> None:
         self.loader, self.step, self.updates = loader, step, updates
@@ -98,7 +98,7 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
                 raise ValueError(f"{came}: give a list, `step.over(list(loader), updates=N)`")
     finally:
         for step, delivery in zip(steps, found, strict=True):
-            step._delivery = delivery
+            step._delivery, step._ended_early = delivery, False
             for watcher in step._watchers:
                 watcher.flush()
     for step in steps:
@@ -111,7 +111,7 @@ def _warn_of_open_window(step: Any, where: str) -> None:
     if window is None or not window.losses or window.may_be_open or "open" in step._said:
         return
     step._said.add("open")
-    keeps = f"{where} the window of a step is open, and keeps {len(window.losses)} micro-batch(es)"
+    keeps = f"{where} the window of a step is open, with {len(window.losses)} micro-batch(es)"
     warn(f"{keeps}: `step.close()` applies them, `step.discard()` drops them")
 
 

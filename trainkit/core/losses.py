@@ -1,4 +1,4 @@
-"""What a step function hands over: a loss, perhaps a weight, and whatever is beside them."""
+"""What a step function returns or yields: a loss, perhaps a weight, and other values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_loss(output: Any) -> tuple[Tensor, Any]:
 def detached(value: Any) -> Any:
     """Return a copy of a value with every tensor in it detached, at any depth.
 
-    What leads to no tensor is in the copy as it is. None for a value that cannot be copied.
+    Objects with no tensor in them are not copied. None for a value that cannot be copied.
     """
     if isinstance(value, _SINGLE):
         return value.detach() if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
-"""``train_step``, and the parts ``accumulate`` and ``amp``: inert recipes, each a piece of a plan.
+"""``train_step``, and the parts ``accumulate`` and ``amp``. A part holds a plan, and no state.
 
-Applying a part to a function, or handing it to ``train_step``, adds its plan to that of a step. So
-parts may be given in any order, and one part serves many steps.
+A part that decorates a function, or is given to ``train_step``, adds its plan to the plan of a
+step. So parts may be given in any order, and one part serves many steps.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def train_step(
         parts: ``accumulate(n)``, ``amp()``, ``frozen(module, layers)``..., in any order.
         module: the module in its DistributedDataParallel or FSDP wrapper, on several ranks.
         max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
-        max_skips: so many skipped updates in a row are a FloatingPointError; None is 25.
-        after: called after each applied update, before the step returns. If it has schedulers'
-            ``step`` alone, at the latest before the next update, without a wait.
+        max_skips: raise FloatingPointError after this many skipped updates in a row; None is 25.
+        after: callables that run after each applied update, before the step returns. If all are
+            ``step`` of learning-rate schedulers, they run before the next update, without a wait.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -150,22 +150,22 @@ def accumulate(
     reduction: Literal["mean", "sum"] = "mean",
     dtype: torch.dtype | None = None,
 ) -> Part:
-    """Make one update of every n micro-batches.
+    """Make one update from every n micro-batches.
 
-    The gradient of a window is the gradient of ``sum(w_i * loss_i) / sum(w_i)`` over everything in
-    it: equivalent to one big batch, however that is cut::
+    The gradient of a window is the gradient of ``sum(w_i * loss_i) / sum(w_i)`` over its
+    micro-batches: equivalent to one big batch, however it is cut::
 
         loss_fn(model(torch.cat(xs)), torch.cat(ys)).backward()
 
-    w_i is the weight that comes with a loss, ``return loss, count``, or 1. A last window of k < n
-    micro-batches is divided by its own weights. ``accumulate(a)`` with ``accumulate(b)`` is
+    w_i is the weight of a loss, ``return loss, count``, or 1. A last window of k < n micro-batches
+    is divided by its own weights. ``accumulate(a)`` with ``accumulate(b)`` is
     ``accumulate(a * b)``.
 
     Args:
         n: micro-batches in a window, or a function from the number of updates so far to that. With
             None only ``step.close()``, ``step.last`` and the end of ``step.over`` close a window.
-        reduction: "sum" adds up the losses in place of taking their mean.
-        module: the module that is trained, needed only where the plan has no optimizer.
+        reduction: "sum" adds up the losses instead of taking their mean.
+        module: the module to train, needed only in a plan without an optimizer.
         dtype: torch.float32 adds up the gradients of half-precision parameters in float32.
 
     Raises:
@@ -244,13 +244,13 @@ def amp(
         scaler.step(optimizer)
         scaler.update()
 
-    ``amp()`` is a part; ``with amp():`` is autocast alone. An update whose gradients are not finite
-    is skipped, in every dtype.
+    ``amp()`` is a part, and ``with amp():`` is autocast alone. An update whose gradients are not
+    finite is skipped, in every dtype.
 
     Args:
         dtype: torch.bfloat16, float16 or float32. None picks bfloat16 where the device computes it
             natively, which a T4 does not, else float16.
-        device: the type of device that forward runs on; None takes that of the first parameter.
+        device: the type of device that forward runs on; None is the device of the first parameter.
         max_norm, norm_type, max_skips: see ``train_step``.
         init_scale, growth_interval: see ``torch.amp.GradScaler``.
 

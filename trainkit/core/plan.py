@@ -45,7 +45,7 @@ ABILITIES = "param_groups", "step", "zero_grad", "state_dict"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step is to do, without any state. ``a + b`` is ``b + a``."""
+    """What the parts of a step ask for, without any state. ``a + b`` is ``b + a``."""
 
     # Plans add these up.
     modules: tuple[nn.Module, ...] = ()

@@ -16,7 +16,7 @@ class StepResult:
     Attributes:
         loss: of this micro-batch: 0-d, detached, unscaled. None in a block without a loss.
         output: what the step function returned or yielded, with every tensor in it detached. None
-            in a block, from ``step.close()``, and for what cannot be copied.
+            in a block, from ``step.close()``, and for a value that cannot be copied.
         complete: whether this call closed a window.
         grad_norm: the norm of the window's true gradients before clipping: 0-d float32 or float64
             on the device. None where no norm was computed.
@@ -44,9 +44,9 @@ class StepResult:
 
     @property
     def updated(self) -> bool:
-        """Whether this call applied an update that can have moved a parameter. Reading it may wait.
+        """Whether this call applied an update that can have moved a parameter.
 
-        Nothing else here waits.
+        Reading it may wait for the device. No other attribute waits.
         """
         if self._settle is not None:
             self._settle()

@@ -1,7 +1,7 @@
 """The step: runs a plan, micro-batch by micro-batch, and owns all state.
 
-Read from ``Step.__call__`` on; ``MicroBatch`` has what happens in it. Whatever order the parts were
-given in, a micro-batch runs in this one::
+Read ``Step.__call__`` first, then ``MicroBatch``. A micro-batch runs in this order, whatever the
+order of the parts::
 
     surroundings entered > autocast on > the function > autocast off > backward > [update] > left
 """
@@ -20,6 +20,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit.core.fused import forget
@@ -47,8 +48,8 @@ T = TypeVar("T")
 class Step(Generic[P]):
     """A training step: call it with a micro-batch, or use it as a context around one.
 
-    Made by ``train_step``, and by applying parts to functions; ``train_step`` shows the loop that
-    it is equivalent to.
+    ``train_step`` makes one, and so does a part that decorates a function. The docstring of
+    ``train_step`` shows the equivalent loop.
     """
 
     def __init__(self, plan: Plan, function: Callable[P, Any] | None = None) -> None:
@@ -81,6 +82,8 @@ class Step(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
         try:
+            if not self._closed:
+                running.watch(self._window)
             if self._autocast is None:
                 output = running.forward(*args, **kwargs)
             else:
@@ -137,15 +140,16 @@ class Step(Generic[P]):
         retain_graph: bool | None = None,
         inputs: Any = None,
     ) -> None:
-        """Run backward of a loss: of *the* loss in a block, of a further loss anywhere.
+        """Run backward of the loss in a ``with step:`` block, or of a further loss.
 
         Equivalent to ``(loss * share).backward()`` with autocast off, where the share comes from
         the weights of the window and the loss scale. A further loss has the share of the first, and
         the micro-batch counts once. Until it ends, ``.grad`` holds the scaled sums of the window.
 
         Args:
-            loss: 0-d, floating, with a graph; or whatever else a step function may return.
-            weight: the number of things the loss is the mean of, an int or a 0-d integer tensor.
+            loss: 0-d, floating, with a graph, or anything else that a step function may return.
+            weight: the number of rows or tokens that the loss is the mean of: an int or a 0-d
+                integer tensor.
             create_graph, retain_graph, inputs: passed to ``Tensor.backward``.
 
         Raises:
@@ -166,7 +170,7 @@ class Step(Generic[P]):
             running.result.loss = loss.detach()
 
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        """Call the step, and close the window with this micro-batch: for loops without ``over``."""
+        """Call the step, and close the window with this micro-batch, in a loop without ``over``."""
         found, self._ended_early = self._delivery, False
         self._delivery = found._replace(is_last=True)  # on several ranks it tells who has a batch
         self._said.add("end")
@@ -185,13 +189,14 @@ class Step(Generic[P]):
         """Iterate over a loader, and let its last batch close the open windows of the steps.
 
         Equivalent to ``for batch in loader`` where the last batch goes to ``step.last``. A loader
-        without a length is read one batch ahead. On several ranks all get as many batches as the
-        rank with most: one that has run out gets its last batch again, and it counts nothing.
+        without a length is read one batch ahead. On several ranks every rank gets as many batches
+        as the longest loader has: a rank that has run out repeats its last batch, which counts
+        nothing.
 
         Args:
-            loader: what a loop can iterate over.
+            loader: any iterable.
             others: further steps whose windows end with the loader.
-            updates: iterate over the loader again and again, until this step has closed so many
+            updates: iterate over the loader again and again, until this step has closed this many
                 windows. The end of the loader then closes none.
             progress: True shows a bar of tqdm; a mapping of arguments is passed to tqdm.
 
@@ -212,18 +217,17 @@ class Step(Generic[P]):
             return batches
         from trainkit.watch.progress import with_progress
 
-        counted = loader if updates is None else ()  # so many batches, or nobody knows how many
-        return with_progress(batches, counted, (self, *others), progress)
+        return with_progress(batches, (self, *others), progress)
 
     def close(self) -> StepResult:
         """Make the update of the open window now, divided by what is in it.
 
-        Equivalent to ``step.last`` with the micro-batch before. Where no window is open it does
-        nothing, and ``result.complete`` is False.
+        Equivalent to calling ``step.last`` with the micro-batch before. Without an open window it
+        does nothing, and ``result.complete`` is False.
 
         Raises:
-            RuntimeError: inside a micro-batch, and for a step that yields, whose update code only a
-                call can reach: ``step.last(batch)``.
+            RuntimeError: inside a micro-batch, and for a step that yields. Only a call reaches the
+                code below the yield: ``step.last(batch)``.
         """
         self._said.add("end")
         is_between = self._running is None
@@ -245,18 +249,19 @@ class Step(Generic[P]):
         return running.result
 
     def discard(self) -> None:
-        """Drop the open window, if there is one: nothing applied, nothing counted."""
+        """Drop the open window, if there is one. Nothing is applied or counted."""
         running, window, self._window = self._running, self._window, None
         if running is not None and running.lent is not None:
             window, running.lent = running.lent, None
+            vars(running.result).pop("loss", None)  # a block may begin again
         if window is not None:
             window.drop()
         forget(self._plan.optimizers)
 
     def settle(self) -> None:
-        """Run ``after`` for the last update if that is still owed, waiting for the verdict.
+        """Run ``after`` for the last update if it has not run yet, waiting for the verdict.
 
-        Called before the next update, at the end of ``over``, and where ``updates`` is read.
+        The next update, the end of ``over``, and reading ``updates`` call this.
         """
         if self._owed is not None:
             skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
@@ -307,8 +312,8 @@ class Step(Generic[P]):
         return described(self)
 
     def __reduce__(self) -> Any:
-        sent = "a step is neither copied nor sent, since its model and its optimizer are in use"
-        raise TypeError(f"{sent}: make it there, `train_step(...)(f)`, or take `step.state_dict()`")
+        sent = "a step is not copied or pickled, since its model and optimizer are in use"
+        raise TypeError(f"{sent}: make it there, `train_step(...)(f)`, or send `step.state_dict()`")
 
     @property
     def _torchdynamo_orig_callable(self) -> Any:
@@ -331,7 +336,7 @@ class Step(Generic[P]):
     def _begin(self) -> MicroBatch:
         if self._running is not None:
             further = "give a further loss of its micro-batch to `step.backward(loss)`"
-            raise RuntimeError(f"this step is under way already: {further}")
+            raise RuntimeError(f"this step is already running: {further}")
         if self._updater is None:
             self._prepare()
         if self._owed is not None and self._owed.known():
@@ -387,7 +392,7 @@ class Step(Generic[P]):
 
 
 class MicroBatch:
-    """One micro-batch on its way through a step: forward, backward, and perhaps the update."""
+    """One micro-batch in a step: forward, backward, and perhaps the update."""
 
     weight: Weight | None = None
     share: Weight = 1.0
@@ -400,7 +405,7 @@ class MicroBatch:
         self.entered: list[AbstractContextManager[Any]] = []
 
     def enter(self) -> None:
-        """Enter what the parts put around a micro-batch."""
+        """Enter the contexts that parts put around a micro-batch."""
         step = self.step
         try:
             for part in step._plan.surroundings:
@@ -446,7 +451,8 @@ class MicroBatch:
             came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
             raise TypeError(f"{came}: `step.backward(first, weight)`")
         try:
-            if step._evidence is not None and not step._closed and self.generator is None:
+            is_first = not step._closed and not window.losses
+            if is_first and step._evidence is not None and self.generator is None:
                 step._evidence.check_loss(loss)
             window.lend(parameters)
             _run_backward(loss, step._updater.seed(loss, self.share), options)
@@ -475,9 +481,8 @@ class MicroBatch:
                 self.step._ended_early = True
             self.close(window)
         else:
+            self.end_function()  # a ``frozen`` block around the yield holds sums
             window.take()
-        if self.generator is not None:
-            self.generator.close()
         self.lent = None
 
     def close(self, window: Window) -> None:
@@ -519,22 +524,25 @@ class MicroBatch:
 
                 step._updater.forgive()
                 raise too_many_skips(step, count)
-            if own is not None and verdict.skipped is not True:
-                window.parameters = []  # what becomes of ``.grad`` is up to the update code
+            self.end_function()
             window.drop()
             if owed is not None and (owed.known() or not step._after_may_be_late):
                 step.settle()
 
-    def leave(self) -> None:
-        """Leave what surrounds the micro-batch. May be called again if it was interrupted.
+    def end_function(self) -> None:
+        """End a function that is still at its yield."""
+        if self.generator is not None:
+            self.generator.close()
 
-        Before ``finish``, some of its gradients may be in and others not: the window is dropped.
+    def leave(self) -> None:
+        """Leave the contexts around the micro-batch. An interrupted call may be repeated.
+
+        Before ``finish``, only some of its gradients may be in the sums: the window is dropped.
         """
         try:
             if self.lent is not None:
                 self.step.discard()
-            if self.generator is not None:
-                self.generator.close()
+            self.end_function()
         finally:
             self.step._running = None
             while self.entered:
@@ -546,10 +554,10 @@ class MicroBatch:
         del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
-        """Remember the gradients as they are: inside a block ``step.backward`` changes them."""
+        """Remember the gradients, which only the step may change inside a micro-batch."""
         if window is not None and window.can_watch:
-            all_of, lent = self.step._plan.parameters(), window.lent
-            self.left = versions([p for i, p in enumerate(all_of) if self.lent is None or lent[i]])
+            found = ((p, p.grad) for p in self.step._plan.parameters())
+            self.left = versions(found) if self.lent is None else window.note()
 
     def check_untouched(self) -> None:
         """Raise RuntimeError if something else changed gradients inside the micro-batch."""
@@ -581,16 +589,17 @@ def _run_backward(loss: Tensor, seed: Tensor, options: dict[str, Any] | None) ->
 
 
 def _keep_casts_fresh(step: Step[Any]) -> None:
-    """Have autocast forget its copies of the weights whenever a gradient of them is taken.
+    """Have autocast forget its copies of the weights in every backward.
 
     A step function may move weights along a gradient between two of its forwards, for example in
     SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412). The second forward would use the
-    copies of the old weights. The last trained weight of each optimizer carries the hook: a hook on
-    every weight would cost as much as backward through a small layer.
+    copies of the old weights. Only the last trained weight of each optimizer carries the hook,
+    because a hook on every weight would cost as much as backward through a small layer.
     """
     if step._cast_weights and all(map(requires_grad, step._cast_weights)):
         return
-    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in step._plan.optimized()]
+    optimized = [[p for p in ps if not is_lazy(p)] for ps in step._plan.optimized()]
+    weights = [[p for p in ps if p.requires_grad and p.dim() > 1] for ps in optimized]
     step._cast_weights = [trained[-1] for trained in weights if trained]
     for weight in step._cast_weights:
         if _clear_casts not in (weight._backward_hooks or {}).values():

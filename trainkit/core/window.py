@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class Window:
 
     can_fuse = True  # whether a fused optimizer may divide the sums
     can_watch = True  # whether only autograd changes a sum that is lent
-    may_be_open = False  # where a loop begins: it is from a checkpoint
-    # In a state_dict.
+    may_be_open = False  # whether a loop may begin with it open: it was loaded from a checkpoint
+    # What a state_dict keeps of it.
     kept = ("length", "parts", "reference", "weighted", "size", "weights", "is_sum")
 
     def __init__(self, length: float, reference: Weight | None, is_sum: bool = False) -> None:
@@ -100,16 +101,25 @@ class Window:
         """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
         if not self.sums:
             self.sums, self.lent = [None] * len(parameters), [False] * len(parameters)
-        elif len(parameters) != len(self.sums):  # a parameter group was added
+        elif len(parameters) != len(self.sums) or not all(map(is_, parameters, self.parameters)):
             known = {id(p): i for i, p in enumerate(self.parameters)}
             places = [known.get(id(p), -1) for p in parameters]
             self.sums = [self.sums[i] if i >= 0 else None for i in places]
             self.lent = [i >= 0 and self.lent[i] for i in places]
-        sums, lent, self.parameters = self.sums, self.lent, parameters
+        sums, lent, self.parameters = self.sums, self.lent, [*parameters]
         for i, parameter in enumerate(parameters):
             if not lent[i] and parameter.requires_grad:
                 lent[i] = True
                 parameter.grad = sums[i]
+
+    def note(self) -> Versions:
+        """Note the sums, which a ``frozen`` block takes out of ``.grad``. Return their versions."""
+        noted = []
+        for i, parameter in enumerate(self.parameters):
+            if self.lent[i]:
+                self.sums[i] = self.sums[i] if parameter.grad is None else parameter.grad
+                noted.append((parameter, self.sums[i]))
+        return versions(noted)
 
     def take(self) -> None:
         """Take the sums out of ``.grad`` again. Where it is None, a ``frozen`` block holds it."""
@@ -130,9 +140,12 @@ class Window:
         self.lend(parameters)
         gradients = []
         for i, parameter in enumerate(parameters):
+            gradient = parameter.grad
             if not self.lent[i]:
-                parameter.grad = None  # or an optimizer would move a frozen parameter
-            elif (gradient := parameter.grad) is not None:
+                parameter.grad = gradient = None  # or an optimizer would move a frozen parameter
+            elif gradient is None and not parameter.requires_grad:
+                gradient = self.sums[i]  # a ``frozen`` block around the yield holds it
+            if gradient is not None:
                 gradients.append(gradient)
         return gradients
 
@@ -155,9 +168,8 @@ class Window:
         return {i: s.detach().clone() for i, s in enumerate(self.sums) if s is not None}
 
 
-def versions(parameters: list[nn.Parameter]) -> Versions:
-    """Return the gradients as they are now, for ``is_changed``."""
-    found = [(parameter, parameter.grad) for parameter in parameters]
+def versions(found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Versions:
+    """Return parameters and gradients with their versions, for ``is_changed``."""
     return [(p, grad, 0 if grad is None else grad._version) for p, grad in found]
 
 

@@ -23,12 +23,12 @@ class Block:
     def __init__(self) -> None:
         self._entered: list[AbstractContextManager[list[str]]] = []
 
-    # No flag or mode changes in a compiled graph. The public decorator imports the compiler.
+    # A compiled graph leaves out flags and modes. The public decorator imports the compiler.
     @_disable_dynamo
     def __enter__(self) -> list[str]:
         context = self.around_step()
         names = context.__enter__()
-        self._entered += [context]  # not a call, after which Ctrl-C could come
+        self._entered += [context]  # no call: Ctrl-C may come after a call
         return names
 
     @_disable_dynamo
@@ -49,7 +49,7 @@ class Block:
             with self:
                 value = function(*args, **kwargs)
             if isinstance(value, _RUNS_LATER):
-                getattr(value, "close", bool)()  # Python warns of coroutines that never ran
+                getattr(value, "close", bool)()  # or Python warns of a coroutine that never ran
                 call = f"`train_step(optimizer, {name}(model, layers))`"
                 raise TypeError(f"{function!r:.60} runs later, outside of the block: {call}")
             return value

@@ -12,15 +12,7 @@ from typing import Any
 from torch import nn
 
 from trainkit.layers.blocks import Block
-from trainkit.layers.language import (
-    Chosen,
-    Layers,
-    Selection,
-    Slot,
-    check_module,
-    normalise,
-    select,
-)
+from trainkit.layers.language import Chosen, Layers, Selection, check_module, normalise, select
 
 
 class frozen(Block):
@@ -75,20 +67,20 @@ class frozen(Block):
     def around_step(self) -> Iterator[list[str]]:
         """Return a new context, which a step enters around each micro-batch."""
         selection, holder = self._chosen.now(), object()
-        slots, modules = selection.slots, _held(selection, *self._modes)
+        modules = _held(selection, *self._modes)
         try:
             # Ctrl-C may come after any call: what was found is noted before it is changed.
-            for *_, parameter in slots:
+            for *_, parameter in selection.slots:
                 _found.setdefault(id(parameter), _Found(parameter)).holders.add(holder)
                 parameter.requires_grad, parameter.grad = False, None
             for module in modules:
                 _pin(module, holder)
-            yield [slot.name for slot in slots]
+            yield [slot.name for slot in selection.slots]
         finally:
             try:
-                _release(slots, modules, holder)
+                _release(selection, modules, holder)
             except BaseException:
-                _release(slots, modules, holder)  # the rest, after Ctrl-C
+                _release(selection, modules, holder)  # the rest, after Ctrl-C
                 raise
 
 
@@ -98,13 +90,15 @@ def _held(selection: Selection, buffers: bool, eval_mode: bool) -> list[nn.Modul
     return owners + others if buffers else [m for m in others if m not in owners]
 
 
-def _release(slots: list[Slot], modules: list[nn.Module], holder: object) -> None:
-    for slot in slots:
-        if found := _found.get(id(slot.parameter)):
+def _release(selection: Selection, modules: list[nn.Module], holder: object) -> None:
+    for name, owner, parameter in selection.slots:
+        if found := _found.get(id(parameter)):
             found.holders.discard(holder)
             if not found.holders:
-                found.restore(slot)
-                del _found[id(slot.parameter)]
+                # load_state_dict(assign=True) in the block puts in another parameter.
+                now = owner._parameters.get(name.rpartition(".")[2])
+                found.restore(parameter, now)
+                del _found[id(parameter)]
     # In reverse, because a compiled module has the mode of the module inside it.
     for module in reversed(modules):
         _unpin(module, holder)
@@ -117,15 +111,14 @@ class _Found:
         self.requires_grad, self.grad = parameter.requires_grad, parameter.grad
         self.holders: set[object] = set()
 
-    def restore(self, slot: Slot) -> None:
-        name, owner, parameter = slot
+    def restore(self, parameter: nn.Parameter, now: nn.Parameter | None) -> None:
+        """Give the flag back to a parameter, and to the one that is in its place now."""
         try:
             parameter.requires_grad, parameter.grad = self.requires_grad, self.grad
-        except RuntimeError:  # after a cast or a move inside, the gradient does not fit
+        except RuntimeError:  # after a cast or a move in the block, the gradient does not fit
             parameter.grad = None
-        # load_state_dict(assign=True) inside a block puts in another parameter, with its flag.
-        if (other := owner._parameters.get(name.rpartition(".")[2])) is not None:
-            other = _found.get(id(other), other)
+        if now is not None:
+            other = _found.get(id(now), now)
             other.requires_grad = other.requires_grad or self.requires_grad
 
 
@@ -160,9 +153,7 @@ def freeze(
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    check_module(module, "freeze(model, 'embeddings')")
-    selection = select(module, words := normalise(layers))
-    _warn_of_one_level(module, words)
+    selection = _selected("freeze", module, layers)
     for *_, parameter in selection.slots:
         if found := _found.get(id(parameter)):
             found.requires_grad, found.grad = False, None
@@ -172,14 +163,16 @@ def freeze(
     return [slot.name for slot in selection.slots]
 
 
-def _warn_of_one_level(module: nn.Module, layers: tuple[Any, ...]) -> None:
-    """Warn of a pattern such as "*.bias" that leaves most parameters of this name out."""
-    for layer in layers:
+def _selected(function: str, module: nn.Module, layers: Layers) -> Selection:
+    """Select layers, and warn of a pattern such as "*.bias" that misses most of this name."""
+    check_module(module, f"{function}(model, 'embeddings')")
+    for layer in (words := normalise(layers)):
         if isinstance(layer, str) and layer.startswith("*.") and layer[2:].isidentifier():
             few, count = (len(select(module, (word,)).slots) for word in (layer, f"*{layer}"))
             if count > 4 * few:
                 found = f"{layer!r} selects {few} of {count} parameters, one level down"
                 warnings.warn(f"{found}: `'*{layer}'` selects all", stacklevel=3)
+    return select(module, words)
 
 
 def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
@@ -208,9 +201,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
         >>> frozen_parameters(model)
         ['0.weight', '0.bias']
     """
-    check_module(module, "unfreeze(model, 'embeddings')")
-    selection = select(module, words := normalise(layers))
-    _warn_of_one_level(module, words)
+    selection = _selected("unfreeze", module, layers)
     # Integers, as quantised weights are, have no gradient.
     slots = [
         s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
@@ -270,14 +261,14 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-# What a pin replaces. `train` is the last, because after Ctrl-C the pin must be found there.
+# What a pin replaces. `train` comes last, since `_unpin` looks for the pin there after Ctrl-C.
 _METHODS = "reset_running_stats", "train"
 
 
 class _Pin:
-    """Replaces ``module.train``: the module stays in evaluation mode, and this notes other modes.
+    """Replaces ``module.train``: notes the mode that is asked for, and keeps evaluation mode.
 
-    On the instance, where torch.compile notices it. Compiled models ignore hooks added later.
+    It is on the instance, where torch.compile notices it. A compiled model ignores later hooks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -311,10 +302,11 @@ def _pin_copy(module: nn.Module, name: str, state: list[Any]) -> _Pin:
 
 
 class _Copied(functools.partial[Any]):
-    """Calls ``_pin_copy`` for deepcopy. Pickled, it is the call of a partial.
+    """Calls ``_pin_copy`` for deepcopy, and is pickled as a call of the function it holds.
 
-    Files load without trainkit, too. What cannot be located is None there, and has no ``__call__``,
-    so that ``getattr`` takes the place of ``_pin_copy`` and finds the plain ``train``.
+    A file has to load without trainkit too. There ``locate`` returns None, which has no
+    ``__call__``. So the default, ``getattr``, is called in place of ``_pin_copy``, and finds the
+    plain ``train`` of the module.
     """
 
     __call__ = staticmethod(_pin_copy)
@@ -324,7 +316,7 @@ class _Copied(functools.partial[Any]):
 
 
 def reset_running_stats(module: nn.Module) -> None:
-    """Replaces the method of this name, by which pickle looks it up: frozen statistics stay."""
+    """Replaces the method, so that frozen statistics stay. Pickle looks for it by this name."""
 
 
 def _pin(module: nn.Module, holder: object) -> _Pin:

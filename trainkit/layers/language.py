@@ -3,7 +3,7 @@
     model.encoder.layer[:2]                  a submodule, or a slice of a ModuleList
     "encoder.layer[:2]"                      the same as a path, with Python's indices on containers
     "encoder.layer.*.attention"              `*` stands for anything within one component
-    "**.LayerNorm", "**.bias"                `**` stands for any number of components, none included
+    "**.LayerNorm", "**.bias"                `**` stands for any number of components, or none
     lambda name, parameter: ...              a predicate over the named parameters
     ["embeddings", "encoder.layer[:2]"]      several of these; [] is nothing
     ["**", "!head"]                          everything but the head, in any order
@@ -60,15 +60,15 @@ class Chosen:
         now, known = self._structure(), self._known
         if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
-            modules = list(self._module.modules())
-            self._members = [own.values() for m in modules for own in (m._modules, m._parameters)]
-            self._buffers = [m._buffers.values() for m in modules]
+            own = [x for m in self._module.modules() for x in (m._modules, m._parameters)]
+            self._members = [*own, *(members.values() for members in own)]  # names and values
+            self._buffers = [m._buffers.values() for m in self._module.modules()]
             self._known = self._structure()
         return self._selection
 
     def _structure(self) -> list[Any]:
-        # A step asks for every micro-batch, so without a loop in Python. Many modules replace their
-        # buffers in every forward; only the type of a buffer counts, which is another for None.
+        # A step asks in every micro-batch, so no loop in Python. Many modules replace their buffers
+        # in every forward, so only the type of a buffer counts: a tensor, or None.
         buffers = map(type, chain.from_iterable(self._buffers))
         return [self._module, *chain.from_iterable(self._members), *buffers]
 
@@ -103,7 +103,7 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     minus = [layer for layer in layers if isinstance(layer, str) and layer.startswith("!")]
     plus = [layer for layer in layers if layer not in minus]
     if minus and not plus:
-        raise ValueError(f'{minus[0]!r} alone has nothing to be taken out of: `["**", "!head"]`')
+        raise ValueError(f'{minus[0]!r} takes layers out of nothing: `["**", "!head"]`')
     chosen = reach(module, plus) - reach(module, minus)
     modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
@@ -123,7 +123,7 @@ def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
     own = [(*m.modules(), *m.parameters(), *m.buffers()) for m in parts if isinstance(m, nn.Module)]
     reached = set(map(id, chain(parts, *own)))
     for m in module.modules():
-        # All parameters of a module mean its buffers too.
+        # Where all parameters of a module are selected, its buffers are too.
         if (inside := set(map(id, m.parameters()))) and inside <= reached:
             reached.update(map(id, m.buffers()))
     return reached
@@ -146,7 +146,7 @@ def _find(module: nn.Module, layer: Any) -> list[Any]:
         inside = set(map(id, (*module.modules(), *module.parameters())))
         layer = unwrapped(layer) if isinstance(layer, nn.Module) else layer
         is_slice = id(layer) not in inside and isinstance(layer, _CONTAINERS)
-        found = list(layer) if is_slice else [layer]  # a slice is a new container of the same parts
+        found = list(layer) if is_slice else [layer]  # a slice is a new container
         if not inside.issuperset(map(id, found)):
             raise ValueError(f"the {type(layer).__name__} is not in the module: try `model.head`")
     else:

@@ -20,7 +20,7 @@ from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrap
 class recompute(Block):
     """Recomputes layers in backward, inside a ``with`` block, a function or a training step.
 
-    Equivalent to this, but with the bits of the loop without it, BatchNorm and dropout included::
+    Equivalent to this. The bits are those of a loop without it, BatchNorm and dropout included::
 
         for layer in selected:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -80,17 +80,12 @@ class recompute(Block):
 
 def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
     """The outermost modules that are chosen with all in them and have a forward, by name."""
-    found: dict[str, nn.Module] = {}
-
-    def walk(name: str, module: nn.Module) -> None:
-        has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
-        if has_forward and chosen.issuperset(map(id, module.modules())):
-            found[name] = module
-        else:
-            for child_name, child in module.named_children():
-                walk(f"{name}.{child_name}".lstrip("."), child)
-
-    walk("", unwrapped(module))
+    found, outer = dict[str, nn.Module](), "."  # no name begins with "."
+    for name, part in unwrapped(module).named_modules(remove_duplicate=False):
+        has_forward = "forward" in vars(part) or type(part).forward is not nn.Module.forward
+        is_inner = name.startswith(outer)  # what is in a module comes directly after it
+        if has_forward and not is_inner and chosen.issuperset(map(id, part.modules())):
+            found[name], outer = part, name and f"{name}."
     return found
 
 
@@ -99,7 +94,7 @@ class _Region:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.forward = module, module.forward
-        self.found = vars(module).get("forward")
+        self.found = {key: own for key, own in vars(module).items() if key == "forward"}
         self.holders: set[object] = set()
         self.shadow = _shadow(self)
 
@@ -107,12 +102,12 @@ class _Region:
         vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
 
     def take_off(self) -> None:
-        vars(self.module).pop("__reduce_ex__", None)
+        own = vars(self.module)
+        own.pop("__reduce_ex__", None)
         # A forward that the user put around the shadow stays, and leads through it.
-        if vars(self.module).get("forward") is self.shadow:
-            del vars(self.module)["forward"]
-            if self.found is not None:
-                vars(self.module)["forward"] = self.found
+        if own.get("forward") is self.shadow:
+            del own["forward"]
+            own.update(self.found)
 
     def reduce(self, protocol: Any) -> tuple[Any, ...]:
         """Let deepcopy and pickle see the module as it was found."""
@@ -124,7 +119,7 @@ class _Region:
             vars(self.module).update(now)
 
 
-# Whether a region is running. A module within it is a part of it.
+# Whether a region is running. A region inside another one is not recomputed on its own.
 _inside: ContextVar[bool] = ContextVar("_inside", default=False)
 
 
@@ -141,33 +136,33 @@ def _shadow(region: _Region) -> Callable[..., Any]:
                 f"a recomputed {type(region.module).__name__} was given a key-value cache, and "
                 "would write to it again in backward: `model(..., use_cache=False)`"
             )
-        # Named values by position too, because checkpoint looks for devices and changes there.
-        return checkpoint(_Call(region, tuple(kwargs)), *values, use_reentrant=False)
+        # Keyword arguments go by position, where checkpoint looks for devices and changes.
+        run = _runs(region, len(args), tuple(kwargs))
+        return checkpoint(run, *values, use_reentrant=False)
 
     forward._region = region  # type: ignore[attr-defined]
     return forward
 
 
-class _Call:
-    """One call of a region. In backward it runs again, with the state of its first run."""
+def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., Any]:
+    """Return one call of a region. Backward runs it again, with the state of the first run."""
+    state: _State | None = None
 
-    def __init__(self, region: _Region, names: tuple[str, ...]) -> None:
-        self.region, self.names = region, names
-        self.state: _State | None = None
-
-    def __call__(self, *values: Any) -> Any:
-        count = len(values) - len(self.names)
-        args, kwargs = values[:count], dict(zip(self.names, values[count:], strict=True))
+    def run(*values: Any) -> Any:
+        nonlocal state
+        args, kwargs = values[:count], dict(zip(names, values[count:], strict=True))
         if torch.compiler.is_compiling():  # nothing comes between forward and backward of a graph
-            return self.region.forward(*args, **kwargs)
-        block = self.state.in_place() if self.state else nullcontext()
-        self.state = self.state or _State(self.region.module)
+            return region.forward(*args, **kwargs)
+        block = state.in_place() if state else nullcontext()
+        state = state or _State(region.module)
         token = _inside.set(True)
         try:
             with block:
-                return self.region.forward(*args, **kwargs)
+                return region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
+
+    return run
 
 
 class _State:
@@ -183,9 +178,13 @@ class _State:
             for key, value in owner.items()
             if isinstance(value, kinds)
         ]
-        # Integer buffers are tables or quantised weights and do not move. A single one may count.
-        moving = [b for b in module.buffers() if b.is_floating_point() or b.numel() == 1]
-        self.buffers = {id(buffer): buffer.detach().clone() for buffer in moving}
+        # Forward may change these in place. Many integers are a table or a quantised weight.
+        buffers = {id(b) for b in module.buffers() if b.is_floating_point()}
+        fixed = {id(p) for p in module.parameters()}
+        tensors = [v for *_, v in self.values if isinstance(v, Tensor) and id(v) not in fixed]
+        constants = [t for t in tensors if not t.requires_grad]
+        moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
+        self.copies = {id(tensor): tensor.clone() for tensor in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
         # With max_norm, the forward of an embedding changes its weight.
         inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
@@ -194,14 +193,14 @@ class _State:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the state back for a second run, and afterwards what is there now."""
+        """Put the state back for the second run, and the present state back after it."""
         changed = [p for p, _, version in self.parameters if p._version != version]
         if not all(map(self._is_same, changed)):
             raise RuntimeError(
                 f"parameters of a recomputed {self.name} were changed between its forward and its "
                 "backward, which runs the forward again: update after the last backward"
             )
-        copies = {key: buffer.clone() for key, buffer in self.buffers.items()}
+        copies = {key: copy.clone() for key, copy in self.copies.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
         replaced = []
         for owner, key, value in self.values:
@@ -231,7 +230,7 @@ class _State:
 
 
 def _directions(embedding: Any) -> Tensor:
-    """A number for each row of a weight, which ``max_norm`` keeps and an update does not."""
+    """A number for each row of a weight: ``max_norm`` keeps it, and an update changes it."""
     rows: Tensor = embedding.weight.detach().float()
     norms = rows.norm(embedding.norm_type, 1).clamp(min=embedding.max_norm)
     return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)

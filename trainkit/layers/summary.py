@@ -38,9 +38,8 @@ class ModelSummary:
         lines = self._lines()
         if sum(_widths(lines)) + 2 * len(lines[0]) - 2 > width:
             for row, line in zip(self.rows, lines[1:], strict=True):
-                if row.path != "**":
-                    depth = row.path.count(".") + 1
-                    line[0] = "  " * depth + row.path.rpartition(".")[2]
+                depth = row.path.count(".") + (row.path != "**")
+                line[0] = "  " * depth + row.path.rpartition(".")[2]
         widths = _widths(lines)
         for i in (0, -1) if len(widths) > 4 else (0,):
             excess = max(sum(widths) + 2 * len(widths) - 2 - width, 0)
@@ -65,7 +64,7 @@ class ModelSummary:
         return f"<table>{rows}</table><p>{html.escape(self.totals)}</p>".replace("\n", "<br>")
 
     def _lines(self) -> list[list[str]]:
-        """Cells with their head. The last columns appear if dtypes differ and if some are tied."""
+        """The head and the rows. dtype and tied are columns only where they tell rows apart."""
         dtypes = {row.dtype for row in self.rows} - {""}
         more = ["dtype"] * (len(dtypes) > 1) + ["tied"] * any(row.tied for row in self.rows)
         lines = [["layer", "module", "parameters", "", *more]]
@@ -170,7 +169,7 @@ def _form(module: nn.Module) -> Any:
 
 
 def _tied(equal: dict[str, nn.Module], names: dict[int, list[str]]) -> str:
-    """A name that a parameter of these modules has elsewhere, or among them if they share it."""
+    """Another name of a tied parameter: outside of these modules, or else among them."""
     own = [p for m in equal.values() for p in m.parameters(recurse=False)]
     shared = [name for p in own for name in names[id(p)] if len(names[id(p)]) > 1]
     others = (name for name in shared if name.rpartition(".")[0] not in equal)
@@ -182,7 +181,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Memory of a tensor in this process; of a sharded or quantised one, of the tensors in it."""
+    """Memory of a tensor in this process: the sum of its parts if it is sharded or quantised."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

@@ -1,9 +1,8 @@
-"""DistributedDataParallel: when it reduces gradients, and of which parameters."""
+"""DistributedDataParallel: when it reduces gradients, and which of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -14,41 +13,36 @@ from trainkit.core.plan import check
 
 
 class Replica:
-    """A DistributedDataParallel module. Its forward decides whether the next backward reduces."""
+    """A DistributedDataParallel module. Its forward decides if the next backward reduces."""
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self.module = module
-        # With a static graph it learns the graph from its first backward, which must be reduced.
+        # A static graph is learnt from the first backward, which must therefore be reduced.
         self.may_wait = not module.static_graph
-        # Whether a backward would reduce gradients: one does, after a forward. None before any.
+        # True after a forward, whose backward will reduce; False after that backward; else None.
         self.reduces: bool | None = None
-        # It synchronises what was trainable when it was made. Only the buckets of its reducer tell;
-        # a bucket of sparse gradients does not, and then nothing is checked.
-        try:
-            buckets: list[Any] = module.reducer._get_zeros_like_grad_buckets()
-        except RuntimeError:
-            buckets = []
-        self._synchronised = {id(p) for bucket in buckets for p in bucket.parameters()}
+        # The parameters that were trainable when the module was wrapped. Only the buckets of its
+        # reducer know them. A bucket of sparse gradients raises: then nothing is checked.
+        self._synchronised = set[int]()
+        with suppress(RuntimeError):
+            for bucket in module.reducer._get_zeros_like_grad_buckets():
+                self._synchronised.update(map(id, bucket.parameters()))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that it synchronises if they are trained, in the same order on all
-        ranks."""
+        """Return the parameters that are synchronised if trained, in one order on all ranks."""
         named, ignored = self.module.module.named_parameters(), self.module.parameters_to_ignore
         return {name: parameter for name, parameter in named if name not in ignored}
 
-    @contextmanager
-    def around(self, closes: bool) -> Iterator[None]:
-        """Reduce gradients in this micro-batch only if it closes a window."""
+    def enter(self, closes: bool, until: ExitStack) -> None:
+        """Begin a micro-batch: reduce its gradients only if it closes a window."""
         self._check_frozen()
         module, self.reduces = self.module, None
-        with ExitStack() as stack:
-            if module.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-                stack.callback(module.module.register_forward_pre_hook(self._skip_broadcast).remove)
-            if closes or not self.may_wait:
-                stack.callback(module.register_forward_pre_hook(self._note_forward).remove)
-            else:
-                stack.enter_context(module.no_sync())
-            yield
+        if module.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            until.callback(module.module.register_forward_pre_hook(self._skip_broadcast).remove)
+        if closes or not self.may_wait:
+            until.callback(module.register_forward_pre_hook(self._note_forward).remove)
+        else:
+            until.enter_context(module.no_sync())
 
     def before_backward(self) -> None:
         """Raise RuntimeError if the gradients of a backward would not be reduced."""
@@ -69,13 +63,13 @@ class Replica:
             self.reduces = True
 
     def _skip_broadcast(self, *_: Any) -> None:
-        """Broadcast buffers once: a rank whose forward fails must not do it again on its own."""
+        """Broadcast buffers once: a rank that retries its forward must not broadcast alone."""
         self.module.require_forward_param_sync = False
 
     def _check_frozen(self) -> None:
-        """Raise ValueError if a part of the synchronised parameters is frozen, or others train."""
+        """Raise ValueError if parameters were frozen or made trainable after the wrapping."""
         named, known = self.named_parameters(), self._synchronised
-        if not known or not any(p.requires_grad for p in named.values()):  # of another model's step
+        if not known or not any(p.requires_grad for p in named.values()):  # frozen as a whole
             return
         added = [name for name, p in named.items() if p.requires_grad and id(p) not in known]
         frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in known]

@@ -1,4 +1,4 @@
-"""Several ranks: what a step adds to its plan if torch.distributed is in use."""
+"""Join a step to several ranks, if torch.distributed is in use."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 from trainkit.core.loop import mark_last
 from trainkit.core.plan import Plan, check
 from trainkit.core.update import Updater
-from trainkit.ranks.collectives import all_gather_ints
+from trainkit.ranks.collectives import all_gather_ints, world_size
 from trainkit.ranks.lockstep import lockstep
 from trainkit.ranks.window import RankedWindow, Ranks, has_shards
 
 
 def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]]]:
-    """Return the plan of a step on several ranks, and how ``over`` reads a loader.
+    """Return the plan of a step on several ranks, and its way to read a loader in ``over``.
 
     Raises:
-        ValueError: for a plan that cannot work there.
+        ValueError: for a plan that does not work on several ranks.
     """
     plan, deliver = step._plan, step._deliver
-    if (joined := _ranks_of(plan)) is not None:  # by the step that this one was made from
+    if (joined := _ranks_of(plan)) is not None:  # the step that this one was made from had joined
         others = tuple(part for part in plan.surroundings if part is not joined)
         plan = replace(plan, surroundings=others, window=None)
     ranks = Ranks(step, plan, updater.zero.device)
-    if ranks.count == 1 and not ranks.is_wrapped:
+    if ranks.size == 1 and not ranks.is_wrapped:
         return plan, deliver
-    alone = f"each of {ranks.count} ranks would train its own model: give the wrapped one"
+    alone = f"each of {ranks.size} ranks would train its own model: give the wrapped one"
     is_shared = ranks.is_wrapped or has_shards(plan)
     check(is_shared, ValueError, f"{alone}, `train_step(..., module=ddp_model)`")
     single = "accumulate(dtype=torch.float32) is for one process: `model.float()` and `amp()`"
     check(plan.window is None, ValueError, single)
-    is_partial = ranks.count > 1 and updater.looks and bool(ranks.fsdp1)
-    part = "under FullyShardedDataParallel a rank would clip and check its part of the gradients"
-    check(not is_partial, ValueError, f"{part} alone: `fully_shard(model)`")
-    if ranks.count > 1 and ranks.device.type != "cpu":
+    is_partial = ranks.size > 1 and updater.looks and bool(ranks.fsdp1)
+    part = "under FullyShardedDataParallel a rank would clip and check a part of the gradients"
+    check(not is_partial, ValueError, f"{part}: `fully_shard(model)`")
+    if world_size() > 1 and ranks.device.type != "cpu":
         updater.lag = 16
-    if ranks.count > 1 and deliver is mark_last:
+    if ranks.size > 1 and deliver is mark_last:
         deliver = functools.partial(
             lockstep,
             window_length=lambda: step._new_window().length,
@@ -49,8 +49,9 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
 
 
 def group_of(plan: Plan) -> tuple[Any, bool]:
-    """Return the group of ranks that average gradients, None for the default one, and whether every
-    forward and backward needs all of them, as under FSDP.
+    """Return the group of ranks that average gradients, and whether forwards need all of them.
+
+    The group is None for the default one. Forwards need all ranks under FSDP, for example.
     """
     if (ranks := _ranks_of(plan)) is None:
         return None, has_shards(plan)

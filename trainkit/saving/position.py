@@ -1,8 +1,7 @@
-"""The position of a run in its loops: epochs, passes over loaders, batches; and how to return."""
+"""The position of a run in its loops (epoch, pass over a loader, batch), and the way back to it."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -13,19 +12,20 @@ from torch.utils.data import DataLoader
 from trainkit.core.loop import Again, Batches, length_of
 from trainkit.core.plan import check
 from trainkit.core.warning import warn
-from trainkit.saving.randomness import RandomStates, read_once, within
+from trainkit.saving.randomness import RandomStates, continues_generator, within
 
 
 @dataclass
 class Pass:
-    """One pass over a loader, and how to return into it.
+    """One pass over a loader, and what is needed to return to a position in it.
 
-    The loader is read again up to the position, with the random states of the beginning. A batch
-    that was read ahead follows, with the random states before it, and then those of the checkpoint.
-    A loader with a state of its own is not read again: it goes to the position itself.
+    The random states of the beginning are set, and the loader is read again up to the position. If
+    batches were read ahead, the random states from before they were read are set, and they are
+    read. At last the random states of the checkpoint are set. A loader with a state of its own is
+    not read again: its state has its position.
 
-    A loop with ``updates`` is one pass. Whenever its loader is begun again, so is ``begin``, and
-    ``counted`` and ``read`` are from there on.
+    A loop with ``updates`` is one pass. Whenever the loop begins its loader again, ``begin``,
+    ``counted`` and ``read`` begin again, too.
     """
 
     loader: str | None  # the name of a loader with a state of its own
@@ -34,15 +34,15 @@ class Pass:
     ahead: dict[str, Any] | None = None  # random states before the batch after the position
     now: dict[str, Any] | None = None  # random states at the position
     delivered: int = 0
-    counted: int = 0  # delivered, without the fillers of a rank that has run out
+    counted: int = 0  # delivered batches, without those that a rank repeats at its end
     read: int = 0
-    begun: int = 0  # windows that the step had closed before the loop; for ``over(updates=N)``
+    begun: int = 0  # windows that the step had closed before this loop of ``over(updates=N)``
 
 
 class Position:
     """The position of a run.
 
-    ``objects`` by name: a loader among them with a state of its own finds its position itself.
+    ``objects``, by name, may hold loaders with states of their own, which have their positions.
     """
 
     def __init__(self, objects: Mapping[str, Any], random: RandomStates) -> None:
@@ -51,20 +51,19 @@ class Position:
         self.current: Pass | None = None
         # By the number of batches read: random states, and state of the loader, before reading on.
         self._ahead: dict[int, tuple[dict[str, Any], Any]] = {}
-        # Of loaders with states of their own: the states where their last passes ended.
+        # States of loaders with states of their own, at the end of the last pass over each.
         self._ends: dict[str, Any] = {}
-        # What remains to be done to return to the position that was loaded.
+        # For returning to a position that was loaded.
         self._passes_to_skip = 0
         self._resumed: Pass | None = None
         self._begun: int | None = None
-        self._generators = weakref.WeakSet[Any]()  # that loops have read from
         self._has_warned = False
-        # Random states at the beginning of the epoch, or after its last pass: what stands between
-        # the passes, and runs again, may make a loader with them.
+        # Random states at the beginning of the epoch, or after its latest pass. Code from there to
+        # the next pass runs again, and may make a loader with random numbers.
         self._between = random.now()
 
     def epochs(self, n: int, begin: Callable[[], None]) -> Iterator[int]:
-        """Yield the epochs that are left. Call ``begin`` before those that are not resumed."""
+        """Yield the epochs that are left. Call ``begin`` before each, unless it is resumed."""
         while self.epoch < n:
             if self._resumed is None:
                 begin()
@@ -90,7 +89,7 @@ class Position:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
-        """On another number of ranks, return to the beginning of the pass."""
+        """Load a position, or the beginning of its pass on another number of ranks."""
         self.epoch = state["epoch"]
         self._passes = self._passes_to_skip = state["passes"]
         self._begun = None if state["pass"] is None else state["pass"].get("begun")
@@ -101,14 +100,14 @@ class Position:
         for name, loader_state in self._ends.items():
             self._objects[name].load_state_dict(loader_state)
             if resumed is None or resumed.loader != name:
-                next(iter(self._objects[name]), None)  # end the pass, of which nothing is left
+                next(iter(self._objects[name]), None)  # end its pass: no batch is left
         self._between = state["between"]
         self._random.set(self._between)
 
     def run(
         self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
-        """Yield what ``deliver(rest of the loader, batch before it)`` does."""
+        """Yield what ``deliver(rest of the loader, batch before the rest)`` yields."""
         inner = loader.loader if isinstance(loader, Again) else loader
         self._random.add_from(inner)
         self._warn_of_generators(inner)
@@ -117,16 +116,16 @@ class Position:
             if not self._passes_to_skip:
                 self._random.set(self._between)
             return
-        name, found, batch = self._name(inner), self._resumed, None
-        if name is None:
+        found, batch, states_at = self._resumed, None, dict[int, Any]()
+        now = Pass(self._name(inner), length_of(inner), self._random.now())
+        if now.loader is None:
             self._start_workers(inner)
-        now, states_at = Pass(name, length_of(inner), self._random.now()), dict[int, Any]()
         if isinstance(loader, Again):
             loader.begun = now.begun = loader.begun if self._begun is None else self._begun
-        self._begun = None
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
-            now, self._resumed = self._return(found, now), None
+            now = self._return(found, now)
+        self._begun = self._resumed = None
         reading, self.current = self._read(loader, inner, now, states_at), now
         try:
             for _ in range(now.counted - now.read):
@@ -139,12 +138,12 @@ class Position:
                 now.counted += not delivery.is_filler
                 yield delivery._replace(number=now.delivered - 1)
         finally:
-            if name is not None:
-                self._ends[name] = self._loader_state(now)
+            if now.loader is not None:
+                self._ends[now.loader] = self._loader_state(now)
             self.current, self._passes, self._between = None, self._passes + 1, self._random.now()
 
     def _return(self, found: Pass, begun: Pass) -> Pass:
-        """Return to the beginning of a pass, or into it if the loader has a state of its own."""
+        """Check that the loader is the same. Begin its pass with the random states of then."""
         was, now = (f"{p.size} batches of {p.loader or 'a loader'}" for p in (found, begun))
         message = f"the checkpoint is from a pass over {was}, and this one is over {now}: {SAME}"
         check(was == now, ValueError, message)
@@ -157,9 +156,9 @@ class Position:
     def _read(
         self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
     ) -> Generator[Any]:
-        """Yield batches; of an ``Again`` those of its inner loader, pass after pass.
+        """Yield the batches of a loader, or of the inner loader of an ``Again``, pass after pass.
 
-        Before a batch of the first pass whose index is in ``states_at``, set these random states.
+        ``states_at``: random states to set before the batch of this index, in the first pass.
         """
         iterator, self._ahead = iter(inner), {}
         while True:
@@ -182,17 +181,15 @@ class Position:
                 iterator, self._ahead = iter(inner), {}
 
     def _warn_of_generators(self, loader: Iterable[Any]) -> None:
-        """Warn, once, if a loop continues a generator that an earlier one read from."""
-        read = read_once(loader)
-        if not self._has_warned and any(thing in self._generators for thing in read):
-            came = "a loop continues a generator that an earlier loop read from, and a resumed run"
+        """Warn, once, if a later loop continues a generator."""
+        if self.epoch + self._passes and not self._has_warned and continues_generator(loader):
+            came = "a loop continues a generator that was read from before, and a resumed run"
             advice = "loop over what it reads, `step.over(loader, updates=N)`"
             warn(f"{came} would read it from its beginning: {advice}")
             self._has_warned = True
-        self._generators.update(read)
 
     def _start_workers(self, loader: Iterable[Any]) -> None:
-        """Start workers that persist, which draws a random number, outside of any pass."""
+        """Start workers that persist, and undo the random number that their start draws."""
         for part in within(loader):
             if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
@@ -200,7 +197,7 @@ class Position:
                 self._random.set(states)
 
     def _loader_state(self, now: Pass) -> Any:
-        """Return the state of a loader at the position, which it may have been read beyond."""
+        """Return the state of a loader at the position, also if it was read further."""
         _, state = self._ahead.get(now.counted, (None, None))
         return self._objects[now.loader or ""].state_dict() if state is None else state
 

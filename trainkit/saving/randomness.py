@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import random
 import sys
 import types
@@ -16,16 +17,16 @@ import torch
 
 from trainkit.core.precision import current_device
 
-# How sources give and take states: torch.Generator and numpy.random; random; torch.mps.
+# Methods of torch.Generator and numpy.random, of random, of torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
 # The attributes under which loaders and progress bars hold each other.
 PARTS = ("iterable", "dataset", "batch_sampler", "sampler")
-# Iterators, and the tuple in which some hold theirs.
+# Iterators over iterators, and the tuple in which some hold others.
 ITERATORS = (types.GeneratorType, chain, cycle, enumerate, filter, islice, map, tuple, zip)
 
 
 def is_source(thing: Any) -> bool:
-    """Return whether a thing is a generator of random numbers that has a state."""
+    """Return whether a thing is a generator of random numbers."""
     is_of_numpy = type(thing).__module__ in ("numpy.random._generator", "numpy.random.mtrand")
     return is_of_numpy or isinstance(thing, (torch.Generator, random.Random))
 
@@ -39,25 +40,30 @@ def within(loader: Any) -> list[Any]:
     return found
 
 
-def read_once(loader: Any) -> list[Any]:
-    """Return the generators that a loader is, or that iterators such as ``islice`` read from."""
+def continues_generator(loader: Any) -> bool:
+    """Return whether a loader is a generator that was read from, or an iterator over one."""
     found, known = within(loader), set[int]()
     for thing in found:
         if type(thing) in ITERATORS and id(thing) not in known:
             known.add(id(thing))
             found += [part for part in gc.get_referents(thing) if type(part) in ITERATORS]
-    return [thing for thing in found if type(thing) is types.GeneratorType]
+    generators = [thing for thing in found if type(thing) is types.GeneratorType]
+    return any(inspect.getgeneratorstate(g) != inspect.GEN_CREATED for g in generators)
 
 
 class RandomStates:
-    """Of Python, NumPy, torch, accelerators, ``given`` generators, and generators in loaders."""
+    """The states of all random numbers.
+
+    They are those of Python, NumPy, torch and accelerators, of ``given`` generators, and of
+    generators in loaders.
+    """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._generators = {f"given {name}": source for name, source in given.items()}
-        self._waiting: dict[str, Any] = {}  # states of generators in loaders that are still unread
+        self._waiting: dict[str, Any] = {}  # for generators in loaders that are not read yet
 
     def add_from(self, loader: Iterable[Any]) -> None:
-        """Add the generators of a loader and its samplers, and set states that wait for them."""
+        """Add the generators in a loader, and set the states that wait for them."""
         for part in within(loader):
             for source in getattr(part, "__dict__", {}).values():
                 known = self._sources().values()
@@ -67,11 +73,11 @@ class RandomStates:
         self.set(waiting)
 
     def now(self) -> dict[str, Any]:
-        """Return the states, as values that do not change."""
+        """Return copies of the states."""
         return {name: _access(source)[0]() for name, source in self._sources().items()}
 
     def set(self, states: Mapping[str, Any]) -> None:
-        """Put states back. The states of generators in unread loaders wait for ``add_from``."""
+        """Set states. A state whose generator is not known yet waits for ``add_from``."""
         if "numpy" in states:
             import_module("numpy.random")
         sources = self._sources(start=any(name.startswith("device ") for name in states))
@@ -83,7 +89,7 @@ class RandomStates:
         sources = {"python": random, "torch": torch.default_generator}
         if numpy := sys.modules.get("numpy.random"):
             sources["numpy"] = numpy
-        # A device has no generators before this process uses one. On MPS its module has the state.
+        # An accelerator has no generators before its first use. For MPS the module has the state.
         module: Any = torch.get_device_module(current_device())
         if start and hasattr(module, "init"):
             module.init()
@@ -93,7 +99,7 @@ class RandomStates:
 
 
 def _access(source: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """Return what gets the state of a source, and what sets it."""
+    """Return a function that gets the state of a source, and one that sets it."""
     for get, put in METHODS:
         if hasattr(source, get):
             return getattr(source, get), getattr(source, put)

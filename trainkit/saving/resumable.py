@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.core.plan import check
-from trainkit.core.step import Step
 from trainkit.core.warning import warn
 from trainkit.ranks.collectives import all_gather_objects, rank, world_size
 from trainkit.saving.objects import Objects
@@ -21,7 +20,7 @@ from trainkit.saving.position import Position
 from trainkit.saving.randomness import RandomStates
 from trainkit.saving.storage import Checkpoints, check_storable, first_of_ranks, load
 
-POSITION = ".position"  # no object has this name
+RUN = ".run"  # no object has this name
 DUE = 1  # a request to save. Other requests are signals; SIGHUP, which has this number, is not ours
 
 
@@ -34,7 +33,7 @@ class resumable:
         path: a folder for the checkpoints of this run, which all ranks see.
         every: the time between two checkpoints; or an int, the number of updates.
         keep: the number of checkpoints that are kept.
-        objects: all that changes in training: models, optimizers, schedulers, steps, whatever has
+        objects: all that changes in training: models, optimizers, schedulers, steps, anything with
             ``state_dict`` and ``load_state_dict``, generators of random numbers, lists, dicts.
 
     Raises: TypeError for an object whose state cannot be stored. ValueError for a path that cannot
@@ -67,15 +66,15 @@ class resumable:
         check(isinstance(every, timedelta) or every >= 1, ValueError, message)
         message = f"keep={keep!r} is not a number of checkpoints, at least 1: `keep=2`"
         check(isinstance(keep, int) and keep >= 1, ValueError, message)
-        self._every, self._keep = every, keep
-        self._path = Path(path).absolute()  # the loop may change folders
+        self._every = every
+        self._checkpoints = Checkpoints(Path(path).absolute(), keep)  # the loop may change folders
         self._objects = Objects(objects)
         self._objects.warn_of_missing()
         self._readers: list[Any] = []  # how the steps read loaders outside of the block
         self.resumed_from: Path | None = None
 
     def __enter__(self) -> resumable:
-        steps = self._objects.steps
+        steps = self._objects.steps.values()
         for step in steps:
             if step._updater is None:
                 step._prepare()  # on several ranks it then reads loaders in lockstep
@@ -84,17 +83,16 @@ class resumable:
         advice = "give all objects to one `resumable(path, ...)`"
         check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
         self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
-        self._checkpoints = Checkpoints(self._path, self._keep)
         self._signals = _Signals()
         self._is_nested = False
-        # On several ranks: what they request together, and the end of the window in this pass.
+        # On several ranks: their common request, and the number of batches at the window's end.
         self._common_request = self._window_end = 0
         self._first_updates, self._checked_sizes = self._updates(), list[int]()
         self._check_new_states()
         self._checkpoints.check_path()
         if (found := self._checkpoints.newest()) is not None:
-            self._load(*found)
-            self.resumed_from = found[0]
+            self._load(found)
+            self.resumed_from = found
         self._note_time()
         self._readers = readers
         for step, read in zip(steps, readers, strict=True):
@@ -107,14 +105,16 @@ class resumable:
             if kind is None and self._is_changed and not self._signals.stopped:
                 self._save()
         finally:
-            for step, read in zip(self._objects.steps, self._readers, strict=True):
+            for step, read in zip(self._objects.steps.values(), self._readers, strict=True):
                 step._deliver = read
             self._readers = []
             self._signals.release()
         self._signals.follow()
 
     def epochs(self, n: int) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left, of 0 to n - 1. A second loop counts on.
+        """Yield the numbers of the epochs that are left of 0 to n - 1.
+
+        A second loop in the block continues to count.
 
         Raises:
             RuntimeError: outside of the block.
@@ -141,14 +141,14 @@ class resumable:
             return read(rest, exchange=exchange, last_batch=last_batch)
 
         if self._position.current is not None or self._signals.stopped:
-            # A loop in the body of another one is a part of that one's micro-batch.
+            # A loop in the body of another loop is a part of one of its micro-batches.
             self._is_nested = True
             try:
                 yield from read(loader)
             finally:
                 self._is_nested = False
             return
-        self._check_new_states()  # of a loop that was left after its first update
+        self._check_new_states()  # the loop before may have ended right after its first update
         for delivery in self._position.run(loader, deliver):
             self._is_changed = True
             yield delivery
@@ -161,24 +161,23 @@ class resumable:
     def _exchange(self, exchange: Any, *counts: int) -> Any:
         """Exchange batch counts between ranks, and with them requests, before a window."""
         told = exchange(*counts, self._pending_request(about_to_close=1))
-        now = self._position.current
-        assert now is not None
+        now: Any = self._position.current
         self._window_end = now.delivered + int(told[:, 0].max())
         self._common_request = int(told[:, 2].max())
         if now.loader is not None and len(told[:, :2].unique(dim=0)) > 1:
-            self._common_request = 0  # a loader with a state cannot give its last batch again
+            self._common_request = 0  # no resumed loader could give a rank its last batch again
         return told[:, :2]
 
     def _current_request(self) -> int:
         if world_size() == 1:
             return self._pending_request()
-        now, steps = self._position.current, self._objects.steps
+        now, steps = self._position.current, self._objects.steps.values()
         is_end = now is not None and now.delivered == self._window_end
         is_open = any(step._window is not None and step._window.losses for step in steps)
         return self._common_request if is_end and not is_open else 0
 
     def _pending_request(self, about_to_close: int = 0) -> int:
-        """Return a signal that came; DUE if it is time to save, by the clock of rank 0; else 0."""
+        """Return the pending signal; DUE if it is time to save by the clock of rank 0; else 0."""
         if self._signals.pending or rank() > 0:
             return self._signals.pending
         if isinstance(self._every, timedelta):
@@ -189,59 +188,61 @@ class resumable:
         if request and not self._signals.stopped:
             self._save()
         if request > DUE:
-            self._signals.pending = request  # it may have come to another rank
+            self._signals.pending = request  # perhaps another rank received it
             self._signals.follow()
 
     def _updates(self) -> int:
-        """Return the updates of the step with most, skipped ones included, without a wait."""
-        return max(step._closed for step in self._objects.steps)
+        """Return the largest number of updates of a step, with skipped ones, without a wait."""
+        return max(step._closed for step in self._objects.steps.values())
 
     # Saving and loading.
 
     def _check_new_states(self) -> None:
-        """Check states again as soon as optimizers have theirs, which skipped updates delay."""
+        """Check that states can be stored, whenever optimizers have new ones.
+
+        They have none before the first update that is not skipped.
+        """
         sizes = [len(getattr(o, "state", ())) for o in self._objects.optimizers.values()]
         sizes.append(self._updates() > self._first_updates)
         if sizes != self._checked_sizes:
-            states = self._objects.states(self._objects.of(Step))  # a step's state can be stored
+            states = self._objects.states(self._objects.steps)  # states of steps can be stored
             check_storable(states, self._objects.shared(states))
-            self._objects.check_rebuilt(states)
             self._checked_sizes = sizes
 
     def _save(self) -> None:
-        for step in self._objects.steps:
-            step.settle()  # so that schedulers are where the parameters are
+        for step in self._objects.steps.values():
+            step.settle()  # schedulers may be an update behind the parameters
         self._note_time()
         if broken := first_of_ranks(self._objects.not_finite()):
-            warn(f"{broken} is not finite: nothing is written, the newest in {self._path} stays")
+            warn(f"{broken} is not finite: nothing is written, and the newest checkpoint stays")
             return
         position = self._position.state_dict()
         states = self._objects.states(position["loaders"])
-        self._checkpoints.save({**states, POSITION: position}, self._objects.shared(states))
+        run = {"form": self._objects.form(), "ranks": world_size(), "position": position}
+        self._checkpoints.save({**states, RUN: run}, self._objects.shared(states))
 
     def _note_time(self) -> None:
         self._saved_at, self._saved_updates = time.monotonic(), self._updates()
         self._is_changed = False
 
-    def _load(self, path: Path, ranks: int) -> None:
-        states = load(path, ranks, self._objects.patterns())
-        position = states.pop(POSITION)
-        self._objects.check_fit(states)
-        same_ranks = ranks == world_size()
-        if not same_ranks:  # an open window is the share of one of those ranks
-            for name in self._objects.of(Step):
-                for key in ("window", "gradients"):
-                    states[name].pop(key, None)
-        self._objects.load(states, position["loaders"])
-        self._position.load_state_dict(position, same_ranks)
+    def _load(self, path: Path) -> None:
+        states = load(path, self._objects.parameters())
+        run = states.pop(RUN)
+        self._objects.check_form(run["form"])
+        same_ranks = run["ranks"] == world_size()
+        if not same_ranks:  # an open window has the sums of one rank
+            for name in self._objects.steps:
+                states[name].pop("window", None)
+        self._objects.load(states)
+        self._position.load_state_dict(run["position"], same_ranks)
 
 
 class _Signals:
-    """SIGINT and SIGTERM in a block: the first waits for a checkpoint, a second one does not."""
+    """SIGINT and SIGTERM in a block: the first waits for a checkpoint, the second does not."""
 
     def __init__(self) -> None:
-        self.pending = 0  # the signal that came
-        self.stopped = False  # by a signal: what the block still does is no part of the run
+        self.pending = 0  # a signal that waits for a checkpoint
+        self.stopped = False  # by a signal: nothing is saved any more
         self._came_at = 0.0
         self._handlers: dict[int, Any] = {}
 
@@ -257,7 +258,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def follow(self) -> None:
-        """Do what the pending signal would have done."""
+        """Call the usual handler of the pending signal."""
         number, self.pending = self.pending, 0
         if not number:
             return
@@ -271,7 +272,7 @@ class _Signals:
         now = time.monotonic()
         if not self.pending:
             self.pending, self._came_at = number, now
-        elif now - self._came_at > 1:  # torchrun sends the same one twice at once
+        elif now - self._came_at > 1:  # torchrun sends the same signal twice at once
             self.release()
             self.pending = number
             self.follow()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from trainkit.core.window import Window
@@ -11,16 +12,15 @@ def state_of(step: Any) -> dict[str, Any]:
     """Return copies of what a step carries from micro-batch to micro-batch."""
     _check_between(step, "state_dict")
     window, updater = step._window, step._updater
-    step._said.add("end")  # an open window is saved
+    step._said.add("end")  # no warning of an open window: it is saved
     state: dict[str, Any] = {"updates": step.updates, "skipped": step.skipped}
     if step._reference is not None:
         state["reference"] = step._reference
     if updater.scale is not None:
         state |= {"loss_scale": updater.scale.item(), "growth_tracker": int(updater.growth)}
     if window is not None and window.losses:
-        state["window"] = {name: getattr(window, name) for name in window.kept}
-        state["window"] |= {"weights": list(window.weights)}
-        state["window"] |= {"losses": [loss.clone() for loss in window.losses]}
+        values = {name: getattr(window, name) for name in (*window.kept, "losses")}
+        state["window"] = deepcopy(values)
         state["gradients"] = window.copied_sums()
     return state
 
@@ -54,10 +54,9 @@ def load_into(step: Any, state: Any) -> None:
 def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Window:
     """Return a window as it was. ``factor`` makes up for another loss scale."""
     window: Window = step._new_window()
-    window.losses, window.may_be_open = list(state["losses"]), True
-    for name in window.kept:
-        setattr(window, name, state[name])
-    window.weights = list(window.weights)
+    window.may_be_open = True
+    for name in (*window.kept, "losses"):
+        setattr(window, name, deepcopy(state[name]))
     window.parameters = parameters = step._plan.parameters()
     window.lent = [False] * len(parameters)
     window.sums = [None] * len(parameters)

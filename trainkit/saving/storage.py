@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, and loaded only if every byte is as written.
+"""Checkpoints on disk: written whole or not at all, and loaded only if no byte has changed.
 
 A checkpoint is a folder. ``torch.distributed.checkpoint`` stores tensors that all ranks share, and
 shards of DTensors. ``torch.save`` stores everything else, in one file per rank. It is read with
@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import tempfile
@@ -29,13 +28,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from trainkit.core.plan import check, shown
+from trainkit.core.plan import check
 from trainkit.core.precision import current_device
 from trainkit.core.warning import warn
 from trainkit.ranks.collectives import all_gather_objects, cpu_group, rank, world_size
 
-FORMAT = 2
-MANIFEST, SHARED, SAVING, DELETING = "manifest.json", "shared.pt", ".saving", ".deleting"
+FORMAT = 3
+MANIFEST, SHARED, ASIDE = "manifest.json", "shared.pt", ".saving"
 
 
 class Checkpoints:
@@ -62,14 +61,13 @@ class Checkpoints:
         Raises:
             TypeError: for a value that cannot be stored. The older checkpoints stay.
         """
-        aside = self._path / SAVING
+        aside = self._path / ASIDE
         if rank() == 0:
-            for left in (aside, self._path / DELETING):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
             aside.mkdir(parents=True)
         all_gather_objects(None)
-        own = [aside / f"rank{rank()}.pt"]
-        with own[0].open("w+b") as stream:
+        file = aside / f"rank{rank()}.pt"
+        with file.open("w+b") as stream:
             try:
                 tensors = _store(values, stream, shared)
             except NOT_STORED:
@@ -78,9 +76,9 @@ class Checkpoints:
         with _distributed_checkpoint() as dcp:
             writer = dcp.FileSystemWriter(aside)
             metadata = dcp.save(tensors, storage_writer=writer, process_group=cpu_group())
-        own += aside.glob(f"__{rank()}_*")
+        own = [file, *aside.glob(f"__{rank()}_*")]
         if rank() == 0:
-            # PyTorch's tools read .metadata, a pickle that may run code. We read our own copy.
+            # .metadata, for PyTorch's tools, is a pickle that may run code. We read our own copy.
             metadata.storage_meta = None
             torch.save(metadata, aside / SHARED)
             own += [aside / ".metadata", aside / SHARED]
@@ -89,7 +87,7 @@ class Checkpoints:
         hashes = all_gather_objects({file.name: _hash(file) for file in own})
         if rank() == 0:
             files = {name: found for part in hashes for name, found in part.items()}
-            text = json.dumps({"format": FORMAT, "ranks": world_size(), "files": files}).encode()
+            text = json.dumps({"format": FORMAT, "files": files}).encode()
             digest = hashlib.sha256(text).hexdigest().encode()
             (aside / MANIFEST).write_bytes(digest + b"\n" + text)
             _sync(aside / MANIFEST)
@@ -97,11 +95,15 @@ class Checkpoints:
             last = max(map(int, self._names()), default=0)
             os.rename(aside, self._path / f"{last + 1:08d}")
             _sync(self._path)
-            self._delete_old()
+            good = [name for name in self._names() if name not in self._damaged]
+            for name in set(self._names()) - set(good[-self._keep :]):
+                # Renamed first: a half-deleted checkpoint must not look like a damaged one.
+                os.rename(self._path / name, aside)
+                shutil.rmtree(aside)
         all_gather_objects(None)
 
-    def newest(self) -> tuple[Path, int] | None:
-        """Return the newest undamaged checkpoint and its number of ranks, or None.
+    def newest(self) -> Path | None:
+        """Return the newest undamaged checkpoint, or None.
 
         Raises:
             RuntimeError: if there are checkpoints, and all are damaged.
@@ -111,15 +113,15 @@ class Checkpoints:
         """
         damage = ""
         for name in reversed(all_gather_objects(self._names())[0]):
-            path, ranks, reason = self._path / name, 0, ""
+            path, reason = Path(self._path, name), ""
             try:
-                ranks = _check_files(path)
+                _check_files(path)
             except OSError as error:
                 reason = str(error)
             if not (reason := first_of_ranks(reason)):
                 if damage:
                     warn(f"{damage}resuming from {path}, the one before")
-                return path, ranks
+                return path
             damage += f"the checkpoint {path} is damaged ({reason}); "
             self._damaged.append(name)
         advice = f"there is no other: to begin anew, delete {self._path} or give another path"
@@ -127,16 +129,7 @@ class Checkpoints:
         return None
 
     def _names(self) -> list[str]:
-        names = [path.name for path in self._path.iterdir()]
-        return sorted((name for name in names if re.fullmatch(r"\d{8,}", name)), key=int)
-
-    def _delete_old(self) -> None:
-        names = self._names()
-        good = [name for name in names if name not in self._damaged]
-        for name in set(names) - set(good[-self._keep :]):
-            # Renamed first: a half-deleted checkpoint must not look like a damaged one.
-            os.rename(self._path / name, self._path / DELETING)
-            shutil.rmtree(self._path / DELETING)
+        return sorted(path.name for path in self._path.glob("[0-9]" * 8))
 
 
 def first_of_ranks(text: str) -> str:
@@ -144,12 +137,12 @@ def first_of_ranks(text: str) -> str:
     return next(filter(None, all_gather_objects(text)), "")
 
 
-def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the values of a checkpoint. A rank that did not write it gets the values of rank 0.
+def load(path: Path, like: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the values of a checkpoint. A rank without a file in it gets the values of rank 0.
 
-    A shared tensor has the strides and shards of the tensor in ``like`` with the same shape and
-    key: its own key, or its own without the last part (of a state of an optimizer). Otherwise it
-    has those of any tensor in ``like`` with its shape.
+    A shared tensor gets the device, strides and shards of a tensor in ``like`` of the same shape:
+    if possible, of the one with its key, or with its key up to the last dot, which is the
+    parameter that the state of an optimizer belongs to.
     """
     metadata = _load(path / SHARED, *_metadata_classes())
     tensors: dict[str, Tensor] = {}
@@ -163,11 +156,11 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
         tensors[key] = torch.empty_like(pattern, dtype=found.properties.dtype)
         return tensors[key]
 
-    number = rank() if rank() < ranks else 0
-    values: dict[str, Any] = _load(path / f"rank{number}.pt", shared_tensor)
+    file = path / f"rank{rank()}.pt"
+    values: dict[str, Any] = _load(file if file.exists() else path / "rank0.pt", shared_tensor)
     with _distributed_checkpoint() as dcp:
         reader = dcp.FileSystemReader(path)
-        reader.read_metadata = lambda *_, **__: metadata  # its own unpickles .metadata
+        reader.read_metadata = lambda *_, **__: metadata  # the usual one unpickles .metadata
         dcp.load(tensors, storage_reader=reader, process_group=cpu_group())
     return values
 
@@ -176,7 +169,7 @@ def load(path: Path, ranks: int, like: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_storable(values: Mapping[str, Any], shared: Mapping[str, Tensor]) -> None:
-    """Raise TypeError for the innermost value that ``load`` would not return."""
+    """Raise TypeError for a value that ``load`` could not return. Name the innermost one."""
     for name, value in values.items():
         try:
             _store(value, file := io.BytesIO(), shared)
@@ -185,16 +178,13 @@ def check_storable(values: Mapping[str, Any], shared: Mapping[str, Tensor]) -> N
         except NOT_STORED as error:
             check_storable({f"{name}.{key}": part for key, part in parts_of(value)}, shared)
             came = f"{name} is of type {type(value).__name__}, which cannot be stored"
-            advice = "keep tensors, numbers, lists or dicts"
-            if isinstance(error, _Unsafe):
-                known = str(error).rpartition(".")[2]
-                allow = f"or allow {error}, `torch.serialization.add_safe_globals([{known}])`"
-                raise TypeError(f"{came}: {advice}, {allow}") from None
-            raise TypeError(f"{came} ({shown(error)}): {advice}, `{{'basis': tensor}}`") from None
+            reason = " ".join(str(error).split())[:120]
+            advice = "keep tensors, numbers, lists or dicts, `{'basis': tensor}`"
+            raise TypeError(f"{came} ({reason}): {advice}") from None
 
 
 def parts_of(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return what a container holds, by its keys or positions."""
+    """Return pairs of a key, or a position, and a value in a container."""
     if isinstance(value, dict):
         return value.items()
     return enumerate(value) if isinstance(value, (list, tuple, deque)) else ()
@@ -203,7 +193,7 @@ def parts_of(value: Any) -> Iterable[tuple[Any, Any]]:
 def _store(value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a value, without the tensors that ``torch.distributed.checkpoint`` is to write.
 
-    Returns these tensors. Raises one of NOT_STORED for what ``_load`` would refuse.
+    Returns these tensors. Raises an error in NOT_STORED for a value that ``_load`` would refuse.
     """
     tensors: dict[str, Tensor] = {}
     keys = {id(tensor): key for key, tensor in shared.items()}
@@ -223,7 +213,7 @@ def _store(value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[st
             if type(value) is deque:
                 return deque, (list(value), value.maxlen)
             if numpy and (type(value) is numpy.ndarray or isinstance(value, numpy.generic)):
-                # As an .npy file: NumPy's own pickles can pass off bytes as pointers to objects.
+                # As an .npy file: a pickle of an array can turn bytes into pointers to objects.
                 numpy.save(npy := io.BytesIO(), value, allow_pickle=False)
                 data = torch.frombuffer(npy.getbuffer(), dtype=torch.uint8)
                 return _array, (data, type(value) is numpy.ndarray)
@@ -233,16 +223,13 @@ def _store(value: Any, file: IO[bytes], shared: Mapping[str, Tensor]) -> dict[st
     file.seek(0)
     with torch.serialization.safe_globals([*ALLOWED, _shared_tensor]):
         if found := torch.serialization.get_unsafe_globals_in_checkpoint(file):
-            raise _Unsafe(found[0])
+            remedy = f"`torch.serialization.add_safe_globals([{found[0].rpartition('.')[2]}])`"
+            raise pickle.PicklingError(f"{found[0]} is not allowed, {remedy}")
     return tensors
 
 
-class _Unsafe(pickle.PicklingError):
-    """A class or function that loading would refuse."""
-
-
 def _shared_tensor(key: str) -> Tensor:
-    """Stand in the file of a rank for a tensor that is stored elsewhere; see ``load``."""
+    """In the file of a rank, take the place of a tensor that is stored elsewhere; see ``load``."""
     raise NotImplementedError
 
 
@@ -258,14 +245,14 @@ def _load(file: Path | IO[bytes], *allowed: Any) -> Any:
 
 
 def _place(storage: Any, location: str) -> Any:
-    """Put what was on an accelerator on the one of this process, if that is of the same kind."""
+    """Put a tensor from an accelerator on that of this process, or on the CPU without one."""
     device = current_device()
     if device.type == "cpu" or location.partition(":")[0] != device.type:
         return storage
     return torch.serialization.default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
 
 
-# Besides what PyTorch allows: some of these since 2.6, some not at all.
+# These are allowed besides the classes that every PyTorch since 2.6 allows.
 ALLOWED = (_array, bytes, complex, Counter, deque, frozenset, range, set, slice)
 NOT_STORED = (pickle.PickleError, AttributeError, RuntimeError, TypeError, ValueError)
 
@@ -283,18 +270,18 @@ def _metadata_classes() -> list[type]:
 
 @contextmanager
 def _distributed_checkpoint() -> Iterator[Any]:
-    """``torch.distributed.checkpoint``, with the errors inside of its exceptions."""
+    """Give ``torch.distributed.checkpoint``; raise the errors that are in its exceptions."""
     dcp: Any = import_module("torch.distributed.checkpoint")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a single process
+        warnings.simplefilter("ignore")  # it warns of a single process
         try:
             yield dcp
-        except dcp.CheckpointException as error:  # even around Ctrl-C, and no Exception itself
+        except dcp.CheckpointException as error:  # no Exception; may hold Ctrl-C
             raise next(iter(error.failures.values()))[0] from error
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a power failure, where PyTorch's would."""
+    """Write a file, or the names in a folder, to the disk, so that no power failure loses it."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -311,8 +298,8 @@ def _hash(file: Path) -> str:
     return found.hexdigest()
 
 
-def _check_files(path: Path) -> int:
-    """Return the number of ranks; raise OSError if a file that this rank checks is damaged."""
+def _check_files(path: Path) -> None:
+    """Raise OSError if a file that this rank checks is damaged."""
     digest, _, text = (path / MANIFEST).read_bytes().partition(b"\n")
     if digest.decode(errors="replace") != hashlib.sha256(text).hexdigest():
         raise OSError(f"{MANIFEST} does not have the hash in its first line")
@@ -323,4 +310,3 @@ def _check_files(path: Path) -> int:
     for name, digest in sorted(manifest["files"].items())[rank() :: world_size()]:
         if _hash(path / name) != digest:
             raise OSError(f"{name} does not have the hash that it was written with")
-    return int(manifest["ranks"])

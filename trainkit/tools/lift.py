@@ -1,14 +1,16 @@
 """Print the code of some public names as one self-contained cell for a notebook.
 
-The package is parsed, not imported. A top-level statement binds names and uses names. Statements
-that the names asked for reach are printed unchanged, in the order in which the files import each
-other, and imports of trainkit fall away. Docstrings of public names are cut to
-their law, and others are dropped.
+The package is parsed, not imported. A cell has one namespace, so a name at the top of several files
+must mean the same thing in all of them. A top-level statement binds names and uses names. The cell
+has the statements that the given names reach, unchanged, in the order in which the files import
+each other, and without imports of trainkit. Docstrings of public names are cut to their law, and
+others are dropped.
 
 An import of trainkit inside a function is a seam. It marks code that many users never run, such as
 the code for several ranks. If the cell has the target, the import falls away. If not, the import
 and the rest of its block become an ImportError that names the word to add:
-``python -m trainkit lift accumulate amp ranks``.
+``python -m trainkit lift accumulate amp ranks``. A block under ``suppress(ImportError)`` falls away
+as a whole.
 """
 
 from __future__ import annotations
@@ -17,107 +19,138 @@ import argparse
 import ast
 import difflib
 import functools
-import importlib.metadata
 import importlib.resources
 import re
 import symtable
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALWAYS = ("advice", "language", "state")  # words that go without saying
-Name = tuple[str, str]  # a file, such as "core/step", and a name in it
-Edit = tuple[int, int, list[str]]  # replaces the lines from one number up to another
-Missing = dict["Seam", str]  # seams whose targets are not in the cell, and their words
+ALWAYS = ("advice", "language", "state")  # words that need not be given
+Edit = tuple[int, int, tuple[str, ...]]  # replaces the lines from one number up to another
 
 
 class Seam(NamedTuple):
-    """An import of trainkit inside a function: its lines, and the end of its block."""
+    """An import of trainkit inside a function, and the edits for a cell with and without it."""
 
+    word: str
     file: str
-    targets: frozenset[Name]
-    begin: int
-    end: int
-    block_end: int
-
-    def edit(self, lines: list[str], missing: str | None, error: str) -> Edit:
-        """Remove the import, or replace it and the rest of its block by an error."""
-        if missing is None:
-            return self.begin, self.end + (not lines[self.end]), []
-        indent = " " * (len(lines[self.begin]) - len(lines[self.begin].lstrip()))
-        message = f'{indent}    "{error.format(name=missing)}"'
-        return self.begin, self.block_end, [f"{indent}raise ImportError(", message, f"{indent})"]
+    names: frozenset[str]
+    lifted: Edit
+    missing: Edit
 
 
 class Statement:
     """A top-level statement with the comments above it."""
 
-    def __init__(self, node: ast.stmt, lines: list[str]) -> None:
-        self.node, self.lines, self.seams = node, lines, list(_seams(node))
+    def __init__(self, node: ast.stmt, title: str, lines: list[str], seams: list[Seam]) -> None:
+        self.node, self.title, self.lines, self.seams = node, title, lines, seams
         self.begin = min(n.lineno for n in (node, *getattr(node, "decorator_list", ()))) - 1
         while lines[self.begin - 1].startswith("#"):
             self.begin -= 1
         self.end = node.end_lineno or 0
-        self.text = "\n".join(lines[self.begin : self.end])
-        symbols = symtable.symtable(self.text, "cell", "exec").get_symbols()
-        self.binds = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+        symbols = symtable.symtable("\n".join(self.code()), "cell", "exec").get_symbols()
+        self.binds = {s.get_name() for s in symbols if s.is_assigned()}
 
-    def code(self, missing: Missing, error: str = "", edits: Iterable[Edit] = ()) -> list[str]:
-        """The lines of this statement after some edits, with an error for what is missing."""
+    def code(self, missing: Collection[Seam] = (), edits: Iterable[Edit] = ()) -> list[str]:
+        """The lines of this statement after some edits, without what needs missing seams."""
         result, line = list[str](), self.begin
-        of_seams = [seam.edit(self.lines, missing.get(seam), error) for seam in self.seams]
+        of_seams = [seam.missing if seam in missing else seam.lifted for seam in self.seams]
         for begin, end, replacement in sorted([*edits, *of_seams]):
             if begin >= line:  # not in lines that are gone
-                result += self.lines[line:begin] + replacement
+                result += [*self.lines[line:begin], *replacement]
                 line = end
         return result + self.lines[line : self.end]
 
 
-class Source:
-    """A file of the package."""
+class Package:
+    """What public names need, each file after the files that it imports at its top."""
 
-    def __init__(self, file: str, text: str) -> None:
-        tree, lines = ast.parse(text), text.splitlines()
-        self.file, self.doc = file, ast.get_docstring(tree) or ""
-        self.statements: list[Statement] = []
-        self.own: dict[str, str] = {}  # names imported from trainkit, and their files
-        self.foreign: dict[str, set[tuple[str, str]]] = {}  # other imports: module and member
+    def __init__(self, root: Any) -> None:
+        self._root, self._files = root, set[str]()
+        self.statements: dict[str, Statement] = {}  # by the names that they bind
+        self.foreign: dict[str, tuple[str, str]] = {}  # other imports: module and member
+        initial = ast.parse(self._text("__init__"))
+        exported = next(node.value for node in initial.body if isinstance(node, ast.Assign))
+        self.public: list[str] = ast.literal_eval(exported)
+        files = {name: file for node in initial.body for file, name in _targets(node)}
+        public_files = [files[name] for name in self.public]
+        self._public_folders = {file.partition("/")[0] for file in public_files}
+        for file in public_files:
+            self._read(file)
+        self._seams = {seam for statement in self.statements.values() for seam in statement.seams}
+        self.words = sorted({seam.word for seam in self._seams}.difference(self.public, ALWAYS))
+
+    def _text(self, file: str) -> str:
+        return str(self._root.joinpath(*f"{file}.py".split("/")).read_text(encoding="utf-8"))
+
+    def _read(self, file: str) -> None:
+        """Add the statements of a file, between those of its imports and those of its seams."""
+        if file in self._files:
+            return
+        tree, lines = ast.parse(text := self._text(file)), text.splitlines()
+        for node in tree.body:
+            for other, _ in _targets(node):
+                self._read(other)
+        self._files.add(file)
+        title, seams = f"# {file}.py: " + lines[0].strip('"'), list[Seam]()
         for node in tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                own = {name: file for file, name in _targets(node)}
-                self.own |= own
-                for alias in () if own else node.names:
-                    name = (alias.asname or alias.name).partition(".")[0]
+                for alias in () if _targets(node) else node.names:
                     imported = getattr(node, "module", ""), ast.unparse(alias)
-                    self.foreign.setdefault(name, set()).add(imported)
-            elif not ast.unparse(node).startswith("if TYPE_CHECKING:"):  # for annotations alone
-                self.statements.append(Statement(node, lines))
-        self.imports = list(self.own.values())
-        self.seams = [seam for statement in self.statements for seam in statement.seams]
-        self.own |= {name: file for seam in self.seams for file, name in seam.targets}
+                    self.foreign[alias.asname or alias.name] = imported
+            else:
+                statement = Statement(node, title, lines, list(_seams(node, lines, self._word)))
+                seams += statement.seams
+                for name in statement.binds:
+                    self.statements.setdefault(name, statement)
+        for seam in seams:
+            self._read(seam.file)
+
+    def _word(self, file: str) -> str:
+        """The folder of a file if nothing in there is public, else its name."""
+        folder, _, name = file.rpartition("/")
+        return name if folder in ("", *self._public_folders) else folder
+
+    def missing(self, names: Sequence[str]) -> set[Seam]:
+        """The seams whose targets are not in a cell of some names."""
+        needed, given = self.reached(names, self._seams), {*names, *ALWAYS}
+        return {s for s in self._seams if s.word not in given and not s.names <= needed}
+
+    def reached(self, names: Iterable[str], missing: Collection[Seam]) -> set[str]:
+        """All names that some names need."""
+        found, left = set[str](), [name for name in names if name in self.public]
+        for name in left:  # grows
+            if name not in found:
+                found.add(name)
+                if statement := self.statements.get(name):
+                    left += _used("\n".join(statement.code(missing))) | statement.binds
+        return found
 
 
-def _targets(node: Any) -> list[Name]:
-    """What an import from trainkit imports."""
+def _targets(node: Any) -> list[tuple[str, str]]:
+    """The files and names that an import from trainkit imports."""
     module = getattr(node, "module", None) or ""
     names = node.names if module.startswith("trainkit.") else ()
     file = module.removeprefix("trainkit.").replace(".", "/")
     return [(file, alias.name) for alias in names]
 
 
-def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
+def _seams(statement: ast.stmt, lines: list[str], word_of: Callable[[str], str]) -> Iterator[Seam]:
+    """The imports of trainkit in a statement."""
     for parent in ast.walk(statement):
-        for _, field in ast.iter_fields(parent):
-            if isinstance(field, list) and field and isinstance(field[0], ast.stmt):
-                yield field
-
-
-def _seams(statement: ast.stmt) -> Iterator[Seam]:
-    for block in _blocks(statement):
-        for node in block:
-            if targets := _targets(node):
-                end, block_end = node.end_lineno or 0, block[-1].end_lineno or 0
-                yield Seam(targets[0][0], frozenset(targets), node.lineno - 1, end, block_end)
+        for block in vars(parent).values():
+            for node in block if isinstance(block, list) else ():
+                if targets := _targets(node):
+                    file, word = targets[0][0], word_of(targets[0][0])
+                    begin, end, block_end = node.lineno - 1, node.end_lineno, block[-1].end_lineno
+                    error = f'raise ImportError(_NOT_LIFTED.format("{word}"))'
+                    missing: Edit = begin, block_end, (" " * node.col_offset + error,)
+                    if "suppress(ImportError)" in lines[begin - 1]:
+                        missing = begin - 1, block_end, ()
+                    lifted = begin, end + (not lines[end]), ()
+                    yield Seam(word, file, frozenset(name for _, name in targets), lifted, missing)
 
 
 @functools.cache
@@ -129,62 +162,6 @@ def _used(code: str) -> frozenset[str]:
         found.update(s.get_name() for s in symbols if s.is_global())
         tables += table.get_children()
     return frozenset(found)
-
-
-class Package:
-    """The files that public names need, each after the files that it imports at its top."""
-
-    def __init__(self, root: Any) -> None:
-        self._root, self.sources = root, dict[str, Source]()
-        initial = self._parse("__init__")
-        exported = next(s.node for s in initial.statements if "__all__" in s.binds)
-        self.public: list[str] = ast.literal_eval(exported.value)  # type: ignore[attr-defined]
-        self._origin = {name: initial.own[name] for name in self.public}
-        for file in self._origin.values():
-            self._read(file)
-        seams = [seam for source in self.sources.values() for seam in source.seams]
-        self._words = {seam: self._word(seam) for seam in seams}
-        self.words = sorted({*self._words.values()}.difference(self.public, ALWAYS))
-
-    def _parse(self, file: str) -> Source:
-        path = self._root.joinpath(*f"{file}.py".split("/"))
-        return Source(file, path.read_text(encoding="utf-8"))
-
-    def _read(self, file: str) -> None:
-        if file not in self.sources:
-            source = self._parse(file)
-            for other in source.imports:
-                self._read(other)
-            self.sources.setdefault(file, source)
-            for seam in source.seams:
-                self._read(seam.file)
-
-    def _word(self, seam: Seam) -> str:
-        """The folder of the target of a seam if nothing in there is public, else the file."""
-        folder, _, file = seam.file.rpartition("/")
-        is_public = any(origin.startswith(f"{folder}/") for origin in self._origin.values())
-        return file if is_public or not folder else folder
-
-    def missing(self, names: Sequence[str]) -> Missing:
-        """The seams whose targets are not in a cell of some names, and the words to add."""
-        needed, given = self.reached(names, self._words), {*names, *ALWAYS}
-        words = self._words.items()
-        return {s: word for s, word in words if word not in given and not s.targets <= needed}
-
-    def reached(self, names: Iterable[str], missing: Missing) -> set[Name]:
-        """All that some names need."""
-        found = set[Name]()
-        left = [(self._origin[name], name) for name in names if name in self.public]
-        for file, name in left:  # grows
-            if (file, name) not in found:
-                found.add((file, name))
-                source = self.sources[file]
-                left.append((source.own.get(name, file), name))
-                for statement in source.statements:
-                    if name in statement.binds:
-                        used = _used("\n".join(statement.code(missing)))
-                        left += [(file, name) for name in used | statement.binds]
-        return found
 
 
 @functools.cache
@@ -227,28 +204,35 @@ def lift(
         raise ValueError(f"no public name in {names}: `lift {' '.join(['accumulate', *names])}`")
     arguments = " ".join([*names, *["--docs"] * docs, *["--bare"] * bare])
     command = f"python -m trainkit lift {arguments}"
-    error = f"{{name}} was not lifted into this file: `{command} {{name}}`"
     missing = package.missing(names)
     reached = package.reached(names, missing)
-    head = f"# trainkit {_released()}, MIT license: what `{command}` prints."
+    version = import_module("trainkit").__version__
+    head = f"# trainkit {version}, MIT license: what `{command}` prints."
     cell = [head, "", "from __future__ import annotations", "", *_imports(package, reached)]
-    for above, statement in _statements(package, reached):
+    title, end = "", 0
+    for statement in dict.fromkeys(s for n, s in package.statements.items() if n in reached):
+        if statement.title != title:
+            cell += ["", "", statement.title]
+        elif statement.begin != end:
+            cell += ["", ""]
         drop = bare or statement.binds.isdisjoint(package.public)
-        edits = [] if docs else _docstrings(statement, drop)
-        cell += above + statement.code(missing, error, edits)
+        cell += statement.code(missing, [] if docs else _docstrings(statement, drop))
+        title, end = statement.title, statement.end
     listed = ", ".join(f'"{name}"' for name in exported)
-    cell += ["", "", f"__all__ = [{listed}]"]
+    cell += ["", "", f"__all__ = [{listed}]", f'_NOT_LIFTED = "{_NOT_LIFTED} `{command} {{0}}`"']
     if not inline:
         left = " ".join(name for name in package.public if name not in exported)
-        cell += _END.format(left=left, error=error).splitlines()
+        cell += _END.format(version=version, left=left).splitlines()
     return "\n".join(cell) + "\n"
 
 
-_END = """
+_NOT_LIFTED = "{0} was not lifted into this file:"
+_END = """__version__ = "{version}"
+
 
 def __getattr__(name: str) -> object:
     if name in "{left}".split():
-        raise ImportError(f"{error}")
+        raise ImportError(_NOT_LIFTED.format(name))
     if name == "load_ipython_extension":
         raise ImportError(f"{{__file__}} hides the package: `%load_ext trainkit` in another folder")
     raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
@@ -259,11 +243,10 @@ if __name__ == "__main__":
 """
 
 
-def _imports(package: Package, reached: set[Name]) -> list[str]:
+def _imports(package: Package, reached: set[str]) -> list[str]:
     """The imports of a cell: the standard library, then torch, each name once."""
-    foreign = [package.sources[file].foreign.get(name, set()) for file, name in reached]
     members: dict[str, list[str]] = {}
-    for module, member in sorted(set().union(*foreign)):
+    for module, member in sorted(package.foreign[n] for n in package.foreign.keys() & reached):
         members.setdefault(module, []).append(member)
     lines = [f"import {member}" for member in members.pop("", [])]
     lines += [f"from {module} import {', '.join(found)}" for module, found in members.items()]
@@ -272,47 +255,29 @@ def _imports(package: Package, reached: set[Name]) -> list[str]:
     return [*others, *[""] * bool(others), *ours]
 
 
-def _statements(package: Package, reached: set[Name]) -> Iterator[tuple[list[str], Statement]]:
-    """The statements of a cell, each once and with the lines above it."""
-    printed = set[str]()
-    for source in package.sources.values():
-        title = f"# {source.file}.py: {source.doc.partition(chr(10))[0]}"
-        above, end = ["", "", title], -1
-        for statement in source.statements:
-            needed = any((source.file, name) in reached for name in statement.binds)
-            if needed and statement.text not in printed:  # two files may have the same TypeVar
-                printed.add(statement.text)
-                yield [] if statement.begin == end else above, statement
-                above, end = ["", ""], statement.end
-
-
 def _docstrings(statement: Statement, drop: bool) -> Iterator[Edit]:
     """Drop the docstrings in a statement, or cut them to their law."""
     lines = statement.lines
-    for block in _blocks(statement.node):
-        first = block[0]
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-            begin, end = first.lineno - 1, first.end_lineno or first.lineno
+    for node in ast.walk(statement.node):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            first = node.body[0]
+            begin, end = first.lineno - 1, first.end_lineno or 0
             if not drop:
                 yield begin, end, _law(lines[begin:end])
-            elif len(block) == 1:
-                yield begin, end, [" " * first.col_offset + "..."]
+            elif len(node.body) == 1:
+                yield begin - 1, end, (f"{lines[begin - 1]} ...",)
             else:
-                yield begin, end + (not lines[end]), []
+                yield begin, end + (not lines[end]), ()
 
 
-_SECTION = re.compile(r"\n *(?:Args|Attributes|Examples?|Raises|Returns|Source|Warns|Yields):")
-
-
-def _law(lines: list[str]) -> list[str]:
+def _law(lines: list[str]) -> tuple[str, ...]:
     """A docstring down to the end of its first block of code, or else its first paragraph."""
-    text = "\n".join(lines)
+    text = "\n".join(lines).rstrip().removesuffix('"""').rstrip()
     indent = " " * (len(text) - len(text.lstrip()))
-    head = _SECTION.split(text)[0]
-    block = re.search(rf"::\n(\n|{indent} .*\n?)+", head)
-    law = head[: block.end()] if block else head.partition("\n\n")[0]
-    law = law.rstrip().removesuffix('"""').rstrip()
-    return [*law.splitlines(), f'{indent}"""'] if "\n" in law else [f'{law}"""']
+    paragraphs = re.split(rf"\n\n(?={indent}\S)", text)  # each with the code under it
+    count = next((i for i, text in enumerate(paragraphs, 1) if "::\n" in text), 1)
+    law = "\n\n".join(paragraphs[:count])
+    return (*law.splitlines(), f'{indent}"""') if "\n" in law else (f'{law}"""',)
 
 
 def add_lift(commands: Any) -> None:
@@ -341,10 +306,3 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
-
-
-def _released() -> str:
-    try:
-        return importlib.metadata.version("trainkit")
-    except importlib.metadata.PackageNotFoundError:
-        return "from a checkout"

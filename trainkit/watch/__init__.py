@@ -1,1 +1,1 @@
-"""What a run reports while it trains."""
+"""Record and show the numbers of a run while it trains."""

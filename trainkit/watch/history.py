@@ -30,13 +30,12 @@ class History:
     docs/primitives/history.md defines ``history.columns``. In a notebook a history is a plot.
 
     Args:
-        step: what ``train_step`` or another part has made of a function. Make the history before
-            the loop; the step keeps it.
-        log: also receives every row: a TensorBoard ``SummaryWriter``, a run of wandb, or a callable
-            ``log(numbers, update)``. Its exceptions leave the step after the update was made.
+        step: a step, for example of ``train_step``. Make the history before the loop.
+        log: receives every row too: a TensorBoard ``SummaryWriter``, a run of wandb, or a callable
+            ``log(numbers, update)``. If it raises, the update has been made all the same.
 
     Raises:
-        TypeError: ``step`` is not a step, or ``log`` is none of the above.
+        TypeError: for another ``step`` or ``log``.
 
     Example:
         >>> import torch
@@ -61,7 +60,7 @@ class History:
         self._numbers = array("d")  # row after row
 
     def __len__(self) -> int:
-        """The number of recorded windows; does not wait for the device."""
+        """Return the number of recorded windows, without waiting for the device."""
         return len(self._numbers) // len(self.columns) + self._readings.pending
 
     def __iter__(self) -> Iterator[str]:
@@ -75,14 +74,14 @@ class History:
         return self._numbers[self.columns.index(column) :: len(self.columns)].tolist()
 
     def flush(self) -> None:
-        """Wait for the values that are still on the device and pass them to ``log``.
+        """Wait for the values that are still on the device, and pass them to ``log``.
 
-        ``step.over`` does so at its end, and whatever reads columns does.
+        The end of ``step.over``, and all methods that read columns, call this.
         """
         self._readings.flush()
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write a file of comma-separated values whose first line has the names."""
+        """Write a file of comma-separated values. Its first line has the names of the columns."""
         rows = zip(*(self[name] for name in self), strict=True)
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
@@ -98,8 +97,9 @@ class History:
     def plot(self) -> Any:
         """Return a ``matplotlib.figure.Figure`` of loss, gradient norm, loss scale, learning rate.
 
-        The dark line among the losses is their moving average, the dashed line is ``max_norm``, and
-        marks at the foot are skipped updates. ``figure.savefig("run.png")`` writes it to a file.
+        The dark line over the losses is their moving average. The dashed line is ``max_norm``. Red
+        marks are skipped updates. A constant learning rate is left out.
+        ``figure.savefig("run.png")`` writes the figure to a file.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -125,10 +125,10 @@ class History:
         return {"columns": list(self.columns), "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace all rows with those in ``state``; ``seconds`` continues from the last of them.
+        """Replace all rows with those in ``state``. ``seconds`` continues from its last row.
 
         Raises:
-            ValueError: ``state`` is not the state of a history with these columns. Nothing changes.
+            ValueError: for the state of a history with other columns. Nothing changes.
         """
         found = state if isinstance(state, Mapping) else {}
         columns, rows = found.get("columns"), found.get("rows", torch.empty(0))
@@ -150,7 +150,7 @@ class History:
 
 
 def _logger(log: Any) -> Callable[[dict[str, float], int], Any]:
-    """A callable of numbers and their update that passes them to ``log``."""
+    """Return a callable that passes numbers and their update to ``log``."""
     if not isinstance(log, type):
         if hasattr(log, "add_scalar"):
             return lambda numbers, update: [

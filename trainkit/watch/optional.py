@@ -1,4 +1,4 @@
-"""Packages that trainkit uses where they are installed, and does not need otherwise."""
+"""Optional packages, which trainkit imports only when they are needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def optional(module: str, needed_by: str) -> Any:
-    """Import and return a module; an ImportError names its package and how to install it."""
+    """Import and return a module. The ImportError says how to install its package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from trainkit.watch.optional import optional
 from trainkit.watch.readings import Smoothed
 
-# Of medium brightness: readable on a light and on a dark background.
+# Medium brightness is readable on a light and on a dark background.
 INK, LINE, LIMIT, SKIPPED = "#808080", "#3b8ed0", "#d9822b", "#dd4444"
 _TITLES = {
     "loss": "loss",
@@ -23,9 +23,9 @@ Columns = Mapping[str, Sequence[float]]
 
 
 def curves(columns: Columns, max_norm: float | None) -> Any:
-    """A matplotlib Figure with a panel for each quantity of which the columns have a number.
+    """Return a matplotlib Figure with a panel for each quantity that has a finite value.
 
-    A learning rate has one only if it changes.
+    A learning rate has a panel only if it changes.
     """
     figures = optional("matplotlib.figure", "history.plot()")
     known = [c for c, values in columns.items() if c == "loss" or any(map(math.isfinite, values))]
@@ -50,7 +50,7 @@ def curves(columns: Columns, max_norm: float | None) -> Any:
 
 
 def png(figure: Any) -> tuple[bytes, dict[str, int]]:
-    """The image of a figure and the size to show it at, which is half its size in pixels."""
+    """Return the image of a figure, and the size to show it at: half its size in pixels."""
     width, height = (int(inches * 100) for inches in figure.get_size_inches())
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=200, format="png")

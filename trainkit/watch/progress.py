@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
 
-from trainkit.core.loop import length_of
+from trainkit.core.loop import Batches, length_of
 from trainkit.core.plan import check
 from trainkit.watch.optional import optional
 from trainkit.watch.readings import Readings, Smoothed
@@ -20,10 +20,8 @@ _CALL = "`step.over(loader, progress=True)` or `step.over(loader, progress={'des
 _COLUMNS = {"loss": "loss", "norm": "grad_norm", "lr": "lr", "scale": "loss_scale"}
 
 
-def with_progress(
-    batches: Iterator[T], loader: Iterable[T], steps: Sequence[Any], progress: Any
-) -> Iterator[T]:
-    """Iterate over ``batches`` and show a bar of tqdm, on rank 0 alone. See ``Step.over``."""
+def with_progress(batches: Batches[T], steps: Sequence[Any], progress: Any) -> Iterator[T]:
+    """Iterate over ``batches``, and show a bar of tqdm on rank 0. See ``Step.over``."""
     is_known = progress is True or isinstance(progress, Mapping)
     check(is_known, TypeError, f"progress is a bool or a mapping, got {progress!r}: {_CALL}")
     tqdm = optional("tqdm.auto", "progress").tqdm
@@ -34,7 +32,7 @@ def with_progress(
 
 
 def _with_bar(
-    batches: Iterator[T], make_bar: Callable[[], Any], steps: Sequence[Any]
+    batches: Batches[T], make_bar: Callable[[], Any], steps: Sequence[Any]
 ) -> Iterator[T]:
     try:
         bar = make_bar()
@@ -48,7 +46,7 @@ def _with_bar(
     try:
         for batch in batches:
             if seen == 0 and (index := steps[0]._delivery.number):
-                # Resuming passed over batches that were trained before, and took no time now.
+                # A resumed run skips the batches that it trained before. They took no time now.
                 bar.initial = bar.n = bar.last_print_n = bar.initial + index
                 bar.unpause()
             seen, rows = seen + 1, rows + _rows_of(batch)
@@ -60,18 +58,18 @@ def _with_bar(
             bar.update()
     finally:
         try:
-            batches.close()  # type: ignore[attr-defined]  # a generator that flushes the readings
+            batches.close()  # which flushes the readings
         finally:
             for numbers in shown:
                 numbers.readings.close()
             bar.set_postfix_str(", ".join(_texts(bar, shown, seen, rows)), refresh=False)
-            if seen == 0:  # a resumed run had finished this pass before
+            if seen == 0:  # the run had finished this pass before it was resumed
                 bar.leave = False
             bar.close()
 
 
 class _StepNumbers:
-    """What a bar shows of one step: its latest window that has arrived, and sums over windows."""
+    """The numbers of one step in a bar: its latest known window, and sums over its windows."""
 
     def __init__(self, step: Any) -> None:
         self.readings = Readings(step, self._take, least=256)
@@ -86,7 +84,7 @@ class _StepNumbers:
 
 
 def _texts(bar: Any, shown: Sequence[_StepNumbers], seen: int, rows: int) -> Iterator[str]:
-    """What a bar shows behind its counts, after ``seen`` batches with ``rows`` rows in all."""
+    """Yield the texts after the counts of a bar, for ``seen`` batches with ``rows`` rows in all."""
     latest = [item for numbers in shown for item in numbers.latest.items()]
     for title, column in _COLUMNS.items():
         form = ".6g" if title == "scale" else ".4g"
@@ -97,7 +95,7 @@ def _texts(bar: Any, shown: Sequence[_StepNumbers], seen: int, rows: int) -> Ite
         yield f"skipped {'/'.join(str(numbers.skipped) for numbers in shown)}"
     state = bar.format_dict
     batches_per_second = state["rate"] or (bar.n - bar.initial) / (state["elapsed"] or math.inf)
-    # A weight may count rows, or tokens, which are more. It arrives later than its batch.
+    # Weights may count rows, or tokens if they exceed the rows. They arrive after their batches.
     tokens = shown[0].weight
     amount, unit = (tokens, "tokens") if tokens > rows else (rows, "rows")
     if batches_per_second and amount:
@@ -105,7 +103,7 @@ def _texts(bar: Any, shown: Sequence[_StepNumbers], seen: int, rows: int) -> Ite
 
 
 def _rows_of(batch: Any) -> int:
-    """The length of the first tensor in a batch; 0 where there is none."""
+    """Return the length of the first tensor in a batch; 0 without one."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 0
     if isinstance(batch, Mapping):

@@ -20,14 +20,14 @@ Row = list[tuple[str, float | None]]
 
 
 class Readings:
-    """A watcher of a step that hands the numbers of every window to ``take``, in order.
+    """A watcher of a step that passes the numbers of every window to ``take``, in order.
 
-    Numbers stay on the device until ``least`` windows are waiting and no earlier copy is under way.
-    Then all of them are copied together without blocking, and the first window that closes after
-    their arrival hands them over. ``flush`` waits for them. From a CPU they arrive at once.
+    Numbers stay on the device until ``least`` windows are waiting and no earlier copy is pending.
+    Then one copy takes all of them without blocking. The first window that closes after its arrival
+    hands the numbers over. ``flush`` waits for the copy. Numbers of a CPU arrive at once.
 
-    ``take`` receives a dict of floats with the names of ``History.columns``, apart from those that
-    the window has no number for.
+    ``take`` receives a dict of floats by the names of ``History.columns``. Names without a number
+    in this window are missing.
     """
 
     def __init__(self, step: Any, take: Callable[[dict[str, float]], None], least: int) -> None:
@@ -43,11 +43,11 @@ class Readings:
         step._watchers = [*step._watchers, self]
 
     def before_update(self, step: Any) -> None:
-        """Note the learning rates and the loss scale that the update is made with."""
+        """Note the learning rates and the loss scale of the update."""
         none: dict[str, Any] = {}
         rates = [next(iter(o.param_groups), none).get("lr") for o in step._plan.optimizers]
         settings = dict(zip(self.rates, rates, strict=True), loss_scale=step._updater.scale)
-        # Schedulers change a learning rate in place, and the loss scale moves in place.
+        # A copy: schedulers and the loss scale change their tensors in place.
         self._settings = {
             name: value.clone().reshape(()) if isinstance(value, Tensor) else value
             for name, value in settings.items()
@@ -66,19 +66,16 @@ class Readings:
         self._waiting += [(row, _joined([x for _, x in pairs if isinstance(x, Tensor)]))]
         self.ask(self._least)
 
-    def ask(self, least: int = 1) -> None:
-        """Hand over what has arrived, and start a copy if ``least`` windows wait; never blocks."""
-        self._hand_over()
+    def ask(self, least: int = 1, wait: bool = False) -> None:
+        """Hand over what has arrived, and start a copy if ``least`` windows are waiting for one."""
+        self._hand_over(wait)
         if self._copy is None and len(self._waiting) >= least:
             self._start_copy()
-            self._hand_over()
+            self._hand_over(wait)
 
     def flush(self) -> None:
         """Hand over the numbers of all windows, waiting for the device if necessary."""
-        self._hand_over(wait=True)
-        if self._waiting:
-            self._start_copy()
-            self._hand_over(wait=True)
+        self.ask(wait=True)
 
     def close(self) -> None:
         """Stop watching the step."""
@@ -86,7 +83,7 @@ class Readings:
 
     @property
     def pending(self) -> int:
-        """The number of windows that were not handed over."""
+        """The number of windows that ``take`` has not received."""
         return len(self._waiting) + len(self._copied) + len(self._arrived)
 
     def _start_copy(self) -> None:
@@ -95,10 +92,10 @@ class Readings:
         if numbers.is_cuda:  # once for all rows: this call takes as long as a small window
             peak = torch.cuda.max_memory_allocated(numbers.device)
             rows = [[*row, ("peak_memory", peak)] for row in rows]
-        # One statement, so that Ctrl-C cannot lose or repeat a window. The same below.
+        # One statement, so that Ctrl-C cannot lose or repeat a window. So is the one below.
         self._copy, self._copied, self._waiting = Answer(numbers), rows, []
 
-    def _hand_over(self, wait: bool = False) -> None:
+    def _hand_over(self, wait: bool) -> None:
         if self._copy is not None and (wait or self._copy.known()):
             numbers = iter(self._copy.read().tolist())
             arrived = deque([_completed(row, numbers) for row in self._copied])
@@ -108,9 +105,9 @@ class Readings:
 
 
 def _joined(numbers: list[Tensor]) -> Tensor:
-    """A copy of 0-d tensors in one tensor, on the accelerator if one of them is there.
+    """Return a copy of 0-d tensors in one tensor, on the accelerator if one of them is there.
 
-    It must be a copy: the next run of a CUDA graph writes its loss to the same memory.
+    A copy, because the next run of a CUDA graph writes its loss to the same memory.
     """
     device = next((x.device for x in numbers if not x.is_cpu), numbers[0].device)
     here = [x if x.device == device else x.to(device, non_blocking=True) for x in numbers]
@@ -118,7 +115,7 @@ def _joined(numbers: list[Tensor]) -> Tensor:
 
 
 def _completed(row: Row, arrived: Iterator[float]) -> dict[str, float]:
-    """The numbers of a window with those that have arrived, and with ``window_loss``."""
+    """Return the numbers of a window as floats, with its loss."""
     values = defaultdict(list)
     for name, value in row:
         values[name].append(float(next(arrived) if value is None else value))
@@ -133,14 +130,14 @@ def _completed(row: Row, arrived: Iterator[float]) -> dict[str, float]:
 
 
 class Smoothed:
-    """A moving average without bias at its start, in which a new number has the share ``share``."""
+    """An exponential moving average without bias at its start. New numbers weigh ``share``."""
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._sum = self._total = 0.0
 
     def add(self, value: float) -> float:
-        """Add a number and return the average; a number that is not finite is returned as it is."""
+        """Add a number, and return the average. Infinities and nan are returned, not added."""
         if not math.isfinite(value):
             return value
         self._sum += self._share * (value - self._sum)

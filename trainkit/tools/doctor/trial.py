@@ -136,7 +136,7 @@ def _microbatch(task: Task) -> Any:
 def measure(name: str, parts: Parts, task: Task, steps: int) -> SimpleNamespace:
     """Measure a variant: the median of the time of the steps after a first one, and the memory.
 
-    Return a row of the table; None was not measured.
+    Return a row of the table, with None for what was not measured.
     """
     row = SimpleNamespace(name=name, seconds=None, peak_bytes=None, largest_batch=None)
     row.note = row.failure = ""
@@ -152,11 +152,40 @@ def measure(name: str, parts: Parts, task: Task, steps: int) -> SimpleNamespace:
         step()
         seconds = timeit.repeat(step, timer=clock, repeat=steps, number=1)
         row.seconds, row.peak_bytes = statistics.median(seconds), peak_memory(step, task.device)
+        if task.device.type == "cuda" and not parts:
+            row.note = advise(kernel_times(step), row.seconds)
     except Exception as error:
         if not parts and not is_out_of_memory(error):
             raise  # the user's own error
         row.failure = f"{type(error).__name__}: {error}"
     return row
+
+
+def kernel_times(step: Callable[[], Any]) -> dict[str, float]:
+    """Return the seconds of each CUDA kernel in a call."""
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[cuda], acc_events=True) as found:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in found.key_averages() if not event.is_user_annotation]
+    return {kernel.key: kernel.self_device_time_total / 1e6 for kernel in kernels}
+
+
+def advise(kernels: dict[str, float], seconds: float) -> str:
+    """Return what helps a plain step of so many seconds on a GPU, by the times of its kernels."""
+    idle = 1 - sum(kernels.values()) / seconds
+    rules = (
+        (idle > 0.3, f"the GPU is idle for {idle:.0%} of a step, which is {_LAUNCHES}"),
+        (any("cudnn" in name and "sdpa" in name for name in kernels), _CUDNN),
+    )
+    return "; ".join(text for holds, text in rules if holds)
+
+
+_LAUNCHES = "bound by the launches of kernels: use a larger batch or `torch.compile`"
+_CUDNN = (
+    "attention runs in cuDNN, which makes a plan for each new shape: pad to multiples of 64, or "
+    "`torch.backends.cuda.enable_cudnn_sdp(False)`"
+)
 
 
 def make_step(task: Task, parts: Parts) -> Callable[[], Any]:
@@ -177,7 +206,7 @@ def bind(task: Task, parts: Parts, optimizer: torch.optim.Optimizer) -> Callable
     """Return a step of the model itself, without arguments."""
     part: Any = train_step(optimizer, *(make_part(task) for make_part in parts))
     step = part(lambda batch: task.loss_fn(task.model, batch))
-    # In containers of its own, since the function may take things out of them.
+    # In new containers, since the function may take things out of them.
     return lambda: step(mapped(task.batch, lambda tensor: tensor))
 
 
@@ -188,20 +217,20 @@ class NotExact(Exception):
 # Why a variant may have another gradient than the plain step.
 _EXPECTED = {"amp()": "half precision rounds it", "frozen": "frozen layers are in evaluation mode"}
 _DROPOUT = "dropout draws other numbers for each chunk"
-# Why a gradient differs that does not if only modules of these kinds are in training mode. cuDNN
+# The reason if the difference vanishes once only modules of these kinds are in training mode. cuDNN
 # has no backward for a recurrent network in evaluation mode.
 _REASONS: dict[Any, str] = {
     (_BatchNorm, nn.RNNBase): _DROPOUT,
     nn.RNNBase: "BatchNorm takes the statistics of other rows",
 }
-_NO_MEAN = "the loss is no mean over these rows: `return loss, count`, or is the batch another dim?"
+_NO_MEAN = "the loss is not a mean over rows: `return loss, count`, or are rows another dim?"
 
 
 def compare(task: Task, parts: Parts, expected: str = "") -> str:
     """Return by how much the gradient of a variant differs from the plain one, and why.
 
-    "" is a difference by rounding alone. NotExact if the gradient ought to be the same. A batch for
-    which memory runs out is compared in part.
+    Return "" if they differ by rounding alone. Raise NotExact if they should be equal and are not.
+    Of a batch that does not fit into memory, a part is compared.
     """
     try:
         size = difference(task, parts)
@@ -213,7 +242,7 @@ def compare(task: Task, parts: Parts, expected: str = "") -> str:
         differs = f"the gradient differs by {size:.2g}: {reason}"
         check(reason in ("", expected, _DROPOUT), NotExact, differs)
         return reason and differs
-    # Here the error is gone, and what it held.
+    # Outside of the handler, where the tensors that the error held are free.
     return compare(resized(task, (task.rows or 1) // 2), parts, expected)
 
 
@@ -229,7 +258,7 @@ def find_reason(task: Task, parts: Parts) -> str:
 def difference(task: Task, parts: Parts, kinds: Any = nn.Module, seed: int = 0) -> float:
     """Return the norm of the difference from the plain gradient, relative to the plain one.
 
-    0.0 is a difference by rounding alone, nan a variant without an update.
+    Return 0.0 if they differ by rounding alone, and nan for a variant without an update.
     """
     plain, found = gradient(task, [], kinds, 0), gradient(task, parts, kinds, seed)
     off = math.hypot(*(float((one - plain[name]).norm()) for name, one in found.items()))
@@ -307,7 +336,7 @@ def largest_batch(parts: Parts, task: Task, rows: int) -> int:
 
 
 def resized(task: Task, rows: int) -> Task:
-    """Return the task with so many rows: the rows of the batch again and again."""
+    """Return the task with so many rows, which repeat the rows of the batch."""
     index = [row % (task.rows or 1) for row in range(rows)]
 
     def take(value: Any, dim: int) -> Any:
