@@ -105,7 +105,7 @@ class Evidence:
         if self.before is not None:
             if not self._has_moved(*self.before):
                 result._skipped = True
-                if self.updates_show is None and (self.is_bare or self.windows > 99):
+                if self.updates_show is None and (self.is_bare or self.windows > 7):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))

@@ -82,8 +82,6 @@ class Step(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
         try:
-            if not self._closed:
-                running.watch(self._window)
             if self._autocast is None:
                 output = running.forward(*args, **kwargs)
             else:
@@ -554,7 +552,7 @@ class MicroBatch:
         del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
-        """Remember the gradients, which only the step may change inside a micro-batch."""
+        """Remember the gradients, which only ``step.backward`` may change inside a block."""
         if window is not None and window.can_watch:
             found = ((p, p.grad) for p in self.step._plan.parameters())
             self.left = versions(found) if self.lent is None else window.note()
