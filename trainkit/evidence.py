@@ -78,8 +78,8 @@ class Evidence:
 
     @classmethod
     def _note_stepped(cls, optimizer: Any, *_: Any) -> None:
-        for found in tuple(cls.running) if _has_gradient(optimizer) else ():
-            found.stepped.append(optimizer)
+        for found in tuple(cls.running):
+            found.stepped += [optimizer] * _has_gradient(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
         """Run the update code below the yield, and note what shows whether a parameter moved."""
