@@ -78,8 +78,8 @@ class Evidence:
 
     @classmethod
     def _note_stepped(cls, optimizer: Any, *_: Any) -> None:
-        for found in tuple(cls.running) if _has_gradient(optimizer) else ():
-            found.stepped.append(optimizer)
+        for found in tuple(cls.running):
+            found.stepped += [optimizer] * _has_gradient(optimizer)
 
     def run(self, plan: Plan, generator: Any) -> None:
         """Run the update code below the yield, and note what shows whether a parameter moved."""
@@ -105,7 +105,7 @@ class Evidence:
         if self.before is not None:
             if not self._has_moved(*self.before):
                 result._skipped = True
-                if self.updates_show is None and (self.is_bare or self.windows > 99):
+                if self.updates_show is None and (self.is_bare or self.windows > 7):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))

@@ -79,3 +79,12 @@ def test_an_exception_of_the_loader_leaves_the_window_open(model, optimizer):
         for batch in step.over(loader()):
             step(batch)
     assert step.updates == 0 and step(BATCHES[1]).complete
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loop_within_a_loop_of_the_same_step(model, optimizer):
+    step = train_step(optimizer, accumulate(2))(lambda batch: loss_of(model, batch))
+    closed = []
+    for batch in step.over(BATCHES):
+        closed += [step(inner).complete for inner in step.over(BATCHES)] + [step(batch).complete]
+    assert closed == [False, True, True, False, True, False, True, False, True, False, True, True]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import BATCHES, loss_of, same_bits, state_of
 
-from trainkit import accumulate, train_step
+from trainkit import accumulate, microbatch, train_step
 
 
 class NeedsClosure(torch.optim.SGD):
@@ -54,3 +54,39 @@ def test_what_an_object_lacks_to_be_an_optimizer_is_named(missing, model):
         setattr(one, name, getattr(inner, name))
     with pytest.raises(TypeError, match=missing):
         train_step(one)
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_an_attribute_of_an_optimizer_of_ones_own_stays(name, model):
+    class Own(torch.optim.Optimizer):
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data -= getattr(self, name) * parameter.grad
+
+    optimizer = Own(model.parameters(), {})
+    setattr(optimizer, name, 2)
+    step = train_step(optimizer)(lambda batch: loss_of(model, batch))
+    assert [step(batch).updated for batch in BATCHES] == [True] * 3
+    step.discard()
+    assert getattr(optimizer, name) == 2
+
+
+@pytest.mark.parametrize("change", ["removed in place", "removed", "a group of its own"])
+@pytest.mark.parametrize("chunk", [None, 1, "auto"])
+def test_groups_may_change_in_an_open_window(change, chunk):
+    """The gradient of a parameter stays with it."""
+    a, b, c = (torch.nn.Parameter(torch.zeros(())) for _ in range(3))
+    optimizer = torch.optim.SGD([a, b, c], lr=1.0)
+    parts = [] if chunk is None else [microbatch(chunk)]
+    step = train_step(optimizer, accumulate(2), *parts)(lambda x: (a + 10 * b + 100 * c) * x.mean())
+    step(torch.ones(2))
+    (group,) = optimizer.param_groups
+    if change == "removed in place":
+        del group["params"][0]
+    else:
+        group["params"] = [b, c] if change == "removed" else [a, c]
+    if change == "a group of its own":
+        optimizer.add_param_group({"params": [b]})
+    assert step(torch.ones(2)).updated
+    moved = -1 if change == "a group of its own" else 0
+    assert [a.item(), b.item(), c.item()] == [moved, -10, -100]

@@ -170,3 +170,10 @@ def test_float16_parameters_that_are_frozen_are_not():
         assert step().updated
     with pytest.raises(ValueError, match=r"`dtype=torch.float32`"):
         step()
+
+
+def test_lazy_modules_are_made_in_the_first_micro_batch():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = train_step(optimizer, amp(dtype=torch.bfloat16))(lambda x: model(x).square().mean())
+    assert step(torch.ones(2, 3)).updated and model[0].weight.shape == (4, 3)

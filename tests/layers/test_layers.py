@@ -306,3 +306,14 @@ def test_frozen_layers_of_transformers_stay_and_keep_their_dropout(transformer):
         optimizer.step()
     moved = [name for name, p in transformer.named_parameters() if not torch.equal(p, before[name])]
     assert moved and not set(moved) & set(names)
+
+
+def test_a_pattern_follows_a_name_to_another_module():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    block = frozen(model, "a")
+    first, second = model["a"], model["b"]
+    del model["a"], model["b"], model["c"]
+    model.update({"b": first, "a": second, "c": nn.Linear(2, 2)})
+    with block as names:
+        assert names == ["a.weight", "a.bias"]
+        assert first.weight.requires_grad and not second.weight.requires_grad

@@ -707,3 +707,31 @@ def on_ranks(rank, ranks):
 def test_wrapped_models_on_two_ranks():
     for answer in run(on_ranks, 2):
         assert len(answer) == 12 and all(answer.values()), answer
+
+
+class Counts(nn.Module):
+    """Changes tensors in place in every forward, and uses what they count."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 4), torch.zeros(3)
+        self.register_buffer("visits", torch.zeros(3, dtype=torch.long))
+
+    def forward(self, x):
+        self.seen.add_(1)
+        self.visits += 2
+        return self.linear(x) * self.seen.sum() * self.visits.sum()
+
+
+def test_tensors_that_forward_changes_in_place_change_once():
+    def train(block):
+        torch.manual_seed(0)
+        model = nn.Sequential(Counts(), nn.Linear(4, 1))
+        with block(model):
+            for x in xs(2):
+                model(x).square().mean().backward()
+        return [*(p.grad for p in model.parameters()), model[0].seen, model[0].visits]
+
+    found = train(lambda model: recompute(model, "[0]"))
+    expected = train(lambda model: contextlib.nullcontext())
+    assert all(map(torch.equal, found, expected))

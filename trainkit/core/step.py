@@ -82,8 +82,6 @@ class Step(Generic[P]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         running = self._begin()
         try:
-            if not self._closed:
-                running.watch(self._window)
             if self._autocast is None:
                 output = running.forward(*args, **kwargs)
             else:
@@ -481,7 +479,8 @@ class MicroBatch:
                 self.step._ended_early = True
             self.close(window)
         else:
-            self.end_function()  # a ``frozen`` block around the yield holds sums
+            if self.generator is not None:
+                self.generator.close()  # a ``frozen`` block around the yield holds sums
             window.take()
         self.lent = None
 
@@ -524,15 +523,11 @@ class MicroBatch:
 
                 step._updater.forgive()
                 raise too_many_skips(step, count)
-            self.end_function()
+            if self.generator is not None:
+                self.generator.close()
             window.drop()
             if owed is not None and (owed.known() or not step._after_may_be_late):
                 step.settle()
-
-    def end_function(self) -> None:
-        """End a function that is still at its yield."""
-        if self.generator is not None:
-            self.generator.close()
 
     def leave(self) -> None:
         """Leave the contexts around the micro-batch. An interrupted call may be repeated.
@@ -542,7 +537,8 @@ class MicroBatch:
         try:
             if self.lent is not None:
                 self.step.discard()
-            self.end_function()
+            if self.generator is not None:
+                self.generator.close()
         finally:
             self.step._running = None
             while self.entered:
@@ -554,7 +550,7 @@ class MicroBatch:
         del self.entered[-1]
 
     def watch(self, window: Window | None) -> None:
-        """Remember the gradients, which only the step may change inside a micro-batch."""
+        """Remember the gradients, which only ``step.backward`` may change inside a block."""
         if window is not None and window.can_watch:
             found = ((p, p.grad) for p in self.step._plan.parameters())
             self.left = versions(found) if self.lent is None else window.note()

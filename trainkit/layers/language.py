@@ -61,7 +61,7 @@ class Chosen:
         if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             own = [x for m in self._module.modules() for x in (m._modules, m._parameters)]
-            self._members = [*own, *(members.values() for members in own)]  # names and values
+            self._members = [*(x.keys() for x in own), *(x.values() for x in own)]
             self._buffers = [m._buffers.values() for m in self._module.modules()]
             self._known = self._structure()
         return self._selection

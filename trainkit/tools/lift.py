@@ -219,20 +219,22 @@ def lift(
         cell += statement.code(missing, [] if docs else _docstrings(statement, drop))
         title, end = statement.title, statement.end
     listed = ", ".join(f'"{name}"' for name in exported)
-    cell += ["", "", f"__all__ = [{listed}]", f'_NOT_LIFTED = "{_NOT_LIFTED} `{command} {{0}}`"']
+    cell += ["", "", f"__all__ = [{listed}]"]
+    error = f"{{0}} was not lifted into this file: `{command} {{0}}`"
+    if any("_NOT_LIFTED" in line for line in cell):
+        cell += [f'_NOT_LIFTED = "{error}"']
     if not inline:
         left = " ".join(name for name in package.public if name not in exported)
-        cell += _END.format(version=version, left=left).splitlines()
+        cell += _END.format(version=version, left=left, error=error).splitlines()
     return "\n".join(cell) + "\n"
 
 
-_NOT_LIFTED = "{0} was not lifted into this file:"
 _END = """__version__ = "{version}"
 
 
 def __getattr__(name: str) -> object:
     if name in "{left}".split():
-        raise ImportError(_NOT_LIFTED.format(name))
+        raise ImportError("{error}".format(name))
     if name == "load_ipython_extension":
         raise ImportError(f"{{__file__}} hides the package: `%load_ext trainkit` in another folder")
     raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
