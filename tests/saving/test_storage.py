@@ -152,7 +152,7 @@ def test_schedulers_optimizers_and_a_compiled_model_have_states_that_it_holds(tm
             lr.ReduceLROnPlateau(optimizer),
         ]
         if torch.__version__ >= (2, 7):  # the state of the 2.6 SWALR has a function
-            schedules.append(optim.swa_utils.SWALR(optimizer, 0.1))
+            schedules.insert(0, optim.swa_utils.SWALR(optimizer, 0.1))
         objects = {f"schedule{i}": schedule for i, schedule in enumerate(schedules)}
         objects |= {"ema": optim.swa_utils.AveragedModel(model), "optimizer": optimizer}
         objects |= {"scaler": torch.amp.GradScaler("cpu"), "model": torch.compile(model)}
