@@ -180,7 +180,8 @@ class World:
 
     def evaluate(self, chosen):
         self.model.eval()
-        with torch.no_grad(), amp(dtype=torch.bfloat16):
+        # Autocast in float16 around one in bfloat16 fails in torch: both use the same copies.
+        with torch.no_grad(), amp(dtype=self.setup.precision or torch.bfloat16):
             loss_of(self.model, self.batch())
         self.model.train()
 
