@@ -416,7 +416,12 @@ def test_kernels_of_the_plain_step_are_looked_at_on_a_gpu_alone(user, monkeypatc
     monkeypatch.setattr(trial, "kernel_times", lambda step: {GEMM: 0.0, SDPA: 0.0})
     assert tried("pair")["variants"][0]["note"] == ""
     gpu = Task(user.Model(), torch.ones(8, 8), mean_loss, types.SimpleNamespace(type="cuda"), 8)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)
+    module_of = torch.get_device_module  # for torch itself, which asks for other devices
+
+    def ask(device=None):
+        return torch.cpu if device is gpu.device else module_of(device)
+
+    monkeypatch.setattr(torch, "get_device_module", ask)
     monkeypatch.setattr(trial, "copied", lambda task, seed: task)
     monkeypatch.setattr(trial, "peak_memory", lambda step, device: 0)
     rows = [trial.measure("", parts, gpu, 1) for parts in ([], [lambda task: amp(device="cpu")])]
