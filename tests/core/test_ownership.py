@@ -233,6 +233,8 @@ class World:
 
 
 NOT_INSIDE = {"reload"}
+if torch.__version__ < (2, 7):  # its autocast keeps copies that were made under no_grad
+    NOT_INSIDE.add("evaluate")
 DISTURBANCES = [
     *["zero_grad", "zeros", "backward", "backward_of_some", "write", "assign", "clip"],
     *["autograd_grad", "evaluate", "copied", "flags", "frozen_for_good", "reload"],
