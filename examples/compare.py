@@ -133,9 +133,10 @@ def peak_memory(arm, model, batches):
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    # The profiler does not count the model, which was there before it.
-    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
-    return (max(totals) + memory_of(model)) / 2**20
+    changes = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # left by an earlier profile
+    most = max(change["Total Allocated"] for change in changes) - before
+    return (most + memory_of(model)) / 2**20  # the profiler does not count what was there before
 
 
 def memory_of(model):
