@@ -27,7 +27,13 @@ def note_unfrozen(parameters: list[Any]) -> None:
     """Have every step check, when a window closes, that some optimizer holds these."""
     unfrozen.update({id(p): p for p in parameters})
     for found in evidence.values():
-        found.awaits = True
+        found.awaits, found.gradients = True, _gradients()
+
+
+def _gradients() -> dict[int, Any]:
+    """Return what tells whether unfrozen parameters get a gradient from now on."""
+    found = [(i, p.grad) for i, p in unfrozen.items()]
+    return {i: (id(grad), grad._version) for i, grad in found if grad is not None}
 
 
 class Evidence:
@@ -40,6 +46,7 @@ class Evidence:
 
     def __init__(self, step: Any) -> None:
         self.awaits = True  # whether ``tell`` is called although nothing was below a yield
+        self.gradients = _gradients()
         self.windows = self.idle_calls = 0
         # Trained parameters, their versions and sums, before the code below a yield.
         self.before: tuple[list[Any], list[int], list[Any]] | None = None
@@ -110,7 +117,7 @@ class Evidence:
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
             self.before, self.stepped = None, []
-        if self.awaits and (idle := _idle(plan)):
+        if self.awaits and (idle := _idle(plan, self.gradients)):
             found["idle"] = _IDLE.format(len(idle), tuple(idle[0].shape))
         if self.idle_calls > 1:
             found["beside"] = _BESIDE
@@ -163,15 +170,16 @@ def _stepped_instead(plan: Plan, stepped: list[Any]) -> Any:
     return next((other for other in stepped if _ids_in(other) & trained), None)
 
 
-def _idle(plan: Plan) -> list[Tensor]:
-    """Return parameters that ``unfreeze`` made trainable, with gradients that nothing reads.
+def _idle(plan: Plan, before: dict[int, Any]) -> list[Tensor]:
+    """Return parameters that ``unfreeze`` made trainable, with new gradients that nothing reads.
 
     Parameters of another step do not count, nor parameters of an optimizer that shares nothing
     with this plan: the discriminator of a GAN gets gradients in the step of the generator.
     """
     own = {*map(id, plan.parameters())}
-    idle = [p for i, p in unfrozen.items() if i not in own and p.requires_grad]
-    idle = [p for p in idle if p.grad is not None]
+    new = [i for i, gradient in _gradients().items() if gradient != before.get(i)]
+    idle = [p for p in map(unfrozen.get, new) if p is not None and p.requires_grad]
+    idle = [p for p in idle if id(p) not in own]
     if not idle:
         return []
     held = [_ids_in(optimizer) for optimizer in _alive(torch.optim.Optimizer)]

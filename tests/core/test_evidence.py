@@ -322,6 +322,17 @@ def test_unfrozen_parameters_that_no_optimizer_holds_are_said_once(is_anew):
     del new
 
 
+def test_gradients_from_before_the_step_hear_nothing():
+    """For example of another model, which was looked at and is not trained any more."""
+    other, model = net(), net()
+    freeze(other)
+    unfreeze(other)
+    other(torch.ones(2, 3)).sum().backward()
+    step = train_step(SGD(model.parameters(), lr=0.1))(lambda x: model(x).square().mean())
+    assert heard(lambda: [step(torch.ones(2, 3)) for _ in range(5)]) == []
+    assert other[0].weight.grad is not None
+
+
 def test_parameters_that_join_the_optimizer_hear_nothing():
     model, optimizer, step = staged()
     optimizer.add_param_group({"params": list(model[0].parameters())})
