@@ -11,6 +11,8 @@ from oracles import make_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# For processes that tests start. On busy cores two threads wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 usual = {
     "deadline": None,
