@@ -109,14 +109,16 @@ class Evidence:
         """Warn of what a closed window shows, once each. Correct ``result.updated``."""
         Evidence.running.discard(self)
         plan, found, self.windows = step._plan, {}, self.windows + 1
-        if self.before is not None:
+        if any(map(plan.optimizers.__contains__, self.stepped)):  # as in nearly every window
+            self.updates_show = True
+        elif self.before is not None:
             if not self._has_moved(*self.before):
                 result._skipped = True
                 if self.updates_show is None and (self.is_bare or self.windows > 7):
                     found["still"] = _STILL
             if other := _stepped_instead(plan, self.stepped):
                 found["instead"] = _INSTEAD.format(*map(_kind, (other, plan.optimizers[0])))
-            self.before, self.stepped = None, []
+        self.before, self.stepped = None, []
         if self.awaits and (idle := _idle(plan, self.gradients)):
             found["idle"] = _IDLE.format(len(idle), tuple(idle[0].shape))
         if self.idle_calls > 1:

@@ -57,7 +57,7 @@ def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Wind
     window.may_be_open = True
     for name in (*window.kept, "losses"):
         setattr(window, name, deepcopy(state[name]))
-    window.parameters = parameters = step._plan.parameters()
+    window.parameters = parameters = list(step._plan.parameters())
     window.lent = [False] * len(parameters)
     window.sums = [None] * len(parameters)
     for i, gradient in gradients.items():
