@@ -166,7 +166,7 @@ def test_compare(small_model, tmp_path):
     assert heads[1:] == ["/ by hand", "accuracy", "peak memory", "lines", "gradient error"]
     assert [row[0] for row in rows] == ["plain", "by hand", "trainkit"]
     for name, seconds, ratio, accuracy, memory, _, error in rows:
-        assert float(seconds) > 0 and 0 <= float(accuracy) <= 1
+        assert 0 <= float(seconds) < 600 and 0 <= float(accuracy) <= 1
         assert float(memory.removesuffix(" MiB")) > 1
         assert ratio == "1.00 (1.00 to 1.00)" or name != "by hand"
         # The last window of the plain loop has three micro-batches, and is divided by four.

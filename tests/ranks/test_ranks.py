@@ -542,11 +542,14 @@ def test_ranks_in_groups_train_apart():
 
 
 def on_two_hosts(folder, seconds):
-    """Train under torchrun on two hosts, one of whose workers is killed once."""
+    """Train under torchrun on two hosts, one of whose workers is killed once.
+
+    The hosts restart one after the other, and a worker may lose its peer in between.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend"]
     options += ["c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr"]
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
