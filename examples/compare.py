@@ -235,7 +235,7 @@ def print_table(found, clock):
     pairs = zip(found["by hand"]["losses"], found["trainkit"]["losses"], strict=True)
     apart = max(abs(mine - theirs) / theirs for mine, theirs in pairs)
     print(
-        "\n/ by hand: time of a slice beside that of the same slice by hand, median and quartiles."
+        "\n/ by hand: time of a slice over the time of the same slice by hand, with quartiles."
         "\nGradient error: of the worst of the last two windows, against the full batch, float64; "
         f"plain, given the micro-batches of the others: {found['plain']['uneven error']:.2f}."
         f"\nLosses of {len(found['trainkit']['losses'])} windows, trainkit and by hand: "

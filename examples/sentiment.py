@@ -16,17 +16,14 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
-import hashlib
 import os
 import random
-import subprocess
 import sys
 import tarfile
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from archives import fetch
 from torch.utils.data import DataLoader
 
 from trainkit import amp
@@ -145,24 +142,7 @@ def new_task(options):
 
 def movie_reviews(cache):
     """(text, label) of every sentence with a clear mean rating. Downloads once, then checks."""
-    archive = Path(cache).expanduser() / ARCHIVE
-    if not archive.exists():
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        # Aside, because other ranks may look for the archive, and a download may break.
-        with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
-            # pip checks the hash, too, before it runs code of the package to read its metadata.
-            requirement = Path(aside) / "requirement.txt"
-            requirement.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
-            options = ["--no-deps", "--no-binary", "vaderSentiment", "-r", requirement, "-d", aside]
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", *options], check=True)
-            (Path(aside) / ARCHIVE).replace(archive)
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise SystemExit(
-            f"{archive} has the sha256 {found}, and not {SHA256}: "
-            "delete it, and it is downloaded again"
-        )
-    with tarfile.open(archive) as outer:
+    with tarfile.open(fetch(ARCHIVE, SHA256, cache)) as outer:
         nested = outer.extractfile(
             "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         )

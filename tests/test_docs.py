@@ -270,7 +270,7 @@ def test_the_reference_has_all_that_is_public():
 
 
 def anchors_of(page):
-    """What mkdocs makes of the headings of a page; benchmarks.md has those of BENCHMARKS.md."""
+    """The anchors that mkdocs makes of headings; benchmarks.md shows BENCHMARKS.md."""
     text = (ROOT / "BENCHMARKS.md" if page == DOCS / "benchmarks.md" else page).read_text()
     titles = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

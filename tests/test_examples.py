@@ -54,8 +54,8 @@ def load(name):
 def run_here(name, *options):
     """Runs an example here. Returns its losses, which are None on all ranks but the first.
 
-    causal_lm runs in float32. finetune_sentiment runs in float64, and its losses are those of the
-    sentences held out, after the training.
+    causal_lm runs in float32. finetune_sentiment runs in float64, and returns the losses of the
+    sentences that were held out, after the training.
     """
     example, losses = load(name), None
 

@@ -1,4 +1,4 @@
-"""The README is short, its code runs, its figures are those of the scripts, its links lead on."""
+"""The README is short. Its code runs, scripts measure the same figures, and its links work."""
 
 import contextlib
 import importlib

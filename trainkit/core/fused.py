@@ -73,7 +73,7 @@ def _is_fused(optimizer: Any) -> bool:
 
 
 def _acts(hook: Any) -> bool:
-    return not hasattr(getattr(hook, "__self__", None), "only_looks")  # as those of Evidence do
+    return not hasattr(getattr(hook, "__self__", None), "only_looks")  # the hooks of Evidence do
 
 
 def seed_momentum(optimizers: Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ from trainkit.layers.language import Chosen, Layers, check_module, reach, unwrap
 class recompute(Block):
     """Recomputes layers in backward, inside a ``with`` block, a function or a training step.
 
-    Equivalent to this. The bits are those of a loop without it, BatchNorm and dropout included::
+    Equivalent to this; BatchNorm and dropout have the same bits as without it, too::
 
         for layer in selected:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

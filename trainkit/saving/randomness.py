@@ -54,8 +54,7 @@ def continues_generator(loader: Any) -> bool:
 class RandomStates:
     """The states of all random numbers.
 
-    They are those of Python, NumPy, torch and accelerators, of ``given`` generators, and of
-    generators in loaders.
+    Python, NumPy, torch, accelerators, ``given`` generators, and generators in loaders have one.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
