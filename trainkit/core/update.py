@@ -105,12 +105,12 @@ class Updater:
         if self.scale is not None:
             divisor = _times(divisor, self.scale)
         norm = found_inf = None
+        has_graph = any(map(requires_grad, gradients))  # of ``backward(create_graph=True)``
         if self.looks:
-            with torch.no_grad():
-                scaled = total_norm(gradients, self.plan.norm_type, self.zero)
+            seen = [gradient.detach() for gradient in gradients] if has_graph else gradients
+            scaled = total_norm(seen, self.plan.norm_type, self.zero)
             found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
-        has_graph = any(map(requires_grad, gradients))  # of ``backward(create_graph=True)``
         if own is None and window.can_fuse and not has_graph and can_fuse(optimizers, gradients):
             told = self._told(divisor, norm, found_inf, empty)
             verdict = Verdict(told.get("found_inf", False), found_inf, norm)
