@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +87,10 @@ def not_an_optimizer(given: Any) -> TypeError:
         came, remedy = f"the class {given.__name__}", f"{given.__name__}(model.parameters())"
     elif isinstance(given, LRScheduler):
         remedy = "train_step(optimizer, after=scheduler.step)"
+    elif isinstance(given, (str, torch.dtype)):
+        remedy = "amp(dtype=torch.float16)"
+    elif isinstance(given, types.FunctionType):
+        remedy = "@train_step(optimizer)"
     elif isinstance(given, (list, tuple, dict)):
         remedy = "train_step([optimizer_a, optimizer_b])"
     elif hasattr(given, "step") or hasattr(given, "param_groups"):

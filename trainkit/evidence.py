@@ -80,8 +80,8 @@ class Evidence:
             is_scaled = any(
                 getattr(scaler, "_scale", None) is factor for scaler in _alive(torch.amp.GradScaler)
             )
-            came = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
-            check(not is_scaled, ValueError, f"{came}: `return loss`, and give the step `amp()`")
+            fault = "the loss was scaled by a GradScaler, and the step does not unscale gradients"
+            check(not is_scaled, ValueError, f"{fault}: `return loss`, and give the step `amp()`")
 
     @classmethod
     def _note_stepped(cls, optimizer: Any, *_: Any) -> None:
@@ -126,8 +126,8 @@ class Evidence:
         self.awaits = self.windows < 3
         for optimizer in () if self.awaits or step._yields else plan.optimizers:
             getattr(optimizer, "_optimizer_step_pre_hooks", {}).pop(id(Evidence), None)
-        for key in found.keys() - step._said:
-            step._said.add(key)
+        for key in found.keys() - step._warned:
+            step._warned.add(key)
             warn(found[key])
 
     def _has_moved(self, parameters: list[Any], versions: list[int], sums: list[Any]) -> bool:
@@ -199,7 +199,7 @@ def hint(is_exit: bool = False) -> None:
     Evidence.lost.clear()
     if lost and not is_quiet and not Evidence.has_hinted:
         Evidence.has_hinted = True
-        ended = f"{lost} micro-batch(es) were never applied, in open windows of steps that ended"
+        ended = f"{lost} micro-batch(es) in open windows were never applied"
         loops = "loop over `step.over(loader)`, or call `step.close()`"
         warn(f"{ended}: {loops}, and make the step before the loop")
 

@@ -183,7 +183,7 @@ def test_other_arguments_are_refused_before_anything_is_changed():
             microbatch(8, dim=dim)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match=r"two parts give microbatch\(\)"):
         train_step(optimizer, microbatch(2), microbatch("auto"))
     step = train_step(optimizer, microbatch(2))(lambda x, y: F.mse_loss(model(x), y))
     with pytest.raises(ValueError, match=r"differ in \[\(3, 4\), \(2, 3\)\].*partial"):

@@ -41,7 +41,7 @@ FULL_SIZES = [4, 3, 2, 4, 3, 4, 2]  # rows of each micro-batch
 def warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "where a loop begins")
+        warnings.filterwarnings("ignore", "at the start of a loop")
         yield
 
 

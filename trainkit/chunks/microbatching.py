@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import sys
@@ -19,7 +20,7 @@ from trainkit.core.plan import Plan, check
 from trainkit.core.result import StepResult
 from trainkit.core.step import MicroBatch, Step
 from trainkit.core.warning import warn
-from trainkit.core.window import weighted_mean
+from trainkit.core.window import Window, weighted_mean
 
 P = ParamSpec("P")
 
@@ -126,7 +127,7 @@ class ChunkedStep(Step[P]):
         return chunk or super()._micro_batch()
 
     def _rows_for(self, batch: Batch) -> int:
-        """Return the rows of the next chunk: of longer rows, at most as many fit."""
+        """Return the rows of the next chunk. Longer rows never get larger chunks."""
         if self._rows is not None:
             return self._rows
         known = (rows for size, rows in self.chunk_sizes.items() if size <= batch.size_of_row)
@@ -153,8 +154,8 @@ class ChunkedStep(Step[P]):
         getattr(torch.get_device_module(self._updater.zero.device), "empty_cache", bool)()
         size, rows = batch.size_of_row, rows // 2
         if not self.chunk_sizes:
-            came = f"memory ran out with {stop - start} rows of {size} numbers"
-            warn(f"{came}: microbatch('auto') continues with {rows}, see `step.chunk_sizes`")
+            fault = f"memory ran out with {stop - start} rows of {size} numbers"
+            warn(f"{fault}: microbatch('auto') continues with {rows}, see `step.chunk_sizes`")
         self.chunk_sizes[size] = rows
         return None
 
@@ -194,40 +195,37 @@ class Chunk(MicroBatch):
     def __init__(self, step: Step[Any], is_revocable: bool) -> None:
         super().__init__(step)
         self.is_revocable = is_revocable
-        self.aside: tuple[Any, ...] | None = None  # the window, its sums and their parameters
+        self.window: Window | None = None
+        self.aside: Window | None = None  # a copy of the window, which holds its sums
 
     def backward(self, loss: Tensor, weight: Any, options: dict[str, Any] | None = None) -> None:
         """Run backward of a loss, without the sums of the window."""
         window = self.step._window
         if self.is_revocable and self.aside is None and window is not None:
-            self.aside = window, window.sums, window.parameters
+            self.window, self.aside = window, copy.copy(window)
             window.parameters, window.sums, window.lent = [], [], []
         super().backward(loss, weight, options)
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
         # The function may have discarded the window, and begun another.
-        if self.aside is not None and self.aside[0] is self.lent:
-            self.lent.take()
-            _, sums, parameters = self.aside
-            totals = {id(p): total for p, total in zip(parameters, sums, strict=True)}
-            pairs = zip(self.lent.parameters, self.lent.sums, strict=True)
-            self.lent.sums = [_added(gradient, totals.get(id(p))) for p, gradient in pairs]
+        if self.aside is not None and (window := self.window) is not None and window is self.lent:
+            window.take()
+            self.aside.arrange(window.parameters)
+            window.sums = [*map(_added, window.sums, self.aside.sums)]
         self.aside, self.is_revocable = None, False
         super().finish()
 
     def leave(self) -> None:
         """Leave the chunk. A window that is still open receives its sums again."""
         super().leave()
-        if self.aside is not None and self.aside[0] is self.step._window:
+        if self.window is self.step._window:
             self.revoke()
 
     def revoke(self) -> None:
         """Restore the window as it was before the chunk."""
         if self.aside is not None:
-            window, window.sums, window.parameters = self.aside
-            window.lent = [False] * len(window.sums)
-            self.step._window, self.aside = window, None
+            self.step._window, self.aside = self.aside, None
 
 
 def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:

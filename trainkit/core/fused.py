@@ -16,18 +16,20 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from trainkit.core.plan import parameters_of
 
 
-def step_all(optimizers: Sequence[Any], told: dict[str, Tensor]) -> None:
-    """Step the optimizers. Fused kernels read ``told``: they divide gradients by ``grad_scale``
-    where they read them, and return at once where ``found_inf`` is 1. Call ``forget`` afterwards.
+def step_all(optimizers: Sequence[Any], inputs: dict[str, Tensor]) -> None:
+    """Step the optimizers. Call ``forget`` afterwards.
+
+    Fused kernels read ``inputs``: they divide gradients by ``grad_scale`` where they read them, and
+    return at once where ``found_inf`` is 1.
     """
     for optimizer in optimizers:
-        if told:
-            vars(optimizer).update(told)
+        if inputs:
+            vars(optimizer).update(inputs)
         optimizer.step()
 
 
 def forget(optimizers: Sequence[Any]) -> None:
-    """Remove what ``step_all`` told: left behind, it makes the next GradScaler.step raise."""
+    """Remove the inputs of ``step_all``, which would make the next GradScaler.step raise."""
     for optimizer in optimizers:
         if type(optimizer) in _HAVE_FUSED:  # another may keep something under these names
             vars(optimizer).pop("grad_scale", None)
@@ -113,10 +115,8 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float, zero: Tensor) -> T
         gradients = [g.abs() if g.is_complex() else g for g in gradients]
     if 0 in map(Tensor.numel, gradients) or not gradients:  # the largest of nothing
         gradients = [gradient for gradient in gradients if gradient.numel()] or [zero]
-    as_found = dtypes <= {torch.float32, torch.float64}
-    norms: Any = torch._foreach_norm(
-        list(gradients), norm_type, None if as_found else wide.to_real()
-    )
+    dtype = None if dtypes <= {torch.float32, torch.float64} else wide.to_real()
+    norms: Any = torch._foreach_norm(list(gradients), norm_type, dtype)
     if set(map(_device, norms)) != {zero.device}:
         norms = [norm.to(zero.device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)

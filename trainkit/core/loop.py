@@ -48,21 +48,16 @@ class Batches(Iterator[T]):
 
 
 class Again(Iterable[T]):
-    """A loader that is iterated over again and again, until a step has closed ``updates`` windows.
+    """A loader that is iterated over again and again, until its loop ends.
 
     Its length is the largest possible one, so that nothing reads it ahead to find its end.
     """
 
     has_ended = False  # whether the latest pass over the loader gave nothing
 
-    def __init__(self, loader: Iterable[T], step: Any, updates: int) -> None:
-        self.loader, self.step, self.updates = loader, step, updates
-        self.begun = step._closed  # windows closed before the loop began
-
-    @property
-    def closed(self) -> int:
-        """Windows closed in this loop."""
-        return int(self.step._closed - self.begun)
+    def __init__(self, loader: Iterable[T], begun: int) -> None:
+        self.loader = loader
+        self.begun = begun  # windows that the step had closed before the loop
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -80,22 +75,23 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
     found = [step._delivery for step in steps]
     try:
         for step in steps:
-            step._said.add("end")
+            step._warned.add("end")
             if step._updater is None:
                 step._prepare()
             if step._delivery is OUTSIDE:
-                _warn_of_open_window(step, "where a loop begins")
-        again = None if updates is None else Again(loader, steps[0], updates)
+                _warn_of_open_window(step, "at the start of a loop")
+        again = None if updates is None else Again(loader, steps[0]._closed)
         for delivery in steps[0]._deliver(again or loader):
             for step in steps:
                 step._delivery, step._ended_early = delivery, False
             yield delivery.batch
-            if again is not None and again.closed >= again.updates:
+            if updates and again and steps[0]._closed - again.begun >= updates:
                 break
         else:
             if again is not None and again.has_ended:
-                came = f"the loader ended after {again.closed} of {updates} windows"
-                raise ValueError(f"{came}: give a list, `step.over(list(loader), updates=N)`")
+                closed = steps[0]._closed - again.begun
+                fault = f"the loader ended after {closed} of {updates} windows"
+                raise ValueError(f"{fault}: give a list, `step.over(list(loader), updates=N)`")
     finally:
         for step, delivery in zip(steps, found, strict=True):
             step._delivery, step._ended_early = delivery, False
@@ -108,10 +104,10 @@ def over(loader: Iterable[Any], steps: tuple[Any, ...], updates: int | None) -> 
 
 def _warn_of_open_window(step: Any, where: str) -> None:
     window = step._window
-    if window is None or not window.losses or window.may_be_open or "open" in step._said:
+    if window is None or not window.losses or window.may_be_open or "open" in step._warned:
         return
-    step._said.add("open")
-    keeps = f"{where} the window of a step is open, with {len(window.losses)} micro-batch(es)"
+    step._warned.add("open")
+    keeps = f"{where}, a window is still open with {len(window.losses)} micro-batch(es)"
     warn(f"{keeps}: `step.close()` applies them, `step.discard()` drops them")
 
 
@@ -121,7 +117,7 @@ def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
     iterator = iter(loader)
     for number, batch in enumerate(itertools.islice(iterator, size), 1):
         yield Delivery(batch, number == size, number - 1)
-    for batch in iterator:  # past its length, or without one, only the batch after it tells
+    for batch in iterator:  # without a true length, the loader is read one batch ahead
         for following in iterator:
             yield Delivery(batch, False, number)
             batch, number = following, number + 1

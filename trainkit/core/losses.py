@@ -91,7 +91,7 @@ def _check_weight(weight: Any, kind: type) -> None:
     if isinstance(sample, bool) or not isinstance(sample, kind):
         raise TypeError(
             f"the weight of a loss is an int or a 0-d integer tensor, got {shown(weight)}: "
-            "`return loss, mask.sum()`, or all by name, `{'loss': loss, 'logits': logits}`"
+            "`return loss, mask.sum()`, or by name, `{'loss': loss, 'weight': weight, ...}`"
         )
     most = 2**1023 if isinstance(weight, int) else math.inf
     if not isinstance(weight, Tensor) and not 0 <= weight < most:

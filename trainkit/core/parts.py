@@ -49,8 +49,8 @@ class Part(Step[[Any]]):
         if isinstance(function, Step):
             plan, parts, function = plan + function._plan, (), function._function  # type: ignore[assignment]
         is_function = callable(function) and not isinstance(function, Surrounding)
-        came = f"a part decorates functions, got {shown(function)}"
-        check(is_function, TypeError, f"{came}; parts go together, `train_step(optimizer, a, b)`")
+        fault = f"a part decorates functions, got {shown(function)}"
+        check(is_function, TypeError, f"{fault}; parts go together, `train_step(optimizer, a, b)`")
         for part in parts:
             plan += _plan_of(part)
         step: Step[P] = (plan.step or Step)(plan, function)
@@ -121,7 +121,8 @@ def train_step(
         max_norm, norm_type: clip the norm of the true gradients; ``math.inf`` only checks it.
         max_skips: raise FloatingPointError after this many skipped updates in a row; None is 25.
         after: callables that run after each applied update, before the step returns. If all are
-            ``step`` of learning-rate schedulers, they run before the next update, without a wait.
+            ``step`` of learning-rate schedulers, they run when the verdict has arrived, before the
+            next update.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -133,8 +134,8 @@ def train_step(
     for call in calls:
         needs_metric = isinstance(getattr(call, "__self__", None), ReduceLROnPlateau)
         remedy = "`plateau.step(metric)` in your loop" if needs_metric else "`after=scheduler.step`"
-        came = f"after takes callables without arguments, got {shown(call)}"
-        check(callable(call) and not needs_metric, TypeError, f"{came}: {remedy}")
+        fault = f"after takes callables without arguments, got {shown(call)}"
+        check(callable(call) and not needs_metric, TypeError, f"{fault}: {remedy}")
     options = options_of(module, max_norm, norm_type, max_skips)
     plan = Plan(optimizers=optimizers_of(optimizer), after=calls, **options)
     for part in parts:
@@ -162,8 +163,9 @@ def accumulate(
     ``accumulate(a * b)``.
 
     Args:
-        n: micro-batches in a window, or a function from the number of updates so far to that. With
-            None only ``step.close()``, ``step.last`` and the end of ``step.over`` close a window.
+        n: micro-batches in a window, or a function of the number of updates so far, for which each
+            window waits once. With None only ``step.close()``, ``step.last`` and the end of
+            ``step.over`` close a window.
         reduction: "sum" adds up the losses instead of taking their mean.
         module: the module to train, needed only in a plan without an optimizer.
         dtype: torch.float32 adds up the gradients of half-precision parameters in float32.
@@ -184,8 +186,8 @@ def accumulate(
         try:
             inspect.signature(n).bind(0)
         except TypeError:
-            came = f"got {getattr(n, '__name__', n)!r}: `@accumulate(4)`"
-            raise TypeError(f"n is a number, or a function of the updates so far, {came}") from None
+            fault = f"got {getattr(n, '__name__', n)!r}: `@accumulate(4)`"
+            raise TypeError(f"n is a number, or a function of the updates, {fault}") from None
         except ValueError:  # a function that is not written in Python may have no signature
             pass
     fits = dtype is None or dtype == torch.float32
@@ -263,18 +265,18 @@ def amp(
     known = any(dtype is one for one in (None, torch.bfloat16, torch.float16, torch.float32))
     check(known, ValueError, f"no autocast in {dtype!r}: `amp(dtype=torch.float16)`")
     fits = type(init_scale) in (int, float) and 0 < init_scale <= torch.finfo(torch.float32).max
-    came = f"init_scale must be a float32 above 0, got {init_scale!r}"
-    check(fits, ValueError, f"{came}: `init_scale=65536.0`")
+    fault = f"init_scale must be a float32 above 0, got {init_scale!r}"
+    check(fits, ValueError, f"{fault}: `init_scale=65536.0`")
     fits = type(growth_interval) is int and 1 <= growth_interval < 2**31
-    came = f"growth_interval counts updates, an int32, got {growth_interval!r}"
-    check(fits, ValueError, f"{came}: `growth_interval=2000`")
+    fault = f"growth_interval counts updates, an int32, got {growth_interval!r}"
+    check(fits, ValueError, f"{fault}: `growth_interval=2000`")
     try:
         kind = None if device is None else torch.device(device).type
         has_autocast = kind is None or torch.amp.is_autocast_available(kind)
     except (RuntimeError, TypeError):
         has_autocast = False
-    came = f"device must be a type of device that has autocast, got {device!r}"
-    check(has_autocast, ValueError, f"{came}: `amp(device='cuda')`")
+    fault = f"device must be a type of device that has autocast, got {device!r}"
+    check(has_autocast, ValueError, f"{fault}: `amp(device='cuda')`")
     precision = Precision(dtype, kind, float(init_scale), growth_interval)
     options = options_of(None, max_norm, norm_type, max_skips)
     part = Autocast(Plan(precision=precision, **options))

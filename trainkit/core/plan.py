@@ -73,7 +73,7 @@ class Plan:
             elif unset in (a, b) or (name in ("window", "is_sum") and a is b):
                 both[name] = b if a == unset else a
             else:
-                twice = f"{_NAMES.get(name, name)} was given twice, {shown(a)} and {shown(b)}"
+                twice = f"two parts give {_NAMES.get(name, name)}, {shown(a)} and {shown(b)}"
                 raise ValueError(f"{twice}: keep one of them")
         return Plan(**both)
 
@@ -116,7 +116,8 @@ def check(ok: bool, kind: type[Exception], message: str) -> None:
 def check_plan(plan: Plan) -> torch.device:
     """Raise ValueError for a plan that cannot train; return the device of its first parameter."""
     parameters = plan.parameters()
-    check(bool(parameters), ValueError, "the plan has no parameters: `train_step(optimizer)`")
+    none = "a step has no parameters to train: `train_step(optimizer)`, or `accumulate(4, model)`"
+    check(bool(parameters), ValueError, none)
     hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     check(not hooked, ValueError, "hooks after accumulation see partial sums: `handle.remove()`")
     looks = plan.precision is not None or plan.max_norm is not None or plan.max_skips is None
@@ -162,10 +163,9 @@ def check_stepping(plan: Plan) -> None:
             closure = inspect.signature(one.step).parameters.get("closure")
         except (TypeError, ValueError):  # it may be written in C, or a mock
             closure = None
-        needs_one = closure is not None and closure.default is inspect.Parameter.empty
-        needs_one = needs_one or hasattr(one, "first_step")  # SAM
-        came = f"{type(one).__name__}.step runs the loss again, and needs a closure"
-        check(not needs_one, TypeError, f"{came}: `yield loss`, and step the optimizer below it")
+        needs_one = hasattr(one, "first_step") or (closure and closure.default is closure.empty)
+        fault = f"{type(one).__name__}.step runs the loss again, and needs a closure"
+        check(not needs_one, TypeError, f"{fault}: `yield loss`, and step the optimizer below it")
 
 
 def options_of(
@@ -173,8 +173,8 @@ def options_of(
 ) -> dict[str, Any]:
     """Return these as entries of a plan; TypeError or ValueError if one does not fit."""
     fits = module is None or (isinstance(module, nn.Module) and hasattr(module, "_modules"))
-    came = f"got {type(module).__name__}: `module=model`"
-    check(fits, TypeError, f"module must be the torch.nn.Module to train, {came}")
+    fault = f"got {type(module).__name__}: `module=model`"
+    check(fits, TypeError, f"module must be the torch.nn.Module to train, {fault}")
     given = {"max_norm": max_norm, "norm_type": norm_type, "max_skips": max_skips}
     for name, value in given.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -187,8 +187,7 @@ def options_of(
     fits = norm_type in (1, 2, math.inf)  # 0 would miss a nan, and large ones overflow
     check(fits, ValueError, f"norm_type must be 1, 2 or math.inf, got {norm_type}: `norm_type=2`")
     wanted = f"max_skips counts updates, an int or math.inf, got {max_skips!r}: `max_skips=25`"
-    is_count = max_skips in (None, math.inf) or isinstance(max_skips, int)
-    check(is_count, TypeError, wanted)
-    check(max_skips is None or max_skips >= 1, ValueError, wanted)
+    if max_skips not in (None, math.inf):
+        check_count(max_skips, wanted)
     numbers = {name: None if value is None else float(value) for name, value in given.items()}
     return numbers | {"max_skips": max_skips, "modules": () if module is None else (module,)}

@@ -65,7 +65,7 @@ class Step(Generic[P]):
         self._reference: Weight | None = None
         self._closed = 0
         self._skips: int | Tensor = 0
-        self._owed: Answer | None = None  # the verdict that ``after`` waits for
+        self._verdict: Answer | None = None  # the verdict that ``after`` waits for
         # From micro-batch to micro-batch.
         self._running: MicroBatch | None = None
         self._size: Size = 1
@@ -74,7 +74,7 @@ class Step(Generic[P]):
         call = getattr(function, "__call__", None)  # noqa: B004 - of an object that yields
         self._yields = any(map(inspect.isgeneratorfunction, (function, call)))
         self._after_may_be_late = True
-        self._said: set[str] = set()  # warnings that are given once
+        self._warned: set[str] = set()  # warnings that are given once
         self._deliver: Callable[[Iterable[Any]], Iterator[Delivery]] = mark_last
         self._watchers: list[Any] = []
         self._evidence: Any = None  # of loops that do not train; made with the updater
@@ -94,7 +94,7 @@ class Step(Generic[P]):
             result.output = result.loss if output is loss else detached(output)
             running.finish()
             running.leave()
-        except BaseException:
+        except BaseException:  # not finally: Ctrl-C may interrupt leave(), which then runs again
             running.leave()
             raise
         return result
@@ -170,8 +170,8 @@ class Step(Generic[P]):
     def last(self, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         """Call the step, and close the window with this micro-batch, in a loop without ``over``."""
         found, self._ended_early = self._delivery, False
-        self._delivery = found._replace(is_last=True)  # on several ranks it tells who has a batch
-        self._said.add("end")
+        self._delivery = found._replace(is_last=True)  # the rest tells which ranks have a batch
+        self._warned.add("end")
         try:
             return self(*args, **kwargs)
         finally:
@@ -203,12 +203,13 @@ class Step(Generic[P]):
             ValueError: if the loader ends before ``updates``, or a rank has no batch at all.
         """
         is_iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-        for fits, given in ((is_iterable, loader), *((isinstance(s, Step), s) for s in others)):
-            came = f"over takes a loader and then steps, got {type(given).__name__}"
-            check(fits, TypeError, f"{came}: `step.over(loader, other_step)`")
+        fits = is_iterable and all(isinstance(other, Step) for other in others)
+        got = ", ".join(type(given).__name__ for given in (loader, *others))
+        fault = f"over takes a loader and then steps, got {got}: `step.over(loader, other_step)`"
+        check(fits, TypeError, fault)
         if updates is not None:
-            came = f"updates counts windows, an int of at least 1, got {updates!r}"
-            check_count(updates, f"{came}: `step.over(loader, updates=1000)`")
+            fault = f"updates counts windows, an int of at least 1, got {updates!r}"
+            check_count(updates, f"{fault}: `step.over(loader, updates=1000)`")
         length = length_of(loader) if updates is None else 0
         batches = Batches(over(loader, (self, *others), updates), length)
         if progress is False:
@@ -220,14 +221,14 @@ class Step(Generic[P]):
     def close(self) -> StepResult:
         """Make the update of the open window now, divided by what is in it.
 
-        Equivalent to calling ``step.last`` with the micro-batch before. Without an open window it
-        does nothing, and ``result.complete`` is False.
+        Equivalent to giving the latest micro-batch to ``step.last``. Without an open window it does
+        nothing, and ``result.complete`` is False.
 
         Raises:
             RuntimeError: inside a micro-batch, and for a step that yields. Only a call reaches the
                 code below the yield: ``step.last(batch)``.
         """
-        self._said.add("end")
+        self._warned.add("end")
         is_between = self._running is None
         check(is_between, RuntimeError, "step.close() inside a micro-batch: call it after `step()`")
         running = self._begin()
@@ -261,11 +262,12 @@ class Step(Generic[P]):
 
         The next update, the end of ``over``, and reading ``updates`` call this.
         """
-        if self._owed is not None:
-            skipped = bool(self._owed.read())  # Ctrl-C may end this wait: until then it is owed
-            self._owed = None
-            for call in () if skipped else self._plan.after:
-                call()
+        if self._verdict is not None:
+            skipped = bool(self._verdict.read())  # Ctrl-C may end this wait: until then it is owed
+            self._verdict = None
+            if not skipped:
+                for call in self._plan.after:
+                    call()
 
     @property
     def updates(self) -> int:
@@ -322,8 +324,8 @@ class Step(Generic[P]):
 
     def __del__(self) -> None:
         window = getattr(self, "_window", None)  # not there if __init__ raised
-        if window is not None and window.losses and self._evidence and "end" not in self._said:
-            self._evidence.lost.append(len(window.losses))  # no code that may be gone by now
+        if window is not None and window.losses and self._evidence and "end" not in self._warned:
+            self._evidence.lost.append(len(window.losses))  # at exit, modules may be gone
 
     def __get__(self, instance: object, owner: type | None = None) -> Step[P]:
         shared = "a decorated method would share its state between all instances"
@@ -337,7 +339,7 @@ class Step(Generic[P]):
             raise RuntimeError(f"this step is already running: {further}")
         if self._updater is None:
             self._prepare()
-        if self._owed is not None and self._owed.known():
+        if self._verdict is not None and self._verdict.known():
             self.settle()
         if self._window is None:
             self._window = self._new_window()
@@ -446,8 +448,8 @@ class MicroBatch:
             self.weight, self.share = weight, window.share(weight, step._size)
             self.lent = window
         elif isinstance(weight, float) and weight != self.weight:  # tensors might make it wait
-            came = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
-            raise TypeError(f"{came}: `step.backward(first, weight)`")
+            fault = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
+            raise TypeError(f"{fault}: `step.backward(first, weight)`")
         try:
             is_first = not step._closed and not window.losses
             if is_first and step._evidence is not None and self.generator is None:
@@ -487,7 +489,7 @@ class MicroBatch:
     def close(self, window: Window) -> None:
         """Turn the gradients of a complete window into an update."""
         step, result, parameters = self.step, self.result, self.step._plan.parameters()
-        if step._owed is not None:
+        if step._verdict is not None:
             step.settle()
         for watcher in step._watchers:
             watcher.before_update(step)
@@ -497,31 +499,31 @@ class MicroBatch:
             from trainkit.advice import warn_of_missing
 
             warn_of_missing(len(gradients), parameters)
-        own, evidence = None, step._evidence
+        code, evidence = None, step._evidence
         if self.generator is not None:
             run = run_to_end if evidence is None else functools.partial(evidence.run, step._plan)
-            own = functools.partial(run, self.generator)
-        verdict, apply = step._updater.decide(window, gradients, own)
+            code = functools.partial(run, self.generator)
+        verdict, apply = step._updater.decide(window, gradients, code)
         owed = Answer(verdict.skipped) if step._plan.after else None
         reference, skips = window.next_reference(), step._skips + verdict.skipped
         if apply is not None:
             apply()
         # One statement, so that Ctrl-C cannot separate the update from its count.
-        step._window, step._reference, step._closed, step._skips, step._owed = (
+        step._window, step._reference, step._closed, step._skips, step._verdict = (
             None, reference, step._closed + 1, skips, owed,
         )  # fmt: skip
         forget(step._plan.optimizers)
-        result._skipped = verdict.skipped if gradients or own is not None else True
+        result._skipped = verdict.skipped if gradients or code else True
         result.grad_norm, result._settle = verdict.norm, step.settle
         with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
-            if evidence is not None and (own is not None or evidence.awaits):
+            if evidence is not None and (code or evidence.awaits):
                 watching.callback(evidence.tell, step, result)
             for watcher in reversed(step._watchers):
                 watching.callback(watcher.after_update, step, window, verdict)
             if verdict.found_inf is not None and (count := step._updater.learn(verdict.found_inf)):
                 from trainkit.advice import too_many_skips
 
-                step._updater.forgive()
+                step._updater.reset_skips()
                 raise too_many_skips(step, count)
             if self.generator is not None:
                 self.generator.close()
@@ -571,8 +573,7 @@ _run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
 
 def _run_backward(loss: Tensor, seed: Tensor, options: dict[str, Any] | None) -> None:
     """Run ``loss.backward(gradient=seed, **options)`` with autocast off."""
-    # In a block, or around the whole loop. To ask for the type of device takes 5 us.
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():  # by a block or a caller; `loss.device` takes 5 us
         with torch.autocast(loss.device.type, enabled=False):
             loss.backward(gradient=seed, **options or {})  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # or every later forward would use the old weights
@@ -608,5 +609,5 @@ def _clear_casts(gradient: Tensor) -> None:
 def _refuse_float16(parameters: list[torch.nn.Parameter]) -> None:
     for p in parameters:
         if p.dtype == torch.float16 and p.requires_grad:
-            came = f"a loss scale needs float32 parameters, got float16 of shape {tuple(p.shape)}"
-            raise ValueError(f"{came}: load the model with `dtype=torch.float32`")
+            fault = f"a loss scale needs float32 parameters, got float16 of shape {tuple(p.shape)}"
+            raise ValueError(f"{fault}: load the model with `dtype=torch.float32`")

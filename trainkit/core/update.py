@@ -57,13 +57,13 @@ class Updater:
     """``GradScaler`` and ``clip_grad_norm_`` in one, for any precision and several optimizers."""
 
     skips: int  # in a row
-    latest: list[Tensor]  # verdicts on the last updates, until their skips are counted
-    asked: Answer | None  # verdicts on their way
+    uncounted: list[Tensor]  # verdicts on the last updates, until their skips are counted
+    pending: Answer | None  # verdicts on their way
 
     def __init__(self, plan: Plan, is_scaled: bool) -> None:
         device, precision = plan.parameters()[0].device, plan.precision
         self.plan = plan
-        self.looks = precision is not None or plan.max_norm is not None
+        self.checks_norm = precision is not None or plan.max_norm is not None
         self.max_norm = plan.max_norm or math.inf
         # Made once: torch would make a tensor of a Python number again in every operation.
         self.zero, self.one, self.infinity, self.clip, self.epsilon = (
@@ -75,8 +75,8 @@ class Updater:
             self.scale = torch.full_like(self.zero, precision.init_scale)
             self.growth = torch.zeros((), dtype=torch.int32, device=device)
         self.max_skips = plan.max_skips or 25
-        self.lag = 0  # several ranks read the number of skips at the same update, so much later
-        self.forgive()
+        self.lag = 0  # in updates: all ranks read the number of skips so late, at the same update
+        self.reset_skips()
 
     def seed(self, loss: Tensor, share: Weight) -> Tensor:
         """Return what backward starts from in place of 1: the share, times the loss scale.
@@ -91,10 +91,10 @@ class Updater:
             return share.to(loss.device, loss.dtype, copy=True)
         return torch.full_like(loss, share)
 
-    def decide(self, window: Window, gradients: list[Tensor], own: Apply) -> tuple[Verdict, Apply]:
+    def decide(self, window: Window, gradients: list[Tensor], code: Apply) -> tuple[Verdict, Apply]:
         """Return the verdict on a complete window, and what applies it; None if it is skipped.
 
-        ``own`` is the update code of a step function, which finds true gradients in ``.grad``.
+        ``code`` is the update code of a step function, which finds true gradients in ``.grad``.
         Fused optimizers never wait for the device; otherwise there is one wait.
         """
         optimizers, empty = self.plan.optimizers, window.is_empty()
@@ -106,16 +106,16 @@ class Updater:
             divisor = _times(divisor, self.scale)
         norm = found_inf = None
         has_graph = any(map(requires_grad, gradients))  # of ``backward(create_graph=True)``
-        if self.looks:
+        if self.checks_norm:
             seen = [gradient.detach() for gradient in gradients] if has_graph else gradients
             scaled = total_norm(seen, self.plan.norm_type, self.zero)
             found_inf = torch.where(scaled < self.infinity, self.zero, self.one)  # 1 for a nan
             norm = scaled / divisor if isinstance(divisor, Tensor) or divisor != 1.0 else scaled
-        if own is None and window.can_fuse and not has_graph and can_fuse(optimizers, gradients):
-            told = self._told(divisor, norm, found_inf, empty)
-            verdict = Verdict(told.get("found_inf", False), found_inf, norm)
+        if code is None and window.can_fuse and not has_graph and can_fuse(optimizers, gradients):
+            inputs = self._kernel_inputs(divisor, norm, found_inf, empty)
+            verdict = Verdict(inputs.get("found_inf", False), found_inf, norm)
             window.narrow()
-            return verdict, functools.partial(step_all, optimizers, told)
+            return verdict, functools.partial(step_all, optimizers, inputs)
         factor = self._factor(divisor, norm)
         if factor is None:
             return Verdict(True, found_inf, norm), None
@@ -125,25 +125,25 @@ class Updater:
         elif factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
         window.narrow()
-        return Verdict(False, found_inf, norm), own or functools.partial(step_all, optimizers, {})
+        return Verdict(False, found_inf, norm), code or functools.partial(step_all, optimizers, {})
 
-    def _told(
+    def _kernel_inputs(
         self, divisor: Weight, norm: Tensor | None, found_inf: Tensor | None, empty: bool | Tensor
     ) -> dict[str, Tensor]:
         """Return what fused kernels divide by, and whether they skip."""
-        told: dict[str, Tensor] = {} if found_inf is None else {"found_inf": found_inf}
+        inputs: dict[str, Tensor] = {} if found_inf is None else {"found_inf": found_inf}
         scale = divisor
         if norm is not None and self.max_norm < math.inf:
             # 1 / the coefficient of clip_grad_norm_, which is max_norm / (norm + 1e-6), at most 1.
             clip = torch.maximum(torch.addcdiv(self.epsilon, norm, self.clip), self.one)
             scale = _times(divisor, clip)
         if isinstance(scale, Tensor):
-            told["grad_scale"] = scale.float()
+            inputs["grad_scale"] = scale.float()
         elif scale != 1.0:
-            told["grad_scale"] = torch.full_like(self.zero, scale)
+            inputs["grad_scale"] = torch.full_like(self.zero, scale)
         if isinstance(empty, Tensor):  # the maximum, since kernels compare found_inf with 1
-            told["found_inf"] = torch.maximum(told.get("found_inf", self.zero), empty.float())
-        return told
+            inputs["found_inf"] = torch.maximum(inputs.get("found_inf", self.zero), empty.float())
+        return inputs
 
     def _factor(self, divisor: Weight, norm: Tensor | None) -> float | None:
         """Return the number that makes gradients true and clipped; None to skip. The one wait."""
@@ -158,31 +158,32 @@ class Updater:
         return min(1.0, self.max_norm / (value + 1e-6)) / by
 
     def learn(self, found_inf: Tensor) -> int:
-        """Take in a verdict without a wait. Return the number of skips in a row if it is too high.
+        """Move the loss scale. Return the number of skips in a row if it is too high, else 0.
 
         The loss scale moves by the rule of ``GradScaler``: halved by an overflow, doubled after
-        ``growth_interval`` updates without one. Skips are counted when there may be too many.
+        ``growth_interval`` updates without one. Skips are counted when there may be too many. Only
+        several ranks wait.
 
         Source: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740
         """
         if self.scale is not None and self.plan.precision is not None:
             interval = self.plan.precision.growth_interval
             torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, interval)
-        self.latest.append(found_inf)
-        if self.asked is None and len(self.latest) >= min(self.max_skips - self.skips, 256):
-            self.asked, self.latest = Answer(torch.stack(self.latest)), []
-        if self.asked is None or len(self.latest) < self.lag:
+        self.uncounted.append(found_inf)
+        if self.pending is None and len(self.uncounted) >= min(self.max_skips - self.skips, 256):
+            self.pending, self.uncounted = Answer(torch.stack(self.uncounted)), []
+        if self.pending is None or len(self.uncounted) < self.lag:
             return 0
-        if not (self.lag or self.asked.known()):
+        if not (self.lag or self.pending.known()):
             return 0
-        skips = self.asked.read().tolist()
+        skips = self.pending.read().tolist()
         self.skips = self.skips + len(skips) if all(skips) else skips[::-1].index(0.0)
-        self.asked = None
+        self.pending = None
         return self.skips if self.skips >= self.max_skips else 0
 
-    def forgive(self) -> None:
+    def reset_skips(self) -> None:
         """Forget the skips so far."""
-        self.skips, self.latest, self.asked = 0, [], None
+        self.skips, self.uncounted, self.pending = 0, [], None
 
 
 requires_grad = operator.attrgetter("requires_grad")

@@ -55,8 +55,8 @@ class Window:
             mixed = f"a loss came {came} a weight, after {len(self.losses)} {were} one"
             raise TypeError(f"{mixed}: give one with each, `return loss, weight`, or with none")
         if self.is_sum and weight is not None:
-            came = "got a weight, and reduction='sum' adds up losses as they are"
-            raise TypeError(f"{came}: `return loss`, or `accumulate(n)`")
+            fault = "got a weight, and reduction='sum' adds up losses as they are"
+            raise TypeError(f"{fault}: `return loss`, or `accumulate(n)`")
         self.weighted = weight is not None
         if weight is None:
             return float(size) / self.parts
@@ -93,24 +93,29 @@ class Window:
 
     def mean_loss(self, count: int) -> Tensor:
         """Return the weighted mean of the first losses, or their sum; nan without any weight."""
-        return weighted_mean(
-            self.losses[:count], self.weights[:count], 1.0 if self.is_sum else None
-        )
+        divisor = 1.0 if self.is_sum else None
+        return weighted_mean(self.losses[:count], self.weights[:count], divisor)
 
     def lend(self, parameters: list[nn.Parameter]) -> None:
-        """Put the sums into ``.grad``. Those of parameters that are frozen just now stay here."""
-        if not self.sums:
-            self.sums, self.lent = [None] * len(parameters), [False] * len(parameters)
-        elif len(parameters) != len(self.sums) or not all(map(is_, parameters, self.parameters)):
-            known = {id(p): i for i, p in enumerate(self.parameters)}
-            places = [known.get(id(p), -1) for p in parameters]
-            self.sums = [self.sums[i] if i >= 0 else None for i in places]
-            self.lent = [i >= 0 and self.lent[i] for i in places]
-        sums, lent, self.parameters = self.sums, self.lent, [*parameters]
+        """Put the sums into ``.grad``, except the sums of frozen parameters."""
+        count = len(parameters)
+        if not self.parameters:  # as arrange() does, which takes longer
+            self.parameters, self.sums, self.lent = [*parameters], [None] * count, [False] * count
+        elif count != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
+            self.arrange(parameters)
+        sums, lent = self.sums, self.lent
         for i, parameter in enumerate(parameters):
             if not lent[i] and parameter.requires_grad:
                 lent[i] = True
                 parameter.grad = sums[i]
+
+    def arrange(self, parameters: list[nn.Parameter]) -> None:
+        """Order the sums by the parameters. A sum follows its parameter to another place."""
+        known = {id(p): i for i, p in enumerate(self.parameters)}
+        places = [known.get(id(p), -1) for p in parameters]
+        self.sums = [self.sums[i] if i >= 0 else None for i in places]
+        self.lent = [i >= 0 and self.lent[i] for i in places]
+        self.parameters = [*parameters]
 
     def note(self) -> Versions:
         """Note the sums, which a ``frozen`` block takes out of ``.grad``. Return their versions."""

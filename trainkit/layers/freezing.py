@@ -1,4 +1,4 @@
-"""Freezing layers: ``frozen`` inside a block, ``freeze`` and ``unfreeze`` for good."""
+"""Freezing layers: ``frozen`` inside a block, ``freeze`` until ``unfreeze``."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ _found: dict[int, Any] = {}
 def freeze(
     module: nn.Module, layers: Layers = "**", *, buffers: bool = True, eval_mode: bool = False
 ) -> list[str]:
-    """Freezes layers until ``unfreeze``: ``frozen`` for good, with the same arguments.
+    """Freezes layers until ``unfreeze``, with the arguments of ``frozen``.
 
-    Equivalent to this; inside a ``frozen`` block it holds from its end on::
+    Equivalent to this; inside a ``frozen`` block it applies when the block ends::
 
         for parameter in selected:
             parameter.requires_grad, parameter.grad = False, None
@@ -178,7 +178,7 @@ def _selected(function: str, module: nn.Module, layers: Layers) -> Selection:
 def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     """Makes layers trainable: the inverse of ``freeze``, with the same ``layers``.
 
-    Equivalent to this; inside a ``frozen`` block it holds from its end on::
+    Equivalent to this; inside a ``frozen`` block it applies when the block ends::
 
         for parameter in selected:
             parameter.requires_grad = True

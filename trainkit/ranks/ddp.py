@@ -73,10 +73,10 @@ class Replica:
             return
         added = [name for name, p in named.items() if p.requires_grad and id(p) not in known]
         frozen = [name for name, p in named.items() if not p.requires_grad and id(p) in known]
-        came = f"{len(added)} of {len(named)} parameters {added[:1]} became trainable after they"
+        fault = f"{len(added)} of {len(named)} parameters {added[:1]} became trainable after they"
         remedy = "`unfreeze(model, layers)` first, then `DistributedDataParallel(model)`"
-        check(not added, ValueError, f"{came} were wrapped, and are never reduced: {remedy}")
-        came = f"{len(frozen)} of {len(named)} parameters {frozen[:1]} were frozen after they"
+        check(not added, ValueError, f"{fault} were wrapped, and are never reduced: {remedy}")
+        fault = f"{len(frozen)} of {len(named)} parameters {frozen[:1]} were frozen after they"
         remedy = "`freeze(model, layers)` first, or wrap with `find_unused_parameters=True`"
         are_waited_for = bool(frozen) and not self.module.find_unused_parameters
-        check(not are_waited_for, ValueError, f"{came} were wrapped, and are waited for: {remedy}")
+        check(not are_waited_for, ValueError, f"{fault} were wrapped, and are waited for: {remedy}")

@@ -33,7 +33,7 @@ def join(step: Any, updater: Updater) -> tuple[Plan, Callable[..., Iterator[Any]
     check(is_shared, ValueError, f"{alone}, `train_step(..., module=ddp_model)`")
     single = "accumulate(dtype=torch.float32) is for one process: `model.float()` and `amp()`"
     check(plan.window is None, ValueError, single)
-    is_partial = ranks.size > 1 and updater.looks and bool(ranks.fsdp1)
+    is_partial = ranks.size > 1 and updater.checks_norm and bool(ranks.fsdp1)
     part = "under FullyShardedDataParallel a rank would clip and check a part of the gradients"
     check(not is_partial, ValueError, f"{part}: `fully_shard(model)`")
     if world_size() > 1 and ranks.device.type != "cpu":

@@ -61,9 +61,9 @@ def lockstep(
             if i < left:
                 following = ahead.popleft() if ahead else next(iterator, _END)
                 if following is _END:
-                    came = f"a loader of length {size} ended before batch {number + 1}"
+                    fault = f"a loader of length {size} ended before batch {number + 1}"
                     remedy = "and ranks wait for it: correct its `__len__`"
-                    check(is_endless, RuntimeError, f"{came}, {remedy}")
+                    check(is_endless, RuntimeError, f"{fault}, {remedy}")
                     left, size = i, number  # the next exchange tells all ranks
                 else:
                     batch = following

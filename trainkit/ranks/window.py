@@ -206,9 +206,9 @@ class RankedWindow(Window):
         is_late = not ranks.closes or any(replica.has_missed(lent) for replica in ranks.replicas)
         is_late = is_late and ranks.size > 1 and not self._is_reduced
         is_late = is_late or any(parameter.grad is not None for parameter in ranks.unsharded)
-        came = "gradients of this window were not reduced over ranks"
+        fault = "gradients of this window were not reduced over ranks"
         remedy = "call the wrapped module in its last micro-batch, and `next(loader)` outside of it"
-        check(not is_late, RuntimeError, f"{came}: {remedy}")
+        check(not is_late, RuntimeError, f"{fault}: {remedy}")
         for replica in ranks.replicas:
             replica.may_wait, replica.reduces = True, None
         if self._reduced is not None:

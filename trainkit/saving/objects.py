@@ -59,7 +59,7 @@ class Objects:
         if missing:
             warn(
                 f"the step changes {', '.join(missing)}, which would not be saved: give all of it, "
-                "`resumable(path, model=model, optimizer=optimizer, schedule=schedule, step=step)`"
+                "`resumable(path, model=model, optimizer=optimizer, lr=scheduler, step=step)`"
             )
 
     def not_finite(self) -> str:
@@ -86,9 +86,9 @@ class Objects:
         here = self.form()
         for key in {**there, **here}:
             was, now = there.get(key, "nothing"), here.get(key, "nothing")
-            came = f"the checkpoint has {was} for {key}, and this run has {now}"
+            fault = f"the checkpoint has {was} for {key}, and this run has {now}"
             advice = "give the same objects, or each stage its path, `resumable('run/stage2', ...)`"
-            check(was == now, ValueError, f"{came}: {advice}")
+            check(was == now, ValueError, f"{fault}: {advice}")
 
     def states(self, without: Container[str]) -> dict[str, Any]:
         """Return states by name, but for ``without`` and for loaders that are not being read."""

@@ -183,9 +183,9 @@ class Position:
     def _warn_of_generators(self, loader: Iterable[Any]) -> None:
         """Warn, once, if a later loop continues a generator."""
         if self.epoch + self._passes and not self._has_warned and continues_generator(loader):
-            came = "a loop continues a generator that was read from before, and a resumed run"
+            fault = "a loop continues a generator that was read from before, and a resumed run"
             advice = "loop over what it reads, `step.over(loader, updates=N)`"
-            warn(f"{came} would read it from its beginning: {advice}")
+            warn(f"{fault} would read it from its beginning: {advice}")
             self._has_warned = True
 
     def _start_workers(self, loader: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ def state_of(step: Any) -> dict[str, Any]:
     """Return copies of what a step carries from micro-batch to micro-batch."""
     _check_between(step, "state_dict")
     window, updater = step._window, step._updater
-    step._said.add("end")  # no warning of an open window: it is saved
+    step._warned.add("end")  # no warning of an open window: it is saved
     state: dict[str, Any] = {"updates": step.updates, "skipped": step.skipped}
     if step._reference is not None:
         state["reference"] = step._reference
@@ -42,8 +42,8 @@ def load_into(step: Any, state: Any) -> None:
         remedy = "give what `step.state_dict()` returned, for the same model and optimizer"
         raise ValueError(f"this state does not fit the step ({error!r:.150}): {remedy}") from None
     step.discard()
-    step._owed = None
-    updater.forgive()
+    step._verdict = None
+    updater.reset_skips()
     if updater.scale is not None and "loss_scale" in state:
         updater.scale.fill_(scale)
         updater.growth.fill_(growth)
@@ -57,9 +57,7 @@ def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Wind
     window.may_be_open = True
     for name in (*window.kept, "losses"):
         setattr(window, name, deepcopy(state[name]))
-    window.parameters = parameters = list(step._plan.parameters())
-    window.lent = [False] * len(parameters)
-    window.sums = [None] * len(parameters)
+    window.arrange(parameters := step._plan.parameters())
     for i, gradient in gradients.items():
         copied = gradient.to(parameters[i].device, copy=True)
         if (copied.shape, copied.dtype) != (parameters[i].shape, window.dtype_of(parameters[i])):

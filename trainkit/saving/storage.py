@@ -177,10 +177,10 @@ def check_storable(values: Mapping[str, Any], shared: Mapping[str, Tensor]) -> N
             _load(file, functools.wraps(_shared_tensor)(lambda key: torch.empty(0)))
         except NOT_STORED as error:
             check_storable({f"{name}.{key}": part for key, part in parts_of(value)}, shared)
-            came = f"{name} is of type {type(value).__name__}, which cannot be stored"
+            fault = f"{name} is of type {type(value).__name__}, which cannot be stored"
             reason = " ".join(str(error).split())[:120]
             advice = "keep tensors, numbers, lists or dicts, `{'basis': tensor}`"
-            raise TypeError(f"{came} ({reason}): {advice}") from None
+            raise TypeError(f"{fault} ({reason}): {advice}") from None
 
 
 def parts_of(value: Any) -> Iterable[tuple[Any, Any]]:
