@@ -467,7 +467,7 @@ STRIDE = 1 if DEEP else 37
 def warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "at the start of a loop")  # an interrupted one left it open
+        warnings.filterwarnings("ignore", "at the start of a loop")  # left open
         yield
 
 
