@@ -160,6 +160,13 @@ def without_a_number(w):
         return x
 
 
+def a_parameter_twice(w):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch
+        optimizer = torch.optim.SGD([*w.model.parameters()] * 2)
+    train_step(optimizer)(w.loss)()
+
+
 def float16_parameters(w):
     w.model.half()
     yield
@@ -384,6 +391,7 @@ TABLE = {
         (lambda w: train_step(lambda x: x), T, "func", "an optimizer", "@train_step(optimizer)"),
         (lambda w: train_step([]), V, "no optimizer", "", "train_step([optimizer_a,"),
         (lambda w: train_step([w.optimizer] * 2), V, "twice", "twice", "[optimizer_a,"),
+        (a_parameter_twice, V, "twice", "twice", "dict.fromkeys(parameters)"),
         (lambda w: train_step(torch.optim.LBFGS(w.model.parameters()))(w.loss)(),
             T, "LBFGS", "closure", "yield loss"),
         (lambda w: train_step(StepLR(w.optimizer, 1)),
@@ -516,6 +524,8 @@ TABLE = {
         (lambda w: w.by_hand.backward(w.loss()), R, "", "inside a micro-batch", "with step:"),
         (inside(lambda step, w: [step.backward(w.loss(), n) for n in (3, 4)]),
             T, "3.0 and 4.0", "share one weight", "step.backward(first, weight)"),
+        (inside(lambda step, w: [step.backward(w.loss(), n) for n in (None, torch.tensor(3))]),
+            T, "None and 3.0", "share one weight", "step.backward(first, weight)"),
         (inside(lambda step, w: w.loss().backward()),
             R, "", "without a loss", "step.backward(loss)"),
         (inside(lambda step, w: [step.backward(w.loss()), w.optimizer.zero_grad()]),

@@ -389,8 +389,8 @@ class Oracle:
             self.scale *= 1.0 if finite else 0.5
             if self.tracker == 2:
                 self.scale, self.tracker = self.scale * 2, 0
-        if weighted and (total > 0 or self.setup.half):
-            known = power_of_two_near(total / len(self.jobs))
+        if weighted and self.setup.half:  # the weight of one window may be small
+            known = max(power_of_two_near(total / len(self.jobs)), self.window_reference / 2)
             self.reference = known if total > 0 else self.window_reference
         self.updates += apply
         self.skipped += not apply

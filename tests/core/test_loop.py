@@ -48,6 +48,27 @@ def test_only_past_its_length_a_loader_is_read_ahead(says, asked):
     assert [loader.asked for _ in mark_last(loader)] == asked
 
 
+class Restarting(Loader):
+    """An iterator that begins again after its end."""
+
+    left = 3
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.left = 3 if self.left < 0 else self.left - 1
+        if self.left < 0:
+            raise StopIteration
+        return 2 - self.left
+
+
+@pytest.mark.parametrize("says", [None, 3, 5])
+def test_a_loader_that_begins_again_after_its_end_is_read_once(says):
+    for delivered in (mark_last(Restarting(3, says)), Restarting(3, says)):
+        assert len([delivered for delivered, _ in zip(delivered, range(10), strict=False)]) == 3
+
+
 class Sequence:
     """What Python can iterate over with ``__getitem__`` alone."""
 

@@ -272,6 +272,18 @@ def test_it_shares_the_memory_of_what_was_handed_over_and_none_of_it_is_kept():
     assert alive() is None
 
 
+def test_a_kept_result_keeps_neither_model_nor_optimizer():
+    def trained():
+        model = make_model()
+        step = train_step(torch.optim.SGD(model.parameters()))(lambda b: loss_of(model, b))
+        return step(BATCHES[0]), weakref.ref(model)
+
+    trained()  # torch keeps what its first call makes
+    gc.collect()
+    result, model = trained()
+    assert result.updated and model() is None and copy.deepcopy(result).loss == result.loss
+
+
 def test_yielding_returning_block_and_close():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters())

@@ -1,5 +1,8 @@
 """Autocast: on in forward and nowhere else, with copies of the weights as they are."""
 
+import warnings
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 from oracles import loss_of, make_batches, make_model
@@ -139,6 +142,33 @@ def test_many_steps_over_a_model_leave_one_hook():
     for _ in range(3):
         train_step(torch.optim.SGD(model.parameters()), BFLOAT16)(lambda: loss_of(model, BATCH))()
     assert [len(p._backward_hooks or {}) for p in model.parameters()] == [0, 0, 1, 0]
+
+
+def test_a_small_last_window_hardly_costs_a_skip():
+    """Its weight is far below the mean weight of the windows after it."""
+
+    def skipped(last):
+        model = make_model(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+        @train_step(optimizer, amp(dtype=torch.float16))
+        def step(x, weight):
+            return (30 * model(x).float()).square().mean(), weight
+
+        for _ in range(6):
+            for i, x in enumerate(step.over([BATCH[0]] * 4)):
+                step(x, last if i == 3 else 4096)
+        return step.skipped
+
+    assert 0 < skipped(4) <= skipped(4096) + 1
+
+
+def test_a_model_is_sent_to_another_process_without_a_warning():
+    model = make_model(torch.float32)
+    train_step(torch.optim.SGD(model.parameters()), BFLOAT16)(lambda: model(BATCH[0]).mean())()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ForkingPickler.dumps(model)
 
 
 # Parameters in float16.

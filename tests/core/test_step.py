@@ -524,8 +524,9 @@ def test_last_closes_the_window_of_its_own_call_alone(model, optimizer):
     assert [call(BATCHES[0]).complete for call in calls] == [False, True, False, False, True]
 
 
-def test_several_micro_batches_at_the_last_batch_are_warned_of(model, optimizer):
-    step = train_step(optimizer, accumulate(4))(lambda batch: loss_of(model, batch))
+@pytest.mark.parametrize("n", [4, None])
+def test_several_micro_batches_at_the_last_batch_are_warned_of(n, model, optimizer):
+    step = train_step(optimizer, accumulate(n))(lambda batch: loss_of(model, batch))
     with pytest.warns(UserWarning, match=r"several micro-batches"):
         for batch in step.over(BATCHES[:2]):
             step(batch)

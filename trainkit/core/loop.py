@@ -108,7 +108,8 @@ def _warn_of_open_window(step: Any, where: str) -> None:
         return
     step._warned.add("open")
     keeps = f"{where}, a window is still open with {len(window.losses)} micro-batch(es)"
-    warn(f"{keeps}: `step.close()` applies them, `step.discard()` drops them")
+    closes = "last(batch)" if step._yields else "close()"
+    warn(f"{keeps}: `step.{closes}` applies them, `step.discard()` drops them")
 
 
 def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
@@ -117,11 +118,12 @@ def mark_last(loader: Iterable[Any]) -> Iterator[Delivery]:
     iterator = iter(loader)
     for number, batch in enumerate(itertools.islice(iterator, size), 1):
         yield Delivery(batch, number == size, number - 1)
-    for batch in iterator:  # without a true length, the loader is read one batch ahead
-        for following in iterator:
-            yield Delivery(batch, False, number)
-            batch, number = following, number + 1
-        yield Delivery(batch, True, number)
+    # Without a true length, the loader is read one batch ahead; past its end, it may begin again.
+    batch = next(iterator, iterator) if number == size else iterator
+    while batch is not iterator:
+        following = next(iterator, iterator)
+        yield Delivery(batch, following is iterator, number)
+        batch, number = following, number + 1
 
 
 def length_of(loader: Iterable[Any]) -> int:

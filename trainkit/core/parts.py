@@ -6,10 +6,10 @@ step. So parts may be given in any order, and one part serves many steps.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from trainkit.core.step import Step
 from trainkit.core.warning import warn
 
 P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Part(Step[[Any]]):
@@ -76,23 +75,19 @@ class Part(Step[[Any]]):
         return super().__enter__()
 
 
-def _explained(function: Callable[P, R]) -> Callable[P, R]:
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
     """Say what an unknown keyword is called here."""
+    try:
+        yield
+    except TypeError as error:
+        from trainkit.advice import explain
 
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except TypeError as error:
-            from trainkit.advice import explain
-
-            explain(error)
-            raise
-
-    return called
+        explain(error)
+        raise
 
 
-@_explained
+@_explained()
 def train_step(
     optimizer: OptimizerLike | Sequence[OptimizerLike],
     *parts: Part | Surrounding,
@@ -143,7 +138,7 @@ def train_step(
     return Part(plan)
 
 
-@_explained
+@_explained()
 def accumulate(
     n: int | Callable[[int], int | None] | None,
     module: nn.Module | None = None,
@@ -223,7 +218,7 @@ class Autocast(Part):
         autocast.__exit__(*exception)
 
 
-@_explained
+@_explained()
 def amp(
     *optimizers: OptimizerLike,
     dtype: torch.dtype | None = None,

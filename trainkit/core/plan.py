@@ -118,6 +118,8 @@ def check_plan(plan: Plan) -> torch.device:
     parameters = plan.parameters()
     none = "a step has no parameters to train: `train_step(optimizer)`, or `accumulate(4, model)`"
     check(bool(parameters), ValueError, none)
+    once = "a parameter is in the optimizer twice: `AdamW(dict.fromkeys(parameters))`"
+    check(len({*map(id, parameters)}) == len(parameters), ValueError, once)
     hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
     check(not hooked, ValueError, "hooks after accumulation see partial sums: `handle.remove()`")
     looks = plan.precision is not None or plan.max_norm is not None or plan.max_skips is None
@@ -189,5 +191,4 @@ def options_of(
     wanted = f"max_skips counts updates, an int or math.inf, got {max_skips!r}: `max_skips=25`"
     if max_skips not in (None, math.inf):
         check_count(max_skips, wanted)
-    numbers = {name: None if value is None else float(value) for name, value in given.items()}
-    return numbers | {"max_skips": max_skips, "modules": () if module is None else (module,)}
+    return given | {"modules": () if module is None else (module,)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import unserializable_hook
 
 from trainkit.core.fused import forget
 from trainkit.core.generators import run_to_end, run_to_yield
@@ -447,9 +447,12 @@ class MicroBatch:
                 _refuse_float16(parameters)
             self.weight, self.share = weight, window.share(weight, step._size)
             self.lent = window
-        elif isinstance(weight, float) and weight != self.weight:  # tensors might make it wait
-            fault = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
-            raise TypeError(f"{fault}: `step.backward(first, weight)`")
+        elif weight is not None:
+            # Two tensors are not compared: that might wait.
+            differs = self.weight is None or (isinstance(weight, float) and weight != self.weight)
+            if differs:
+                fault = f"the losses of a micro-batch share one weight, got {self.weight}"
+                raise TypeError(f"{fault} and {weight}: `step.backward(first, weight)`")
         try:
             is_first = not step._closed and not window.losses
             if is_first and step._evidence is not None and self.generator is None:
@@ -473,7 +476,7 @@ class MicroBatch:
         window.add(result.loss, self.weight, self.step._size)
         result._window, result._count = window, len(window.losses)
         if closes:
-            if window.size < window.length < math.inf:
+            if window.size < window.length:
                 if self.step._ended_early:
                     from trainkit.advice import SHORT_WINDOWS
 
@@ -514,7 +517,7 @@ class MicroBatch:
         )  # fmt: skip
         forget(step._plan.optimizers)
         result._skipped = verdict.skipped if gradients or code else True
-        result.grad_norm, result._settle = verdict.norm, step.settle
+        result.grad_norm, result._settle = verdict.norm, step.settle if owed else None
         with contextlib.ExitStack() as watching:  # each watcher is called, whatever raises
             if evidence is not None and (code or evidence.awaits):
                 watching.callback(evidence.tell, step, result)
@@ -602,6 +605,7 @@ def _keep_casts_fresh(step: Step[Any]) -> None:
             weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
 
 
+@unserializable_hook  # type: ignore[untyped-decorator]
 def _clear_casts(gradient: Tensor) -> None:
     torch.clear_autocast_cache()
 

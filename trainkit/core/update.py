@@ -172,11 +172,10 @@ class Updater:
         self.uncounted.append(found_inf)
         if self.pending is None and len(self.uncounted) >= min(self.max_skips - self.skips, 256):
             self.pending, self.uncounted = Answer(torch.stack(self.uncounted)), []
-        if self.pending is None or len(self.uncounted) < self.lag:
+        pending, count = self.pending, len(self.uncounted)
+        if pending is None or count < self.lag or not (self.lag or pending.known()):
             return 0
-        if not (self.lag or self.pending.known()):
-            return 0
-        skips = self.pending.read().tolist()
+        skips = pending.read().tolist()
         self.skips = self.skips + len(skips) if all(skips) else skips[::-1].index(0.0)
         self.pending = None
         return self.skips if self.skips >= self.max_skips else 0

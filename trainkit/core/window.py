@@ -61,7 +61,7 @@ class Window:
         if weight is None:
             return float(size) / self.parts
         if self.reference is None:
-            self.reference = power_of_two_near(weight, size or 1, 1.0)
+            self.reference = power_of_two_near(weight / float(size or 1))
         return weight / (self.reference * self.parts)
 
     def add(self, loss: Tensor, weight: Weight | None, size: Size = 1) -> None:
@@ -86,10 +86,12 @@ class Window:
         return ~((total > 0) & (total < math.inf)) if isinstance(total, Tensor) else total <= 0
 
     def next_reference(self) -> Weight | None:
-        """Return the reference for the window after this one."""
+        """Return the reference for the next window: at least half, since this one may be small."""
         if not self.weighted or self.reference is None:
             return self.reference
-        return power_of_two_near(self.total(), self.size, self.reference)
+        return power_of_two_near(
+            self.total() / float(self.size), self.reference / 2, self.reference
+        )
 
     def mean_loss(self, count: int) -> Tensor:
         """Return the weighted mean of the first losses, or their sum; nan without any weight."""
@@ -212,12 +214,12 @@ def weighted_mean(
     return mean
 
 
-def power_of_two_near(total: Weight, count: Size, otherwise: Weight) -> Weight:
-    """Return 2 ** round(log2(total / count)), or ``otherwise`` if the total is zero. No wait."""
-    if not isinstance(total, Tensor):
-        return 2.0 ** round(math.log2(total / float(count))) if total > 0 else otherwise
-    near = (total / float(count)).log2().round().exp2()
-    return torch.where((total > 0) & (total < math.inf), near, otherwise).to(total.dtype)
+def power_of_two_near(mean: Weight, least: Weight = 0.0, otherwise: Weight = 1.0) -> Weight:
+    """Return 2 ** round(log2(mean)), at least ``least``; ``otherwise`` for a mean of 0. No wait."""
+    if not isinstance(mean, Tensor):
+        return max(2.0 ** round(math.log2(mean)), least) if mean > 0 else otherwise
+    near = mean.log2().round().exp2().clamp(min=least)
+    return torch.where((mean > 0) & (mean < math.inf), near, otherwise).to(mean.dtype)
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -99,7 +99,7 @@ class RankedWindow(Window):
         if weight is not None and self.reference is None and not self.is_sum and ranks.size > 1:
             largest, work = ranks.all_reduce(weight, by=dist.ReduceOp.MAX)
             work.wait()
-            self.reference = power_of_two_near(largest[0], 1, 1.0)
+            self.reference = power_of_two_near(largest[0])
         share, (is_filler, absent) = super().share(weight, size), self._place(size)
         may_differ = self.weighted or ranks.step._delivery.is_last
         if ranks.closes and ranks.size > 1 and may_differ:
@@ -133,7 +133,7 @@ class RankedWindow(Window):
         """Return the reference for the next window, the same on all ranks."""
         if not self.weighted or self.reference is None:
             return self.reference
-        return power_of_two_near(self.total() / self._count(), 1, self.reference)
+        return power_of_two_near(self.total() / self._count(), self.reference / 2, self.reference)
 
     def _count(self) -> Weight:
         return float(self.size) - self.absent if self._means is None else self._means[1]
