@@ -132,8 +132,8 @@ def warn_of_missing(received: int, parameters: list[nn.Parameter]) -> None:
     if 2 * received < trainable or not received:
         warn(
             f"only {received} of {trainable} trainable parameters received a gradient. Was the "
-            "model rebuilt after the optimizer was made? Make the optimizer last. Is it checkpointed "
-            "above frozen layers? Use `use_reentrant=False`. Unused experts or heads do no harm."
+            "model rebuilt after the optimizer was made? Make the optimizer last. Is it "
+            "checkpointed above frozen layers? Use `use_reentrant=False`. Are experts unused? Fine."
         )
 
 
