@@ -442,17 +442,16 @@ class MicroBatch:
             window = step._window = step._new_window()
         if weight is not None:
             weight = as_weight(weight, loss.device)
+        # Tensors are not compared, since that may wait.
+        differs = self.weight is None or (isinstance(weight, float) and weight != self.weight)
         if self.lent is None:
             if step._updater.scale is not None and not window.losses:
                 _refuse_float16(parameters)
             self.weight, self.share = weight, window.share(weight, step._size)
             self.lent = window
-        elif weight is not None:
-            # Two tensors are not compared: that might wait.
-            differs = self.weight is None or (isinstance(weight, float) and weight != self.weight)
-            if differs:
-                fault = f"the losses of a micro-batch share one weight, got {self.weight}"
-                raise TypeError(f"{fault} and {weight}: `step.backward(first, weight)`")
+        elif weight is not None and differs:
+            fault = f"the losses of a micro-batch share one weight, got {self.weight} and {weight}"
+            raise TypeError(f"{fault}: `step.backward(first, weight)`")
         try:
             is_first = not step._closed and not window.losses
             if is_first and step._evidence is not None and self.generator is None:
@@ -572,6 +571,7 @@ class MicroBatch:
 
 
 _run_on_cpu = torch.autograd.Variable._execution_engine.run_backward
+_clear_casts: Any = unserializable_hook(lambda gradient: torch.clear_autocast_cache())  # type: ignore[no-untyped-call]
 
 
 def _run_backward(loss: Tensor, seed: Tensor, options: dict[str, Any] | None) -> None:
@@ -603,11 +603,6 @@ def _keep_casts_fresh(step: Step[Any]) -> None:
     for weight in step._cast_weights:
         if _clear_casts not in (weight._backward_hooks or {}).values():
             weight.register_hook(_clear_casts)  # type: ignore[no-untyped-call]
-
-
-@unserializable_hook  # type: ignore[untyped-decorator]
-def _clear_casts(gradient: Tensor) -> None:
-    torch.clear_autocast_cache()
 
 
 def _refuse_float16(parameters: list[torch.nn.Parameter]) -> None:

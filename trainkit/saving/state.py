@@ -30,8 +30,7 @@ def load_into(step: Any, state: Any) -> None:
     _check_between(step, "load_state_dict")
     updater, window = step._updater, None
     if isinstance(state, dict) and "growth_factor" in state:
-        remedy = f"begin with its scale, `amp(init_scale={state['scale']})`"
-        raise ValueError(f"got the state of a GradScaler, which a step does not load: {remedy}")
+        raise ValueError(f"got a GradScaler's state: begin with `amp(init_scale={state['scale']})`")
     try:
         skipped, applied = int(state["skipped"]), int(state["updates"])
         scale, growth = float(state.get("loss_scale", 1.0)), int(state.get("growth_tracker", 0))
@@ -68,7 +67,6 @@ def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Wind
 
 def _check_between(step: Any, name: str) -> None:
     if step._running is not None and step._running.lent is not None:
-        half = "was called inside a micro-batch, which is half done"
-        raise RuntimeError(f"step.{name}() {half}: call it between two micro-batches")
+        raise RuntimeError(f"step.{name}() inside a micro-batch: call it between two of them")
     if step._updater is None:
         step._prepare()
