@@ -53,6 +53,26 @@ def on_threads(loaders, length, look=lambda rank: None):
         return list(pool.map(run, range(len(loaders))))
 
 
+class Restarting:
+    """An iterator of two batches that begins again after its end."""
+
+    number = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.number = (self.number + 1) % 3
+        if not self.number:
+            raise StopIteration
+        return self.number
+
+
+def test_a_loader_that_begins_again_after_its_end_is_read_once():
+    found, _ = on_threads([Restarting(), Sized(range(7), 7)], length=2)
+    assert [delivery.is_filler for delivery in found] == [False] * 2 + [True] * 5
+
+
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     kinds=st.tuples(*[st.sampled_from([None, 0, -1])] * 3),

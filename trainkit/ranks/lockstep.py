@@ -50,6 +50,8 @@ def lockstep(
         length = 1 if length == math.inf else int(length)
         wanted = length + 1 if size - number <= length else int(batch is None)
         ahead.extend(itertools.islice(iterator, max(wanted - len(ahead), 0)))
+        if len(ahead) < wanted:
+            iterator = iter(())  # a loader may begin again after its end
         left = size - number if len(ahead) == wanted <= length else len(ahead)
         counts, more = exchange(min(left, length), left > length).T.tolist()
         has_more = any(more)
