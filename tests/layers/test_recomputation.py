@@ -1,5 +1,6 @@
 """Recomputing changes memory and nothing else. The reference is the same code without it."""
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -21,8 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit import accumulate, amp, frozen, recompute, train_step
 
 
+class Runs(list):
+    """Modules in the order of their runs. Recomputing puts back plain lists, and not this one."""
+
+
 class Block(nn.Module):
-    """Has everything that a second run could get wrong, and counts its runs in a list."""
+    """Has everything that a second run could get wrong, and counts its runs."""
 
     def __init__(self, runs=None):
         super().__init__()
@@ -31,7 +36,7 @@ class Block(nn.Module):
             nn.Dropout(0.3),
             nn.utils.parametrizations.spectral_norm(nn.Linear(16, 4)),
         )
-        self.runs, self.calls = [] if runs is None else runs, 0
+        self.runs, self.calls = Runs() if runs is None else runs, 0
 
     def forward(self, x, scale=None):
         self.runs.append(self)
@@ -43,7 +48,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.runs = []
+        self.runs = Runs()
         self.stem = nn.Linear(4, 4)
         self.layers = nn.ModuleList(Block(self.runs) for _ in range(3))
         self.pair = nn.ModuleDict(
@@ -223,7 +228,8 @@ def test_regions_run_again_in_backward_and_once_without_gradients():
     assert model.runs[5:] == [model.pair.a, model.layers[2], model.layers[1]]
 
 
-def test_graphs_of_earlier_calls_are_not_kept():
+@pytest.mark.parametrize("store", [lambda x: x, lambda x: (x, x), lambda x: {"x": [x]}])
+def test_graphs_of_earlier_calls_are_not_kept(store):
     """A module stores a tensor with a graph. Each call must not keep the graph of the last."""
 
     class Stores(nn.Linear):
@@ -231,7 +237,7 @@ def test_graphs_of_earlier_calls_are_not_kept():
 
         def forward(self, x):
             y = super().forward(x).tanh()
-            self.stored = (y.exp() * y).sum()
+            self.stored = store((y.exp() * y).sum())
             return y
 
     model, counts = nn.Sequential(Stores(4, 4), Stores(4, 4)), []
@@ -707,6 +713,76 @@ def on_ranks(rank, ranks):
 def test_wrapped_models_on_two_ranks():
     for answer in run(on_ranks, 2):
         assert len(answer) == 12 and all(answer.values()), answer
+
+
+Pair = collections.namedtuple("Pair", "hidden cell")
+
+
+class Carries(nn.LSTM):
+    """Carries its state from call to call: ``keep`` makes it of the last output."""
+
+    def __init__(self, keep):
+        super().__init__(4, 4)
+        self.keep, self.state = keep, keep((torch.zeros(6, 4).view(1, 6, 4),) * 2, None)
+
+    def forward(self, x):
+        if "calls" in self.state:
+            self.state["calls"] += 1
+        found = self.state["pair"] if isinstance(self.state, dict) else self.state
+        found = found[0] if len(found) == 1 else found
+        y, pair = super().forward(x[None], tuple(t.detach().clone() for t in found))
+        self.state = self.keep(pair, self.state)
+        return y[0] * (self.state["calls"] if "calls" in self.state else 1)
+
+
+def changed_in_place(pair, state):
+    state = {"calls": 0, "pair": [torch.zeros_like(t) for t in pair]} if state is None else state
+    state["pair"][0] = pair[0]
+    state["pair"][1].copy_(pair[1].detach())
+    return state
+
+
+STATES = {
+    "tuple": lambda pair, _: pair,
+    "list": lambda pair, _: [*pair],
+    "named tuple": lambda pair, _: Pair(*pair),
+    "nested": lambda pair, _: [pair],
+    "dict": lambda pair, _: {"pair": pair},
+    "in place": changed_in_place,
+}
+
+
+@pytest.mark.parametrize("keep", STATES.values(), ids=STATES)
+def test_a_state_in_a_container_is_as_in_the_first_run(keep):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Carries(keep), nn.Linear(4, 1))
+
+    def train(model):
+        sum(loss_of(model, x) for x in xs(2)).backward()
+        loss = loss_of(model, xs()[0])
+        loss.backward(retain_graph=True)
+        loss.backward()
+        outputs.append(model(xs()[0]))  # in which the state shows
+
+    outputs = []
+    check_same(train, "[0]", make)
+    assert torch.equal(*outputs)
+
+
+def test_a_list_that_two_layers_share_is_one_in_the_second_run_too():
+    class Shares(nn.Linear):
+        def forward(self, x):
+            self.shared.append(x.detach().mean())
+            return super().forward(x) * sum(self.shared)
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(Shares(4, 4), Shares(4, 4))
+        model[0].shared = model[1].shared = []
+        return nn.Sequential(model)
+
+    check_same(lambda model: sum(loss_of(model, x) for x in xs(2)).backward(), "[0]", make)
 
 
 class Counts(nn.Module):

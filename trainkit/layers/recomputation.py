@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.layers.blocks import Block
@@ -165,24 +166,38 @@ def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., 
     return run
 
 
+# Where a module keeps its parameters, buffers, modules and hooks.
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
+
+
 class _State:
     """Attributes, buffers, flags and versions of parameters, of a module and all in it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.name = type(module).__name__
         owners = [own for m in module.modules() for own in (vars(m), m._parameters, m._buffers)]
-        kinds = Tensor, bool, int, float, str, type(None)
+        kinds = Tensor, bool, int, float, str, type(None), tuple, list, dict
+        tensors: list[Tensor] = []
+
+        def noted(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if value.grad_fn is not None:
+                    # With its graph, each call would keep the graph of the call before it.
+                    value = value.detach().requires_grad_()
+                tensors.append(value)
+            return value
+
+        known: dict[int, Any] = {}
         self.values = [
-            (owner, key, _without_graph(value))
+            (owner, key, _mapped(noted, value, known))
             for owner in owners
             for key, value in owner.items()
-            if isinstance(value, kinds)
+            if isinstance(value, kinds) and key not in _OF_TORCH
         ]
         # Forward may change these in place. Many integers are a table or a quantised weight.
         buffers = {id(b) for b in module.buffers() if b.is_floating_point()}
         fixed = {id(p) for p in module.parameters()}
-        tensors = [v for *_, v in self.values if isinstance(v, Tensor) and id(v) not in fixed]
-        constants = [t for t in tensors if not t.requires_grad]
+        constants = [t for t in tensors if not t.requires_grad and id(t) not in fixed]
         moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
         self.copies = {id(tensor): tensor.clone() for tensor in moving}
         self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
@@ -203,11 +218,14 @@ class _State:
         copies = {key: copy.clone() for key, copy in self.copies.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
         replaced = []
+        known: dict[int, Any] = {}
         for owner, key, value in self.values:
-            then = copies.get(id(value), value)
+            then = _mapped(lambda leaf: copies.get(id(leaf), leaf), value, known)
             now = owner.get(key, then)
             # FSDP2 exchanges sharded and whole parameters by itself.
-            if now is not then and not any(hasattr(v, "full_tensor") for v in (now, then)):
+            if now is not then and not any(
+                hasattr(leaf, "full_tensor") for leaf in tree_leaves((now, then))
+            ):
                 replaced.append((owner, key, now, then))
         try:
             for owner, key, _, then in replaced:
@@ -236,7 +254,12 @@ def _directions(embedding: Any) -> Tensor:
     return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)
 
 
-def _without_graph(value: Any) -> Any:
-    # With its graph, each call would keep the graph of the call before it.
-    has_graph = isinstance(value, Tensor) and value.grad_fn is not None
-    return value.detach().requires_grad_() if has_graph else value
+def _mapped(change: Callable[[Any], Any], value: Any, known: dict[int, Any]) -> Any:
+    """Change a value, or those in a container, which is copied once however often it is found."""
+    # Most tuples are sizes, and cost less as they are.
+    is_size = isinstance(value, tuple) and set(map(type, value)) <= {int}
+    if is_size or not isinstance(value, (tuple, list, dict)):
+        return change(value)
+    if id(value) not in known:
+        known[id(value)] = tree_map(change, value)
+    return known[id(value)]
