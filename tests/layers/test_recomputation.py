@@ -811,3 +811,69 @@ def test_tensors_that_forward_changes_in_place_change_once():
     found = train(lambda model: recompute(model, "[0]"))
     expected = train(lambda model: contextlib.nullcontext())
     assert all(map(torch.equal, found, expected))
+
+
+class Masks(nn.Module):
+    """Has a large buffer, which ``change`` may change in the forward."""
+
+    def __init__(self, change=lambda mask: None):
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, 4), change
+        self.register_buffer("mask", torch.ones(100, 100))
+        self.register_buffer("small", torch.ones(4))
+
+    def forward(self, x):
+        self.change(self.mask)
+        return self.linear(x).tanh() * self.mask.mean() * self.small
+
+
+def alive(numel):
+    return sum(type(thing) is torch.Tensor and thing.numel() == numel for thing in gc.get_objects())
+
+
+def test_a_large_buffer_is_copied_for_backward_only_if_forward_changes_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Masks() for _ in range(4)], Masks(lambda mask: mask.mul_(0.9)))
+    before = alive(10_000)
+    with recompute(model, "*"):
+        loss = model(xs()[0]).sum()
+        assert alive(10_000) == before + 1
+    loss.backward()
+
+
+@pytest.mark.parametrize("change", [lambda mask: None, lambda mask: mask.mul_(0.9)])
+def test_a_large_buffer_is_as_in_the_first_run(change):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Masks(change), nn.Linear(4, 1))
+
+    check_same(lambda model: sum(loss_of(model, x) for x in xs(2)).backward(), "[0]", make)
+
+
+def test_a_buffer_changed_between_forward_and_backward_is_as_before_or_an_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(Masks())
+    with recompute(model, "[0]"):
+        loss = model(xs()[0]).sum()
+        gradient = torch.autograd.grad(loss, model[0].linear.weight, retain_graph=True)
+        model[0].small.mul_(2)
+        assert torch.equal(
+            torch.autograd.grad(loss, model[0].linear.weight, retain_graph=True)[0], *gradient
+        )
+        model[0].mask.mul_(2)
+        with pytest.raises(RuntimeError, match=r"large buffers of a recomputed Masks were changed"):
+            loss.backward()
+
+
+def test_a_layer_that_changes_its_own_weight_is_an_error_that_says_so():
+    class Renormed(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    model = nn.Sequential(Renormed(4, 1))
+    with recompute(model, "[0]"):
+        loss = model(xs()[0]).tanh().sum()
+        with pytest.raises(RuntimeError, match="leave out a layer that changes its own weight"):
+            loss.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -154,11 +154,11 @@ def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., 
         args, kwargs = values[:count], dict(zip(names, values[count:], strict=True))
         if torch.compiler.is_compiling():  # nothing comes between forward and backward of a graph
             return region.forward(*args, **kwargs)
-        block = state.in_place() if state else nullcontext()
+        block = state.in_place() if state else None
         state = state or _State(region.module)
         token = _inside.set(True)
         try:
-            with block:
+            with block or state.watched():
                 return region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
@@ -200,11 +200,23 @@ class _State:
         constants = [t for t in tensors if not t.requires_grad and id(t) not in fixed]
         moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
         self.copies = {id(tensor): tensor.clone() for tensor in moving}
-        self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
+        self.large = [(t, t._version) for t in moving if t.numel() > 4096 and not t.is_inference()]
+        self.parameters: list[tuple[Tensor, bool, int]] = [
+            (p, p.requires_grad, p._version) for p in module.parameters()
+        ]
         # With max_norm, the forward of an embedding changes its weight.
         inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         found: list[Any] = [m for m in inside if m.max_norm is not None]
         self.embeddings = {m.weight: (m, _directions(m)) for m in found}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """After the first run, drop copies of large tensors that it left unchanged."""
+        yield
+        for tensor, version in self.large:
+            if tensor._version == version:
+                self.copies.pop(id(tensor), None)
+                self.parameters.append((tensor, False, version))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -212,8 +224,9 @@ class _State:
         changed = [p for p, _, version in self.parameters if p._version != version]
         if not all(map(self._is_same, changed)):
             raise RuntimeError(
-                f"parameters of a recomputed {self.name} were changed between its forward and its "
-                "backward, which runs the forward again: update after the last backward"
+                f"parameters or large buffers of a recomputed {self.name} were changed between its "
+                "forward and its backward, which runs the forward again: update after the last "
+                "backward, and leave out a layer that changes its own weight, `'!name'`"
             )
         copies = {key: copy.clone() for key, copy in self.copies.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
@@ -239,7 +252,7 @@ class _State:
             for parameter, flag in flags:
                 parameter.requires_grad = not flag
 
-    def _is_same(self, changed: nn.Parameter) -> bool:
+    def _is_same(self, changed: Tensor) -> bool:
         if changed not in self.embeddings:
             return False
         embedding, then = self.embeddings[changed]
