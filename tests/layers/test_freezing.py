@@ -662,3 +662,26 @@ def test_only_modules_are_taken():
     for function in (frozen, freeze, unfreeze, frozen_parameters, trainable_parameters):
         with pytest.raises(TypeError, match=rf"got a list: `{function.__name__}\(model"):
             function([nn.Linear(1, 1)])
+
+
+class Attention(nn.Module):
+    """Has dropout in its forward, and a buffer of a given dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.values = nn.Linear(4, 4)
+        self.register_buffer("index", torch.zeros(4, dtype=dtype))
+
+    def forward(self, x):
+        return nn.functional.dropout(self.values(x), training=self.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.half, torch.cfloat])
+def test_only_buffers_of_floats_or_complex_numbers_hold_the_mode(dtype):
+    """As levit and XLM do: their attention owns the indices of positions, and dropout stays on."""
+    model = nn.Sequential(Attention(dtype), nn.Linear(4, 1))
+    moves = dtype.is_floating_point or dtype.is_complex
+    with frozen(model, "[0]"):
+        assert model.train()[0].training is not moves
+    freeze(model, "[0]")
+    assert model.train()[0].training is not moves

@@ -203,9 +203,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     """
     selection = _selected("unfreeze", module, layers)
     # Integers, as quantised weights are, have no gradient.
-    slots = [
-        s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
-    ]
+    slots = [s for s in selection.slots if s.parameter.dtype.to_real().is_floating_point]
     for *_, parameter in slots:
         (_found.get(id(parameter)) or parameter).requires_grad = True
     for owner in (*selection.modules, *selection.buffer_owners):

@@ -20,7 +20,6 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -111,8 +110,9 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if id(parameter) in chosen
     ]
-    # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
-    moving = {id(b) for b in module.buffers() if b.dtype != torch.bool and id(b) in chosen}
+    # Other dtypes are masks and indices. The attention that owns them may have dropout.
+    floats = {id(b) for b in module.buffers() if b.dtype.to_real().is_floating_point}
+    moving = floats & chosen
     owners = [m for m in module.modules() if not moving.isdisjoint(map(id, m._buffers.values()))]
     return Selection(slots, modules, owners)
 
