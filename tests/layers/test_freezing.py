@@ -685,3 +685,63 @@ def test_only_buffers_of_floats_or_complex_numbers_hold_the_mode(dtype):
         assert model.train()[0].training is not moves
     freeze(model, "[0]")
     assert model.train()[0].training is not moves
+
+
+class Scaled(nn.Module):
+    """Owns statistics as a buffer, a frozen body with a BatchNorm, and a head that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.body = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)
+        )
+        self.head = nn.Linear(4, 1)
+
+
+def all_but(names):
+    def act(model):
+        freeze(model, ["**", *("!" + name for name in names)])
+
+    return act
+
+
+def all_and_then(names, **options):
+    def act(model):
+        freeze(model, **options)
+        unfreeze(model, names)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "evaluating"),
+    [
+        (freeze, ["", "body.1", "body.2"]),
+        (all_but(["head"]), ["body.1", "body.2"]),
+        (all_and_then(["head"]), ["body.1", "body.2"]),
+        (all_and_then(["head.bias"]), ["body.1", "body.2"]),
+        (all_but(["body[0]"]), ["body.1", "body.2"]),
+        (all_and_then(["body[0]"]), ["body.1", "body.2"]),
+        (all_but(["**.bias"]), ["body.1", "body.2"]),
+        (all_and_then(["**.bias"]), ["body.1", "body.2"]),
+        (all_and_then(["head"], eval_mode=True), ["body", "body.0", "body.1", "body.2"]),
+    ],
+)
+def test_a_module_with_layers_that_are_trained_is_in_the_mode_asked_for(act, evaluating):
+    """Its functional dropout depends on it. Norms inside it keep their statistics."""
+    model = Scaled()
+    act(model)
+    for mode in (True, False, True):
+        model.train(mode)
+        assert [n for n, m in model.named_modules() if m.training is not mode] == (
+            evaluating if mode else []
+        )
+    unfreeze(model)
+    assert all(m.training for m in model.modules())
+
+
+def test_a_block_around_all_but_the_head_leaves_the_mode_of_the_whole():
+    model = Scaled()
+    with frozen(model, ["**", "!head"]):
+        assert model.training and not model.body[1].training

@@ -206,7 +206,7 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     slots = [s for s in selection.slots if s.parameter.dtype.to_real().is_floating_point]
     for *_, parameter in slots:
         (_found.get(id(parameter)) or parameter).requires_grad = True
-    for owner in (*selection.modules, *selection.buffer_owners):
+    for owner in (*selection.modules, *selection.buffer_owners, *selection.above):
         _unpin(owner, "freeze")
     with suppress(ImportError):  # a lifted cell may be without it
         from trainkit.evidence import note_unfrozen
