@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import pickle
 
 import pytest
@@ -745,3 +746,34 @@ def test_a_block_around_all_but_the_head_leaves_the_mode_of_the_whole():
     model = Scaled()
     with frozen(model, ["**", "!head"]):
         assert model.training and not model.body[1].training
+
+
+def scripted():
+    torch.manual_seed(0)
+    return torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+
+def loaded():
+    """Its parameters are plain tensors."""
+    file = io.BytesIO()
+    torch.jit.save(scripted(), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.parametrize("make", [scripted, loaded])
+def test_torchscript_modules_are_frozen_like_others(make):
+    model, names = nn.Sequential(make(), nn.Linear(4, 1)), ["0.weight", "0.bias"]
+    names += ["1.weight", "1.bias"]
+    x, before = torch.randn(8, 4), bits(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with frozen(model, "[0]") as found:
+        assert found == [f"0.{name}" for name in names] == frozen_parameters(model)
+        model.train()(x).sum().backward()
+        optimizer.step()
+    assert same_bits(bits(model[0]), before)
+    assert frozen_parameters(model) == [] and model[0].training
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert freeze(model[0]) == names == frozen_parameters(model[0])
+    assert unfreeze(model[0]) == names and frozen_parameters(model[0]) == []

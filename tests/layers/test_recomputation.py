@@ -552,6 +552,14 @@ def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
     assert not changed(model)
 
 
+def test_a_layer_with_a_torchscript_module_is_refused():
+    model = nn.Sequential(nn.Sequential(torch.jit.script(nn.BatchNorm1d(4)), nn.Linear(4, 4)))
+    with pytest.raises(TypeError, match=r"'0' contains a TorchScript module.*`recompute\(model, "):
+        recompute(model, "*")
+    with recompute(model, ["**", "!*.[0]"]) as names:
+        assert names == ["0.1"]
+
+
 def test_only_modules_are_taken_and_layers_are_required():
     with pytest.raises(TypeError, match=r"got a list: `recompute\(model"):
         recompute([nn.Linear(1, 1)], "**")

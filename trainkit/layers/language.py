@@ -111,9 +111,10 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     chosen = reach(module, plus) - reach(module, minus)
     modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
-        Slot(name, module.get_submodule(name.rpartition(".")[0]), parameter)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if id(parameter) in chosen
+        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in chosen
     ]
     # Other dtypes are masks and indices. The attention that owns them may have dropout.
     moving = chosen & {id(b) for b in module.buffers() if b.dtype.to_real().is_floating_point}

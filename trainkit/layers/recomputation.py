@@ -58,6 +58,12 @@ class recompute(Block):
                     f"{layer!r:.60} selects no module with a forward, and only modules can run "
                     "again: name the blocks, `recompute(model, 'encoder.layer')`"
                 )
+        for name, part in _regions(module, set(map(id, self._chosen.now().modules))).items():
+            if any(isinstance(inner, torch.jit.ScriptModule) for inner in part.modules()):
+                raise TypeError(
+                    f"{name!r} contains a TorchScript module, whose state cannot be put back for a "
+                    f"second run: leave it out, `recompute(model, [..., '!name'])`"
+                )
 
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
