@@ -57,6 +57,9 @@ class Chosen:
         self._members, self._buffers, self._known = list[Any](), list[Any](), list[Any]()
         self.now()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chosen, (self._module, self.layers)
+
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
         now, known = self._structure(), self._known
