@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -180,7 +182,7 @@ class _State:
     """Attributes, buffers, flags and versions of parameters, of a module and all in it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.name = type(module).__name__
+        self.name, self.random = type(module).__name__, _random_states()
         owners = [own for m in module.modules() for own in (vars(m), m._parameters, m._buffers)]
         kinds = Tensor, bool, int, float, str, type(None), tuple, list, dict
         tensors: list[Tensor] = []
@@ -236,7 +238,7 @@ class _State:
             )
         copies = {key: copy.clone() for key, copy in self.copies.items()}
         flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
-        replaced = []
+        replaced, random_now = [], _random_states()
         known: dict[int, Any] = {}
         for owner, key, value in self.values:
             then = _mapped(lambda leaf: copies.get(id(leaf), leaf), value, known)
@@ -247,12 +249,16 @@ class _State:
             ):
                 replaced.append((owner, key, now, then))
         try:
+            for put, state in self.random:
+                put(state)
             for owner, key, _, then in replaced:
                 owner[key] = then
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             yield
         finally:
+            for put, state in random_now:
+                put(state)
             for owner, key, now, _ in replaced:
                 owner[key] = now
             for parameter, flag in flags:
@@ -264,6 +270,14 @@ class _State:
         embedding, then = self.embeddings[changed]
         tolerance = 64 * torch.finfo(changed.dtype).eps
         return torch.allclose(_directions(embedding), then, tolerance, tolerance)
+
+
+def _random_states() -> list[tuple[Callable[[Any], None], Any]]:
+    """The states of Python and NumPy, with what puts them back. ``checkpoint`` has torch's."""
+    states: list[Any] = [(random.setstate, random.getstate())]
+    if numpy := sys.modules.get("numpy.random"):
+        states.append((numpy.set_state, numpy.get_state()))
+    return states
 
 
 def _directions(embedding: Any) -> Tensor:
