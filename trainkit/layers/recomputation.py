@@ -81,10 +81,11 @@ class recompute(Block):
                 region.put_on()
             yield list(modules)
         finally:
-            for region in regions:
-                region.holders.discard(holder)
-                if not region.holders:
-                    region.take_off()
+            try:
+                _release(regions, holder)
+            except BaseException:
+                _release(regions, holder)  # the rest, after Ctrl-C
+                raise
 
 
 def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
@@ -96,6 +97,13 @@ def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
         if has_forward and not is_inner and chosen.issuperset(map(id, part.modules())):
             found[name], outer = part, name and f"{name}."
     return found
+
+
+def _release(regions: list[_Region], holder: object) -> None:
+    for region in regions:
+        region.holders.discard(holder)
+        if not region.holders:
+            region.take_off()
 
 
 class _Region:
