@@ -4,10 +4,12 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import pickle
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -336,6 +338,42 @@ def test_a_forward_put_around_it_inside_stays_and_recomputes_no_more():
     with recompute(model, "layers"):
         loss_of(model, x).backward()
     assert len(model.runs) == 5 + 5 + 3
+
+
+def test_a_wrapper_that_copies_attributes_stays_also_in_the_next_block():
+    model, (x,), calls = make(), xs(), []
+
+    def wrapped(forward):
+        @functools.wraps(forward)
+        def wrapper(x):
+            calls.append(x)
+            return forward(x)
+
+        return wrapper
+
+    for _ in range(2):
+        with recompute(model, "layers"), recompute(model, "layers"):
+            if not calls:
+                model.layers[0].forward = wrapped(model.layers[0].forward)
+            with recompute(model, "layers[0]"):
+                loss_of(model, x).backward()
+        assert changed(model) == ["layers.0"]
+    assert len(calls) == 1 + 2  # in the second block the wrapper is recomputed too
+
+
+def test_a_model_is_freed_without_the_garbage_collector():
+    def left():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        with recompute(model, "*"):
+            loss_of(model, xs()[0]).backward()
+        return weakref.ref(model[0])
+
+    left()  # what torch imports at its first call holds frames
+    gc.disable()
+    try:
+        assert left()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_forward_that_fails_leaves_nothing():

@@ -75,7 +75,8 @@ class recompute(Block):
         regions: list[_Region] = []
         try:
             for module in modules.values():
-                region = getattr(vars(module).get("forward"), "_region", None) or _Region(module)
+                on = vars(module).get("__reduce_ex__")
+                region = getattr(on, "__self__", None) or _Region(module)
                 regions.append(region)
                 region.holders.add(holder)
                 region.put_on()
@@ -104,6 +105,7 @@ def _release(regions: list[_Region], holder: object) -> None:
         region.holders.discard(holder)
         if not region.holders:
             region.take_off()
+            region.shadow = None  # which refers to the region: a cycle would keep the module alive
 
 
 class _Region:
@@ -113,16 +115,17 @@ class _Region:
         self.module, self.forward = module, module.forward
         self.found = {key: own for key, own in vars(module).items() if key == "forward"}
         self.holders: set[object] = set()
-        self.shadow = _shadow(self)
+        self.shadow: Callable[..., Any] | None = _shadow(self)
 
     def put_on(self) -> None:
-        vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
+        if "__reduce_ex__" not in vars(self.module):
+            vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
 
     def take_off(self) -> None:
         own = vars(self.module)
         own.pop("__reduce_ex__", None)
         # A forward that the user put around the shadow stays, and leads through it.
-        if own.get("forward") is self.shadow:
+        if own.get("forward", self) is self.shadow:
             del own["forward"]
             own.update(self.found)
 
@@ -157,7 +160,6 @@ def _shadow(region: _Region) -> Callable[..., Any]:
         run = _runs(region, len(args), tuple(kwargs))
         return checkpoint(run, *values, use_reentrant=False)
 
-    forward._region = region  # type: ignore[attr-defined]
     return forward
 
 
