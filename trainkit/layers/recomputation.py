@@ -83,9 +83,9 @@ class recompute(Block):
             yield list(modules)
         finally:
             try:
-                _release(regions, holder)
+                _take_off(regions, holder)
             except BaseException:
-                _release(regions, holder)  # the rest, after Ctrl-C
+                _take_off(regions, holder)  # the rest, after Ctrl-C
                 raise
 
 
@@ -100,7 +100,7 @@ def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
     return found
 
 
-def _release(regions: list[_Region], holder: object) -> None:
+def _take_off(regions: list[_Region], holder: object) -> None:
     for region in regions:
         region.holders.discard(holder)
         if not region.holders:
@@ -214,14 +214,12 @@ class _State:
         ]
         # Forward may change these in place. Many integers are a table or a quantised weight.
         buffers = {id(b) for b in module.buffers() if b.is_floating_point()}
-        fixed = {id(p) for p in module.parameters()}
-        constants = [t for t in tensors if not t.requires_grad and id(t) not in fixed]
+        parameters = {id(p) for p in module.parameters()}
+        constants = [t for t in tensors if not t.requires_grad and id(t) not in parameters]
         moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
         self.copies = {id(tensor): tensor.clone() for tensor in moving}
         self.large = [(t, t._version) for t in moving if t.numel() > 4096 and not t.is_inference()]
-        self.parameters: list[tuple[Tensor, bool, int]] = [
-            (p, p.requires_grad, p._version) for p in module.parameters()
-        ]
+        self.fixed: list[Any] = [(p, p.requires_grad, p._version) for p in module.parameters()]
         # With max_norm, the forward of an embedding changes its weight.
         inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         found: list[Any] = [m for m in inside if m.max_norm is not None]
@@ -234,12 +232,12 @@ class _State:
         for tensor, version in self.large:
             if tensor._version == version:
                 self.copies.pop(id(tensor), None)
-                self.parameters.append((tensor, False, version))
+                self.fixed.append((tensor, False, version))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for the second run, and the present state back after it."""
-        changed = [p for p, _, version in self.parameters if p._version != version]
+        changed = [p for p, _, version in self.fixed if p._version != version]
         if not all(map(self._is_same, changed)):
             raise RuntimeError(
                 f"parameters or large buffers of a recomputed {self.name} were changed between its "
@@ -247,7 +245,7 @@ class _State:
                 "backward, and leave out a layer that changes its own weight, `'!name'`"
             )
         copies = {key: copy.clone() for key, copy in self.copies.items()}
-        flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
+        flags = [(p, flag) for p, flag, _ in self.fixed if p.requires_grad != flag]
         replaced, random_now = [], _random_states()
         known: dict[int, Any] = {}
         for owner, key, value in self.values:
