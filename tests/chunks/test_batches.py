@@ -82,6 +82,7 @@ def test_another_dimension_counts_rows(dim, shapes, cut):
         ((torch.ones(5),), 1, r"got none in \[\(5,\)\]"),
         (([torch.ones(3, 4, 6), torch.ones(3, 5, 7)], torch.ones(2)), 0, "pad images"),
         ((pack_sequence([torch.ones(5, 2)]),), 0, "pack_padded_sequence"),
+        ((torch.eye(4).to_sparse(), torch.ones(4)), 0, r"dense tensors: .*`x.to_sparse\(\)`"),
     ],
 )
 def test_a_batch_that_cannot_be_cut_says_what_helps(args, dim, said):

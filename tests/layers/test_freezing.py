@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import pickle
 
 import pytest
@@ -662,3 +663,117 @@ def test_only_modules_are_taken():
     for function in (frozen, freeze, unfreeze, frozen_parameters, trainable_parameters):
         with pytest.raises(TypeError, match=rf"got a list: `{function.__name__}\(model"):
             function([nn.Linear(1, 1)])
+
+
+class Attention(nn.Module):
+    """Has dropout in its forward, and a buffer of a given dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.values = nn.Linear(4, 4)
+        self.register_buffer("index", torch.zeros(4, dtype=dtype))
+
+    def forward(self, x):
+        return nn.functional.dropout(self.values(x), training=self.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.half, torch.cfloat])
+def test_only_buffers_of_floats_or_complex_numbers_hold_the_mode(dtype):
+    """As levit and XLM do: their attention owns the indices of positions, and dropout stays on."""
+    model = nn.Sequential(Attention(dtype), nn.Linear(4, 1))
+    moves = dtype.is_floating_point or dtype.is_complex
+    with frozen(model, "[0]"):
+        assert model.train()[0].training is not moves
+    freeze(model, "[0]")
+    assert model.train()[0].training is not moves
+
+
+class Scaled(nn.Module):
+    """Owns statistics as a buffer, a frozen body with a BatchNorm, and a head that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.body = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)
+        )
+        self.head = nn.Linear(4, 1)
+
+
+def all_but(names):
+    def act(model):
+        freeze(model, ["**", *("!" + name for name in names)])
+
+    return act
+
+
+def all_and_then(names, **options):
+    def act(model):
+        freeze(model, **options)
+        unfreeze(model, names)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "evaluating"),
+    [
+        (freeze, ["", "body.1", "body.2"]),
+        (all_but(["head"]), ["body.1", "body.2"]),
+        (all_and_then(["head"]), ["body.1", "body.2"]),
+        (all_and_then(["head.bias"]), ["body.1", "body.2"]),
+        (all_but(["body[0]"]), ["body.1", "body.2"]),
+        (all_and_then(["body[0]"]), ["body.1", "body.2"]),
+        (all_but(["**.bias"]), ["body.1", "body.2"]),
+        (all_and_then(["**.bias"]), ["body.1", "body.2"]),
+        (all_and_then(["head"], eval_mode=True), ["body", "body.0", "body.1", "body.2"]),
+    ],
+)
+def test_a_module_with_layers_that_are_trained_is_in_the_mode_asked_for(act, evaluating):
+    """Its functional dropout depends on it. Norms inside it keep their statistics."""
+    model = Scaled()
+    act(model)
+    for mode in (True, False, True):
+        model.train(mode)
+        assert [n for n, m in model.named_modules() if m.training is not mode] == (
+            evaluating if mode else []
+        )
+    unfreeze(model)
+    assert all(m.training for m in model.modules())
+
+
+def test_a_block_around_all_but_the_head_leaves_the_mode_of_the_whole():
+    model = Scaled()
+    with frozen(model, ["**", "!head"]):
+        assert model.training and not model.body[1].training
+
+
+def scripted():
+    torch.manual_seed(0)
+    return torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+
+def loaded():
+    """Its parameters are plain tensors."""
+    file = io.BytesIO()
+    torch.jit.save(scripted(), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.parametrize("make", [scripted, loaded])
+def test_torchscript_modules_are_frozen_like_others(make):
+    model, names = nn.Sequential(make(), nn.Linear(4, 1)), ["0.weight", "0.bias"]
+    names += ["1.weight", "1.bias"]
+    x, before = torch.randn(8, 4), bits(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with frozen(model, "[0]") as found:
+        assert found == [f"0.{name}" for name in names] == frozen_parameters(model)
+        model.train()(x).sum().backward()
+        optimizer.step()
+    assert same_bits(bits(model[0]), before)
+    assert frozen_parameters(model) == [] and model[0].training
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert freeze(model[0]) == names == frozen_parameters(model[0])
+    assert unfreeze(model[0]) == names and frozen_parameters(model[0]) == []

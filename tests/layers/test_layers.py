@@ -1,5 +1,7 @@
 """The layers language. The reference is Python's indexing, or a regular expression over names."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainkit import freeze, frozen, frozen_parameters
+from trainkit import freeze, frozen, frozen_parameters, recompute
 
 
 class Layer(nn.Module):
@@ -317,3 +319,14 @@ def test_a_pattern_follows_a_name_to_another_module():
     with block as names:
         assert names == ["a.weight", "a.bias"]
         assert first.weight.requires_grad and not second.weight.requires_grad
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("part", [frozen, recompute])
+def test_a_part_and_its_model_are_copied_together(make_copy, part):
+    model = Model()
+    copied, block = make_copy((model, part(model, "encoder.layer[1:]")))
+    with part(model, "encoder.layer[1:]") as expected, block as names:
+        assert names == expected and len(names) > 2
+        assert frozen_parameters(copied) == (names if part is frozen else [])
+    assert frozen_parameters(copied) == frozen_parameters(model) == []

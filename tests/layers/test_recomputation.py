@@ -1,12 +1,17 @@
 """Recomputing changes memory and nothing else. The reference is the same code without it."""
 
+import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import pickle
+import random
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit import accumulate, amp, frozen, recompute, train_step
 
 
+class Runs(list):
+    """Modules in the order of their runs. Recomputing puts back plain lists, and not this one."""
+
+
 class Block(nn.Module):
-    """Has everything that a second run could get wrong, and counts its runs in a list."""
+    """Has everything that a second run could get wrong, and counts its runs."""
 
     def __init__(self, runs=None):
         super().__init__()
@@ -31,7 +40,7 @@ class Block(nn.Module):
             nn.Dropout(0.3),
             nn.utils.parametrizations.spectral_norm(nn.Linear(16, 4)),
         )
-        self.runs, self.calls = [] if runs is None else runs, 0
+        self.runs, self.calls = Runs() if runs is None else runs, 0
 
     def forward(self, x, scale=None):
         self.runs.append(self)
@@ -43,7 +52,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.runs = []
+        self.runs = Runs()
         self.stem = nn.Linear(4, 4)
         self.layers = nn.ModuleList(Block(self.runs) for _ in range(3))
         self.pair = nn.ModuleDict(
@@ -223,7 +232,8 @@ def test_regions_run_again_in_backward_and_once_without_gradients():
     assert model.runs[5:] == [model.pair.a, model.layers[2], model.layers[1]]
 
 
-def test_graphs_of_earlier_calls_are_not_kept():
+@pytest.mark.parametrize("store", [lambda x: x, lambda x: (x, x), lambda x: {"x": [x]}])
+def test_graphs_of_earlier_calls_are_not_kept(store):
     """A module stores a tensor with a graph. Each call must not keep the graph of the last."""
 
     class Stores(nn.Linear):
@@ -231,7 +241,7 @@ def test_graphs_of_earlier_calls_are_not_kept():
 
         def forward(self, x):
             y = super().forward(x).tanh()
-            self.stored = (y.exp() * y).sum()
+            self.stored = store((y.exp() * y).sum())
             return y
 
     model, counts = nn.Sequential(Stores(4, 4), Stores(4, 4)), []
@@ -328,6 +338,42 @@ def test_a_forward_put_around_it_inside_stays_and_recomputes_no_more():
     with recompute(model, "layers"):
         loss_of(model, x).backward()
     assert len(model.runs) == 5 + 5 + 3
+
+
+def test_a_wrapper_that_copies_attributes_stays_also_in_the_next_block():
+    model, (x,), calls = make(), xs(), []
+
+    def wrapped(forward):
+        @functools.wraps(forward)
+        def wrapper(x):
+            calls.append(x)
+            return forward(x)
+
+        return wrapper
+
+    for _ in range(2):
+        with recompute(model, "layers"), recompute(model, "layers"):
+            if not calls:
+                model.layers[0].forward = wrapped(model.layers[0].forward)
+            with recompute(model, "layers[0]"):
+                loss_of(model, x).backward()
+        assert changed(model) == ["layers.0"]
+    assert len(calls) == 1 + 2  # in the second block the wrapper is recomputed too
+
+
+def test_a_model_is_freed_without_the_garbage_collector():
+    def left():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        with recompute(model, "*"):
+            loss_of(model, xs()[0]).backward()
+        return weakref.ref(model[0])
+
+    left()  # what torch imports at its first call holds frames
+    gc.disable()
+    try:
+        assert left()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_forward_that_fails_leaves_nothing():
@@ -546,6 +592,14 @@ def test_layers_that_cannot_run_again_are_refused(layers, kind, message):
     assert not changed(model)
 
 
+def test_a_layer_with_a_torchscript_module_is_refused():
+    model = nn.Sequential(nn.Sequential(torch.jit.script(nn.BatchNorm1d(4)), nn.Linear(4, 4)))
+    with pytest.raises(TypeError, match=r"'0' contains a TorchScript module.*`recompute\(model, "):
+        recompute(model, "*")
+    with recompute(model, ["**", "!*.[0]"]) as names:
+        assert names == ["0.1"]
+
+
 def test_only_modules_are_taken_and_layers_are_required():
     with pytest.raises(TypeError, match=r"got a list: `recompute\(model"):
         recompute([nn.Linear(1, 1)], "**")
@@ -709,6 +763,76 @@ def test_wrapped_models_on_two_ranks():
         assert len(answer) == 12 and all(answer.values()), answer
 
 
+Pair = collections.namedtuple("Pair", "hidden cell")
+
+
+class Carries(nn.LSTM):
+    """Carries its state from call to call: ``keep`` makes it of the last output."""
+
+    def __init__(self, keep):
+        super().__init__(4, 4)
+        self.keep, self.state = keep, keep((torch.zeros(6, 4).view(1, 6, 4),) * 2, None)
+
+    def forward(self, x):
+        if "calls" in self.state:
+            self.state["calls"] += 1
+        found = self.state["pair"] if isinstance(self.state, dict) else self.state
+        found = found[0] if len(found) == 1 else found
+        y, pair = super().forward(x[None], tuple(t.detach().clone() for t in found))
+        self.state = self.keep(pair, self.state)
+        return y[0] * (self.state.get("calls", 1) if isinstance(self.state, dict) else 1)
+
+
+def changed_in_place(pair, state):
+    state = {"calls": 0, "pair": [torch.zeros_like(t) for t in pair]} if state is None else state
+    state["pair"][0] = pair[0]
+    state["pair"][1].copy_(pair[1].detach())
+    return state
+
+
+STATES = {
+    "tuple": lambda pair, _: pair,
+    "list": lambda pair, _: [*pair],
+    "named tuple": lambda pair, _: Pair(*pair),
+    "nested": lambda pair, _: [pair],
+    "dict": lambda pair, _: {"pair": pair},
+    "in place": changed_in_place,
+}
+
+
+@pytest.mark.parametrize("keep", STATES.values(), ids=STATES)
+def test_a_state_in_a_container_is_as_in_the_first_run(keep):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Carries(keep), nn.Linear(4, 1))
+
+    def train(model):
+        sum(loss_of(model, x) for x in xs(2)).backward()
+        loss = loss_of(model, xs()[0])
+        loss.backward(retain_graph=True)
+        loss.backward()
+        outputs.append(model(xs()[0]))  # in which the state shows
+
+    outputs = []
+    check_same(train, "[0]", make)
+    assert torch.equal(*outputs)
+
+
+def test_a_list_that_two_layers_share_is_one_in_the_second_run_too():
+    class Shares(nn.Linear):
+        def forward(self, x):
+            self.shared.append(x.detach().mean())
+            return super().forward(x) * sum(self.shared)
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(Shares(4, 4), Shares(4, 4))
+        model[0].shared = model[1].shared = []
+        return nn.Sequential(model)
+
+    check_same(lambda model: sum(loss_of(model, x) for x in xs(2)).backward(), "[0]", make)
+
+
 class Counts(nn.Module):
     """Changes tensors in place in every forward, and uses what they count."""
 
@@ -735,3 +859,97 @@ def test_tensors_that_forward_changes_in_place_change_once():
     found = train(lambda model: recompute(model, "[0]"))
     expected = train(lambda model: contextlib.nullcontext())
     assert all(map(torch.equal, found, expected))
+
+
+DRAWS = {
+    "Python": random.random,
+    "NumPy": np.random.rand,
+    "torch": lambda: torch.rand(()).item(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_random_numbers_are_those_of_the_first_run(draw):
+    """As LayerDrop draws them. The numbers after backward are those without it, too."""
+
+    class Drops(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x) * draw()).tanh()
+
+    def make():
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        return nn.Sequential(Drops(4, 4), nn.Linear(4, 1))
+
+    def train(model):
+        sum(loss_of(model, x) for x in xs(2)).backward()
+        after.append(draw())
+
+    after = []
+    check_same(train, "[0]", make)
+    assert after[0] == after[1]
+
+
+class Masks(nn.Module):
+    """Has a large buffer, which ``change`` may change in the forward."""
+
+    def __init__(self, change=lambda mask: None):
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, 4), change
+        self.register_buffer("mask", torch.ones(100, 100))
+        self.register_buffer("small", torch.ones(4))
+
+    def forward(self, x):
+        self.change(self.mask)
+        return self.linear(x).tanh() * self.mask.mean() * self.small
+
+
+def alive(numel):
+    return sum(type(thing) is torch.Tensor and thing.numel() == numel for thing in gc.get_objects())
+
+
+def test_a_large_buffer_is_copied_for_backward_only_if_forward_changes_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Masks() for _ in range(4)], Masks(lambda mask: mask.mul_(0.9)))
+    before = alive(10_000)
+    with recompute(model, "*"):
+        loss = model(xs()[0]).sum()
+        assert alive(10_000) == before + 1
+    loss.backward()
+
+
+@pytest.mark.parametrize("change", [lambda mask: None, lambda mask: mask.mul_(0.9)])
+def test_a_large_buffer_is_as_in_the_first_run(change):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Masks(change), nn.Linear(4, 1))
+
+    check_same(lambda model: sum(loss_of(model, x) for x in xs(2)).backward(), "[0]", make)
+
+
+def test_a_buffer_changed_between_forward_and_backward_is_as_before_or_an_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(Masks())
+    with recompute(model, "[0]"):
+        loss = model(xs()[0]).sum()
+        gradient = torch.autograd.grad(loss, model[0].linear.weight, retain_graph=True)
+        model[0].small.mul_(2)
+        assert torch.equal(
+            torch.autograd.grad(loss, model[0].linear.weight, retain_graph=True)[0], *gradient
+        )
+        model[0].mask.mul_(2)
+        with pytest.raises(RuntimeError, match=r"large buffers of a recomputed Masks were changed"):
+            loss.backward()
+
+
+def test_a_layer_that_changes_its_own_weight_is_an_error_that_says_so():
+    class Renormed(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    model = nn.Sequential(Renormed(4, 1))
+    with recompute(model, "[0]"):
+        loss = model(xs()[0]).tanh().sum()
+        with pytest.raises(RuntimeError, match="leave out a layer that changes its own weight"):
+            loss.backward()

@@ -219,3 +219,12 @@ def test_another_type_or_depth_is_refused():
     for depth, error in ((True, TypeError), ("2", TypeError), (1.0, TypeError), (-1, ValueError)):
         with pytest.raises(error, match=f"got {depth!r}.*depth=2"):
             model_summary(Model(), depth)
+
+
+def test_a_torchscript_module_has_the_rows_of_the_plain_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    plain, scripted = (
+        model_summary(nn.ModuleDict({"body": body})) for body in (model, torch.jit.script(model))
+    )
+    assert scripted.totals == plain.totals
+    assert {row.path for row in scripted.rows} == {"**", "body", "body.0", "body.1"}

@@ -194,6 +194,29 @@ def test_a_part_that_fails_says_why_and_the_others_are_measured(user):
     assert [bool(failure) for failure in failures] == [False, False, False, True, False, True]
 
 
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(8, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return (x * self.filter).abs()
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (nn.Embedding(4, 8, sparse=True), torch.arange(4).repeat(8)),
+        (Complex(), torch.ones(32, 8)),
+    ],
+    ids=["sparse", "complex"],
+)
+def test_gradients_that_adamw_refuses_are_measured_with_sgd(user, monkeypatch, model, batch):
+    monkeypatch.setattr(user, "made", (model, batch, mean_loss))
+    found = tried("given")
+    assert column(found, "seconds")[0] > 0 and found["variants"][0]["failure"] == ""
+
+
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [

@@ -48,6 +48,13 @@ def last_line(output):
     return output.getvalue().rpartition("\r")[2].strip()
 
 
+def test_the_loop_has_the_length_of_its_loader(output):
+    step = stepped()
+    assert len(step.over(BATCHES, progress=shown(output))) == len(step.over(BATCHES)) == 8
+    with pytest.raises(TypeError, match="no length"):
+        len(step.over(iter(BATCHES), progress=shown(output)))
+
+
 def test_it_shows_the_numbers_of_windows(output):
     step = stepped(accumulate(2), max_norm=100.0)
     results = [step(batch) for batch in step.over(BATCHES, progress=shown(output, desc="epoch 3"))]

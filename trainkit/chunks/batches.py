@@ -25,7 +25,8 @@ class Batch:
         self._arguments, self._dim = (_Positional(args), dict(kwargs)), dim
         tensors = _cut_tensors(self._arguments)
         is_packed = any(isinstance(value, PackedSequence) for value in _walk(self._arguments))
-        check(not (is_packed or any(t.is_nested for t in tensors)), ValueError, _PACKED)
+        is_dense = all(t.layout is torch.strided and not t.is_nested for t in tensors)
+        check(is_dense and not is_packed, ValueError, _DENSE)
         shapes = [tuple(tensor.shape) for tensor in tensors]
         whole = [shape for shape in shapes if -len(shape) <= dim < len(shape)]
         cuts, came = f"microbatch cuts tensors along dimension {dim}, got", shapes or args
@@ -62,7 +63,7 @@ class Batch:
         return dim % len(shape) if shape and shape[dim] == self.rows else None
 
 
-_PACKED = "microbatch cuts padded tensors: `pack_padded_sequence(x, lengths)` in the function"
+_DENSE = "microbatch cuts dense tensors: in the step `pack_padded_sequence(x, n)`, `x.to_sparse()`"
 _REMEDY = "pad images, cut another dim, bind a table: `functools.partial(function, table=table)`"
 
 

@@ -96,8 +96,7 @@ def _release(selection: Selection, modules: list[nn.Module], holder: object) -> 
             found.holders.discard(holder)
             if not found.holders:
                 # load_state_dict(assign=True) in the block puts in another parameter.
-                now = owner._parameters.get(name.rpartition(".")[2])
-                found.restore(parameter, now)
+                found.restore(parameter, getattr(owner, name.rpartition(".")[2], None))
                 del _found[id(parameter)]
     # In reverse, because a compiled module has the mode of the module inside it.
     for module in reversed(modules):
@@ -111,13 +110,13 @@ class _Found:
         self.requires_grad, self.grad = parameter.requires_grad, parameter.grad
         self.holders: set[object] = set()
 
-    def restore(self, parameter: nn.Parameter, now: nn.Parameter | None) -> None:
+    def restore(self, parameter: nn.Parameter, now: Any) -> None:
         """Give the flag back to a parameter, and to the one that is in its place now."""
         try:
             parameter.requires_grad, parameter.grad = self.requires_grad, self.grad
         except RuntimeError:  # after a cast or a move in the block, the gradient does not fit
             parameter.grad = None
-        if now is not None:
+        if isinstance(now, nn.Parameter):
             other = _found.get(id(now), now)
             other.requires_grad = other.requires_grad or self.requires_grad
 
@@ -203,12 +202,10 @@ def unfreeze(module: nn.Module, layers: Layers = "**") -> list[str]:
     """
     selection = _selected("unfreeze", module, layers)
     # Integers, as quantised weights are, have no gradient.
-    slots = [
-        s for s in selection.slots if s.parameter.is_floating_point() or s.parameter.is_complex()
-    ]
+    slots = [s for s in selection.slots if s.parameter.dtype.to_real().is_floating_point]
     for *_, parameter in slots:
         (_found.get(id(parameter)) or parameter).requires_grad = True
-    for owner in (*selection.modules, *selection.buffer_owners):
+    for owner in (*selection.modules, *selection.buffer_owners, *selection.above):
         _unpin(owner, "freeze")
     with suppress(ImportError):  # a lifted cell may be without it
         from trainkit.evidence import note_unfrozen

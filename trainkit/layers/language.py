@@ -20,9 +20,7 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 Layers = str | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool] | Iterable[Any]
 _CONTAINERS = nn.ModuleList, nn.Sequential, nn.ParameterList
@@ -40,11 +38,15 @@ class Slot(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Selected parameters, modules selected as a whole, and modules that own a selected buffer."""
+    """Selected parameters; modules that are selected, own a selected buffer, or contain layers.
+
+    A module that contains layers which are not selected is no owner: its mode is for these.
+    """
 
     slots: list[Slot]
     modules: list[nn.Module]
     buffer_owners: list[nn.Module]
+    above: list[nn.Module]
 
 
 class Chosen:
@@ -55,22 +57,27 @@ class Chosen:
         self._members, self._buffers, self._known = list[Any](), list[Any](), list[Any]()
         self.now()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Chosen, (self._module, self.layers)
+
     def now(self) -> Selection:
         """Select anew if modules, parameters or buffers were added or replaced."""
         now, known = self._structure(), self._known
         if len(now) != len(known) or not all(map(is_, now, known)):
             self._selection = select(self._module, self.layers)
             own = [x for m in self._module.modules() for x in (m._modules, m._parameters)]
-            self._members = [*(x.keys() for x in own), *(x.values() for x in own)]
+            self._members = [view() for x in own for view in (x.keys, x.values)]
             self._buffers = [m._buffers.values() for m in self._module.modules()]
             self._known = self._structure()
         return self._selection
 
     def _structure(self) -> list[Any]:
-        # A step asks in every micro-batch, so no loop in Python. Many modules replace their buffers
-        # in every forward, so only the type of a buffer counts: a tensor, or None.
-        buffers = map(type, chain.from_iterable(self._buffers))
-        return [self._module, *chain.from_iterable(self._members), *buffers]
+        """All that selecting depends on. A step asks in every micro-batch: no loop in Python.
+
+        Many modules replace their buffers in every forward, so only the type of a buffer counts: a
+        tensor, or None.
+        """
+        return [self._module, *chain(*self._members), *map(type, chain(*self._buffers))]
 
 
 def normalise(layers: Layers) -> tuple[Any, ...]:
@@ -107,23 +114,27 @@ def select(module: nn.Module, layers: tuple[Any, ...]) -> Selection:
     chosen = reach(module, plus) - reach(module, minus)
     modules = [m for m in module.modules() if id(m) in chosen]
     slots = [
-        Slot(name, module.get_submodule(name.rpartition(".")[0]), parameter)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if id(parameter) in chosen
+        Slot(f"{path}.{name}".lstrip("."), owner, parameter)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and id(parameter) in chosen
     ]
-    # A bool buffer is a mask and never moves, and the attention that owns it may have dropout.
-    moving = {id(b) for b in module.buffers() if b.dtype != torch.bool and id(b) in chosen}
-    owners = [m for m in module.modules() if not moving.isdisjoint(map(id, m._buffers.values()))]
-    return Selection(slots, modules, owners)
+    # Other dtypes are masks and indices. The attention that owns them may have dropout.
+    moving = chosen & {id(b) for b in module.buffers() if b.dtype.to_real().is_floating_point}
+    inside = {m: {id(p) for c in m.children() for p in c.parameters()} for m in module.modules()}
+    owners = [m for m in inside if inside[m] <= chosen and moving & {*map(id, m._buffers.values())}]
+    return Selection(slots, modules, owners, [m for m in inside if inside[m] & chosen])
 
 
 def reach(module: nn.Module, layers: Iterable[Any]) -> set[int]:
-    """Ids of all that layers select: modules as a whole, parameters and buffers."""
+    """Ids of all that layers select: modules as a whole, parameters and buffers.
+
+    Where all parameters of a module are selected, its buffers are too.
+    """
     parts = [part for layer in layers for part in _find(module, layer)]
     own = [(*m.modules(), *m.parameters(), *m.buffers()) for m in parts if isinstance(m, nn.Module)]
     reached = set(map(id, chain(parts, *own)))
     for m in module.modules():
-        # Where all parameters of a module are selected, its buffers are too.
         if (inside := set(map(id, m.parameters()))) and inside <= reached:
             reached.update(map(id, m.buffers()))
     return reached
@@ -181,9 +192,9 @@ def _slice(index: str) -> slice:
 
 
 def _members(module: nn.Module) -> list[tuple[str, Any]]:
-    groups: list[Any] = [module._modules, module._parameters, module._buffers]
-    if parametrize.is_parametrized(module):  # `weight` is computed from the parameters in here
-        groups.append(module.parametrizations)
+    """Members by name. A parametrized `weight` is what it is computed from."""
+    computed: Any = getattr(module, "parametrizations", {})
+    groups: Any = module._modules, module._parameters, module._buffers, computed
     return [(key, part) for group in groups for key, part in group.items() if part is not None]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.layers.blocks import Block
@@ -57,6 +60,12 @@ class recompute(Block):
                     f"{layer!r:.60} selects no module with a forward, and only modules can run "
                     "again: name the blocks, `recompute(model, 'encoder.layer')`"
                 )
+        for name, part in _regions(module, set(map(id, self._chosen.now().modules))).items():
+            if any(isinstance(inner, torch.jit.ScriptModule) for inner in part.modules()):
+                raise TypeError(
+                    f"{name!r} contains a TorchScript module, whose state cannot be put back for a "
+                    f"second run: leave it out, `recompute(model, [..., '!name'])`"
+                )
 
     @contextmanager
     def around_step(self) -> Iterator[list[str]]:
@@ -66,16 +75,18 @@ class recompute(Block):
         regions: list[_Region] = []
         try:
             for module in modules.values():
-                region = getattr(vars(module).get("forward"), "_region", None) or _Region(module)
+                on = vars(module).get("__reduce_ex__")
+                region = getattr(on, "__self__", None) or _Region(module)
                 regions.append(region)
                 region.holders.add(holder)
                 region.put_on()
             yield list(modules)
         finally:
-            for region in regions:
-                region.holders.discard(holder)
-                if not region.holders:
-                    region.take_off()
+            try:
+                _take_off(regions, holder)
+            except BaseException:
+                _take_off(regions, holder)  # the rest, after Ctrl-C
+                raise
 
 
 def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
@@ -89,6 +100,14 @@ def _regions(module: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
     return found
 
 
+def _take_off(regions: list[_Region], holder: object) -> None:
+    for region in regions:
+        region.holders.discard(holder)
+        if not region.holders:
+            region.take_off()
+            region.shadow = None  # which refers to the region: a cycle would keep the module alive
+
+
 class _Region:
     """Replaces ``forward`` of a module, on the instance, where torch.compile notices it."""
 
@@ -96,16 +115,17 @@ class _Region:
         self.module, self.forward = module, module.forward
         self.found = {key: own for key, own in vars(module).items() if key == "forward"}
         self.holders: set[object] = set()
-        self.shadow = _shadow(self)
+        self.shadow: Callable[..., Any] | None = _shadow(self)
 
     def put_on(self) -> None:
-        vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
+        if "__reduce_ex__" not in vars(self.module):
+            vars(self.module).update({"forward": self.shadow, "__reduce_ex__": self.reduce})
 
     def take_off(self) -> None:
         own = vars(self.module)
         own.pop("__reduce_ex__", None)
         # A forward that the user put around the shadow stays, and leads through it.
-        if own.get("forward") is self.shadow:
+        if own.get("forward", self) is self.shadow:
             del own["forward"]
             own.update(self.found)
 
@@ -140,7 +160,6 @@ def _shadow(region: _Region) -> Callable[..., Any]:
         run = _runs(region, len(args), tuple(kwargs))
         return checkpoint(run, *values, use_reentrant=False)
 
-    forward._region = region  # type: ignore[attr-defined]
     return forward
 
 
@@ -153,11 +172,11 @@ def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., 
         args, kwargs = values[:count], dict(zip(names, values[count:], strict=True))
         if torch.compiler.is_compiling():  # nothing comes between forward and backward of a graph
             return region.forward(*args, **kwargs)
-        block = state.in_place() if state else nullcontext()
+        block = state.in_place() if state else None
         state = state or _State(region.module)
         token = _inside.set(True)
         try:
-            with block:
+            with block or state.watched():
                 return region.forward(*args, **kwargs)
         finally:
             _inside.reset(token)
@@ -165,68 +184,108 @@ def _runs(region: _Region, count: int, names: tuple[str, ...]) -> Callable[..., 
     return run
 
 
+# Where a module keeps its parameters, buffers, modules and hooks.
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
+
+
 class _State:
     """Attributes, buffers, flags and versions of parameters, of a module and all in it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.name = type(module).__name__
+        self.name, self.random = type(module).__name__, _random_states()
         owners = [own for m in module.modules() for own in (vars(m), m._parameters, m._buffers)]
-        kinds = Tensor, bool, int, float, str, type(None)
+        kinds = Tensor, bool, int, float, str, type(None), tuple, list, dict
+        tensors: list[Tensor] = []
+
+        def noted(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if value.grad_fn is not None:
+                    # With its graph, each call would keep the graph of the call before it.
+                    value = value.detach().requires_grad_()
+                tensors.append(value)
+            return value
+
+        known: dict[int, Any] = {}
         self.values = [
-            (owner, key, _without_graph(value))
+            (owner, key, _mapped(noted, value, known))
             for owner in owners
             for key, value in owner.items()
-            if isinstance(value, kinds)
+            if isinstance(value, kinds) and key not in _OF_TORCH
         ]
         # Forward may change these in place. Many integers are a table or a quantised weight.
         buffers = {id(b) for b in module.buffers() if b.is_floating_point()}
-        fixed = {id(p) for p in module.parameters()}
-        tensors = [v for *_, v in self.values if isinstance(v, Tensor) and id(v) not in fixed]
-        constants = [t for t in tensors if not t.requires_grad]
+        parameters = {id(p) for p in module.parameters()}
+        constants = [t for t in tensors if not t.requires_grad and id(t) not in parameters]
         moving = [t for t in constants if id(t) in buffers or t.numel() <= 4096]
         self.copies = {id(tensor): tensor.clone() for tensor in moving}
-        self.parameters = [(p, p.requires_grad, p._version) for p in module.parameters()]
+        self.large = [(t, t._version) for t in moving if t.numel() > 4096 and not t.is_inference()]
+        self.fixed: list[Any] = [(p, p.requires_grad, p._version) for p in module.parameters()]
         # With max_norm, the forward of an embedding changes its weight.
         inside = (m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         found: list[Any] = [m for m in inside if m.max_norm is not None]
         self.embeddings = {m.weight: (m, _directions(m)) for m in found}
 
     @contextmanager
+    def watched(self) -> Iterator[None]:
+        """After the first run, drop copies of large tensors that it left unchanged."""
+        yield
+        for tensor, version in self.large:
+            if tensor._version == version:
+                self.copies.pop(id(tensor), None)
+                self.fixed.append((tensor, False, version))
+
+    @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the state back for the second run, and the present state back after it."""
-        changed = [p for p, _, version in self.parameters if p._version != version]
+        changed = [p for p, _, version in self.fixed if p._version != version]
         if not all(map(self._is_same, changed)):
             raise RuntimeError(
-                f"parameters of a recomputed {self.name} were changed between its forward and its "
-                "backward, which runs the forward again: update after the last backward"
+                f"parameters or large buffers of a recomputed {self.name} were changed between its "
+                "forward and its backward, which runs the forward again: update after the last "
+                "backward, and leave out a layer that changes its own weight, `'!name'`"
             )
         copies = {key: copy.clone() for key, copy in self.copies.items()}
-        flags = [(p, flag) for p, flag, _ in self.parameters if p.requires_grad != flag]
-        replaced = []
+        flags = [(p, flag) for p, flag, _ in self.fixed if p.requires_grad != flag]
+        replaced, random_now = [], _random_states()
+        known: dict[int, Any] = {}
         for owner, key, value in self.values:
-            then = copies.get(id(value), value)
+            then = _mapped(lambda leaf: copies.get(id(leaf), leaf), value, known)
             now = owner.get(key, then)
             # FSDP2 exchanges sharded and whole parameters by itself.
-            if now is not then and not any(hasattr(v, "full_tensor") for v in (now, then)):
+            if now is not then and not any(
+                hasattr(leaf, "full_tensor") for leaf in tree_leaves((now, then))
+            ):
                 replaced.append((owner, key, now, then))
         try:
+            for put, state in self.random:
+                put(state)
             for owner, key, _, then in replaced:
                 owner[key] = then
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             yield
         finally:
+            for put, state in random_now:
+                put(state)
             for owner, key, now, _ in replaced:
                 owner[key] = now
             for parameter, flag in flags:
                 parameter.requires_grad = not flag
 
-    def _is_same(self, changed: nn.Parameter) -> bool:
+    def _is_same(self, changed: Tensor) -> bool:
         if changed not in self.embeddings:
             return False
         embedding, then = self.embeddings[changed]
         tolerance = 64 * torch.finfo(changed.dtype).eps
         return torch.allclose(_directions(embedding), then, tolerance, tolerance)
+
+
+def _random_states() -> list[tuple[Callable[[Any], None], Any]]:
+    """The states of Python and NumPy, with what puts them back. ``checkpoint`` has torch's."""
+    states: list[Any] = [(random.setstate, random.getstate())]
+    if numpy := sys.modules.get("numpy.random"):
+        states.append((numpy.set_state, numpy.get_state()))
+    return states
 
 
 def _directions(embedding: Any) -> Tensor:
@@ -236,7 +295,12 @@ def _directions(embedding: Any) -> Tensor:
     return (rows * torch.linspace(1, 2, rows.shape[1], device=rows.device)).sum(1).div(norms)
 
 
-def _without_graph(value: Any) -> Any:
-    # With its graph, each call would keep the graph of the call before it.
-    has_graph = isinstance(value, Tensor) and value.grad_fn is not None
-    return value.detach().requires_grad_() if has_graph else value
+def _mapped(change: Callable[[Any], Any], value: Any, known: dict[int, Any]) -> Any:
+    """Change a value, or those in a container, which is copied once however often it is found."""
+    # Most tuples are sizes, and cost less as they are.
+    is_size = isinstance(value, tuple) and set(map(type, value)) <= {int}
+    if is_size or not isinstance(value, (tuple, list, dict)):
+        return change(value)
+    if id(value) not in known:
+        known[id(value)] = tree_map(change, value)
+    return known[id(value)]

@@ -153,8 +153,8 @@ def _groups(equal: dict[str, nn.Module]) -> Iterator[tuple[str, dict[str, nn.Mod
     for _, group in groupby(children, lambda n: _form(children[n]) if is_container else n):
         first, *rest = group
         end = f":{int(first) + 1 + len(rest)}" if rest else ""
-        inner = {
-            f"{path}.{name}".lstrip("."): m.get_submodule(name)
+        inner: dict[str, Any] = {
+            f"{path}.{name}".lstrip("."): m._modules[name]
             for path, m in equal.items()
             for name in (first, *rest)
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
@@ -27,13 +27,14 @@ def with_progress(batches: Batches[T], steps: Sequence[Any], progress: Any) -> I
     tqdm = optional("tqdm.auto", "progress").tqdm
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return batches
-    options = {"total": length_of(batches) or None} | ({} if progress is True else dict(progress))
-    return _with_bar(batches, functools.partial(tqdm, **options), steps)
+    length = length_of(batches)
+    options = {"total": length or None} | ({} if progress is True else dict(progress))
+    return Batches(_with_bar(batches, functools.partial(tqdm, **options), steps), length)
 
 
 def _with_bar(
     batches: Batches[T], make_bar: Callable[[], Any], steps: Sequence[Any]
-) -> Iterator[T]:
+) -> Generator[T]:
     try:
         bar = make_bar()
     except KeyError as error:

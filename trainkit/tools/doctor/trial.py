@@ -1,7 +1,8 @@
 """``doctor MODULE:FUNCTION``: the time, the memory and the largest batch of a step with each part.
 
-Every variant trains a copy of the model on the same batch, with AdamW. Before a variant is
-measured, its gradient is compared with the gradient of the plain step.
+Every variant trains a copy of the model on the same batch, with AdamW, or with SGD where gradients
+are sparse or complex. Before a variant is measured, its gradient is compared with the gradient of
+the plain step.
 """
 
 from __future__ import annotations
@@ -193,7 +194,11 @@ def make_step(task: Task, parts: Parts) -> Callable[[], Any]:
     gc.collect()  # frees what the last measurement has left
     getattr(torch.get_device_module(task.device), "empty_cache", bool)()
     task = copied(task, seed=0)
-    return bind(task, parts, torch.optim.AdamW(trainable_parameters(task.model), fused=True))
+    parameters = trainable_parameters(task.model)
+    is_sparse = any(getattr(module, "sparse", False) for module in task.model.modules())
+    if is_sparse or any(map(torch.is_complex, parameters)):
+        return bind(task, parts, torch.optim.SGD(parameters))
+    return bind(task, parts, torch.optim.AdamW(parameters, fused=True))
 
 
 def copied(task: Task, seed: int) -> Task:
