@@ -223,9 +223,11 @@ class Chunk(MicroBatch):
             self.revoke()
 
     def revoke(self) -> None:
-        """Restore the window as it was before the chunk."""
-        if self.aside is not None:
-            self.step._window, self.aside = self.aside, None
+        """Give the window its sums again. It keeps a reference on which ranks have agreed."""
+        if self.aside is not None and (window := self.window) is not None:
+            window.parameters, window.sums = self.aside.parameters, self.aside.sums
+            window.lent = self.aside.lent
+            self.step._window, self.aside = window, None
 
 
 def _added(gradient: Tensor | None, total: Tensor | None) -> Tensor | None:

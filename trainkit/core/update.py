@@ -64,7 +64,7 @@ class Updater:
         device, precision = plan.parameters()[0].device, plan.precision
         self.plan = plan
         self.checks_norm = precision is not None or plan.max_norm is not None
-        self.max_norm = plan.max_norm or math.inf
+        self.max_norm = float(plan.max_norm or math.inf)
         # Made once: torch would make a tensor of a Python number again in every operation.
         self.zero, self.one, self.infinity, self.clip, self.epsilon = (
             torch.full((), value, dtype=torch.float32, device=device)

@@ -67,6 +67,6 @@ def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Wind
 
 def _check_between(step: Any, name: str) -> None:
     if step._running is not None and step._running.lent is not None:
-        raise RuntimeError(f"step.{name}() inside a micro-batch: call it between two of them")
+        raise RuntimeError(f"step.{name}() inside a micro-batch: call it between two micro-batches")
     if step._updater is None:
         step._prepare()
