@@ -253,6 +253,24 @@ def test_generators_of_random_numbers_are_given_or_found_in_the_loader(tmp_path)
     same_when_killed(loops, tmp_path, (8, 13))
 
 
+def test_datasets_within_a_dataset_have_generators(tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self, seed):
+            self.numbers = np.random.default_rng(seed)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return torch.full((8,), self.numbers.normal())
+
+    def loops(path, stop):
+        both = torch.utils.data.ConcatDataset([Noisy(0), Noisy(1)])
+        return looped(path, stop, over(DataLoader(both, 2, shuffle=True)), epochs=2)
+
+    same_when_killed(loops, tmp_path, (2, 4))
+
+
 def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):
     class Data(list):
         state_dict, load_state_dict = dict, print  # only their presence counts

@@ -14,6 +14,7 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from trainkit.core.precision import current_device
 
@@ -35,7 +36,9 @@ def within(loader: Any) -> list[Any]:
     """Return the loader, its parts, their parts, and so on."""
     found = [loader]
     for thing in found:
-        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name in PARTS]
+        held = getattr(thing, "__dict__", {})
+        parts = [part for name, part in held.items() if name in PARTS]
+        parts += held.get("datasets", ()) if isinstance(thing, Dataset) else ()
         found += [part for part in parts if all(part is not other for other in found)]
     return found
 
