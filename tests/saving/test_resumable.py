@@ -191,6 +191,17 @@ def test_nothing_is_written_while_a_parameter_is_not_finite(tmp_path):
     assert names(tmp_path) == ["00000001"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_mask_with_minus_infinity_that_nothing_trains_is_saved(tmp_path):
+    """Frozen among the parameters of the optimizer, and trainable outside of it."""
+    objects = small()
+    objects["model"].mask = nn.Parameter(torch.tensor([0, -torch.inf]), requires_grad=False)
+    objects["optimizer"].add_param_group({"params": [objects["model"].mask]})
+    objects["masked"] = nn.ParameterList([torch.tensor([0, -torch.inf])])
+    run_small(tmp_path, objects=objects)
+    assert names(tmp_path) == ["00000001"]
+
+
 # What it refuses.
 
 
