@@ -1,6 +1,7 @@
 """Stopping at any moment and running the script again gives the same bits as not stopping."""
 
 import random
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -110,6 +111,70 @@ def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
         return seen, objects["model"].state_dict()
 
     same_when_killed(loops, tmp_path, (3, 5))
+
+
+def test_loops_before_the_epochs_between_them_and_after(tmp_path):
+    def loops(path, stop):
+        objects, seen = small(), []
+        loop = over(DataLoader(batches(3), shuffle=True))
+        with resumable(path, every=ALWAYS, seen=seen, **objects) as run:
+            torch.randn(3)  # an evaluation
+            loop(objects["step"], 0, seen, stop)
+            for epochs in (2, 3):
+                for epoch in run.epochs(epochs):
+                    loop(objects["step"], epoch, seen, stop)
+                loop(objects["step"], epochs, seen, stop)
+        return seen, objects["model"].state_dict(), torch.rand(())
+
+    expected = same_when_killed(loops, tmp_path, (2, 3, 4, 7, 8, 10, 13, 17))
+    assert len(expected[0]) == 6 * 3
+    assert same(loops(tmp_path / "whole", 0)[:2], expected[:2])  # nothing is left
+
+
+@pytest.mark.parametrize("kept", [lambda loop: loop, lambda loop: tqdm(loop, disable=True)])
+def test_a_loop_that_is_left_while_a_variable_keeps_it(kept, tmp_path):
+    def loops(path, stop):
+        def left(step, epoch, seen, stop):
+            variables.append(kept(step.over(batches(6))))
+            for x in variables[-1]:
+                if len(seen) == stop:
+                    raise Killed
+                step(x)
+                seen.append(x.sum().item())
+                if len(seen) % 3 == 0:
+                    break
+
+        variables = []
+        return looped(path, stop, left)
+
+    expected = same_when_killed(loops, tmp_path, (2, 4, 7))
+    assert len(expected[0]) == 3 * 3
+
+
+def test_loops_after_one_that_a_variable_keeps_are_warned_of(tmp_path):
+    """They cannot be told from loops within it. A variable that was closed keeps nothing."""
+
+    def loops(objects, is_closed):
+        count, step = 0, objects["step"]
+        with resumable(tmp_path / str(is_closed), **objects):
+            kept = step.over(batches(6))
+            for x in kept:
+                step.last(x)
+                count += 1
+                break
+            if is_closed:
+                kept.close()
+            for x in step.over(batches(3)):
+                step(x)
+                count += 1
+        return count
+
+    with pytest.warns(UserWarning, match=r"a variable keeps .* 1 loop\(s\) .*`batches\.close\(\)`"):
+        assert loops(small(), False) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loops(small(), True) == 4
+        assert loops(small(), False) == loops(small(), True) == 0
 
 
 def endless(count=99):

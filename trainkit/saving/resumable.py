@@ -103,6 +103,7 @@ class resumable:
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         try:
             if kind is None and self._is_changed and not self._signals.stopped:
+                self._position.end_pass()
                 self._save()
         finally:
             for step, read in zip(self._objects.steps.values(), self._readers, strict=True):
@@ -142,6 +143,7 @@ class resumable:
 
         if self._position.current is not None or self._signals.stopped:
             # A loop in the body of another loop is a part of one of its micro-batches.
+            self._position.inner += 1
             self._is_nested = True
             try:
                 yield from read(loader)
