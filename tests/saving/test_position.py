@@ -64,6 +64,76 @@ def with_generator(seed, count):
     return DataLoader(batches(count), shuffle=True, generator=generator)
 
 
+def permuted(generator):
+    return DataLoader(batches(6), 3, shuffle=True, generator=generator)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def used_again(*seeds):
+    """Loaders for each epoch, made once."""
+    loaders = list(map(permuted, seeded(*seeds)))
+    return lambda epoch: loaders[epoch % len(seeds)]
+
+
+def made_anew(generator):
+    """A loader that is made in each epoch."""
+    return lambda epoch: permuted(generator(epoch) if callable(generator) else generator)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [used_again(0), used_again(0)],  # a training and an evaluation, with one seed
+        lambda: [used_again(0, 0, 0), used_again(1, 2)],
+        lambda: [made_anew(lambda epoch: seeded(epoch)[0])] * 2,
+        lambda: [made_anew(lambda epoch: seeded(0)[0])],
+        lambda: [made_anew(generator) for generator in seeded(0, 1)],
+    ],
+)
+def test_generators_of_loaders_that_are_used_again_or_made_anew(make, tmp_path):
+    def loops(path, stop):
+        def loop(i, loader_of):
+            def run(step, epoch, seen, stop):
+                kept[i] = loader_of(epoch)
+                over(kept[i])(step, epoch, seen, stop)
+
+            return run
+
+        kept = {}  # as long as a variable of the script keeps them
+        return looped(path, stop, *(loop(i, loader_of) for i, loader_of in enumerate(make())))
+
+    same_when_killed(loops, tmp_path, range(1, 12 if len(make()) == 2 else 6, 2))
+
+
+def test_generators_that_nothing_keeps_are_not_saved(tmp_path):
+    def size(epochs):
+        path = tmp_path / str(epochs)
+        looped(
+            path,
+            None,
+            lambda step, epoch, *rest: over(permuted(*seeded(epoch)))(step, epoch, *rest),
+            epochs=epochs,
+        )
+        return max(file.stat().st_size for file in path.glob("*/rank0.pt"))
+
+    assert size(9) < size(2) + 5000  # one more state of a generator has 5056 bytes
+
+
+def test_two_loaders_that_are_made_anew_with_one_seed_are_warned_of(tmp_path):
+    """Not the first loader of an epoch, whose position a checkpoint always has."""
+    with pytest.warns(UserWarning, match="two generators .* one seed") as found:
+        same_seed = [over(permuted(*seeded(0))) for _ in range(6)]
+
+        def loop(i):
+            return lambda step, epoch, *rest: same_seed[2 * epoch + i](step, epoch, *rest)
+
+        looped(tmp_path, None, loop(0), loop(1))
+    assert len(found) == 2
+
+
 def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
     """Two loaders have generators, whose states wait until they are read, and one has workers."""
 

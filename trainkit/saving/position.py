@@ -29,6 +29,7 @@ class Pass:
     """
 
     loader: str | None  # the name of a loader with a state of its own
+    generators: list[str]  # the names of the generators of random numbers in the loader
     size: int  # of the loader; 0 without a length
     begin: dict[str, Any]  # random states
     ahead: dict[str, Any] | None = None  # random states before the batch after the position
@@ -65,15 +66,14 @@ class Position:
         # the next pass runs again, and may make a loader with random numbers.
         self._between = random.now()
 
-    def epochs(self, n: int, begin: Callable[[], None]) -> Iterator[int]:
-        """Yield the epochs that are left. Call ``begin`` before each, unless it is resumed."""
+    def epochs(self, n: int) -> Iterator[int]:
+        """Yield the epochs that are left."""
         self.end_pass()
         self._passes.append(0)
         while self.epoch < n:
             if self._passes_before:
                 self._random.set(self._between)
             else:
-                begin()
                 self._between = self._random.now()
             yield self.epoch
             self.end_pass()
@@ -127,20 +127,28 @@ class Position:
         self._random.set(self._between)
 
     def run(
-        self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
+        self,
+        loader: Iterable[Any],
+        deliver: Callable[[Iterable[Any], Any], Iterator[Any]],
+        begin: Callable[[], None],
     ) -> Iterator[Any]:
-        """Yield what ``deliver(rest of the loader, batch before the rest)`` yields."""
+        """Yield what ``deliver(rest of the loader, batch before the rest)`` yields.
+
+        Call ``begin`` before the first batch, unless the pass is resumed.
+        """
         inner = loader.loader if isinstance(loader, Again) else loader
-        self._random.add_from(inner)
         self._warn_of_generators(inner)
         if self._passes < self._passes_before[: len(self._passes)]:
+            self._random.add_from(inner, self._passes, [])
             self._passes[-1] += 1
             self._random.set(self._between)
             return
         if self._passes != self._passes_before:  # the script has more epochs than before
             self._resumed = self._begun = None
         found, batch, states_at = self._resumed, None, dict[int, Any]()
-        now = Pass(self._name(inner), length_of(inner), self._random.now())
+        known = [] if found is None else found.generators
+        generators = self._random.add_from(inner, self._passes, known)
+        now = Pass(self._name(inner), generators, length_of(inner), self._random.now())
         if now.loader is None:
             self._start_workers(inner)
         if isinstance(loader, Again):
@@ -149,8 +157,11 @@ class Position:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now = self._return(found, now)
         self._passes_before, self._resumed, self._begun = [], None, None
-        reading, self.current = self._read(loader, inner, now, states_at), now
+        self.current, self._ahead = now, {}
+        reading = self._read(loader, inner, iter(inner), now, states_at)
         try:
+            if found is None:
+                begin()
             for _ in range(now.counted - now.read):
                 batch = next(reading, self)
             message = f"{now.counted} batches of this pass, and the loader has {now.read}: {SAME}"
@@ -178,13 +189,17 @@ class Position:
         return replace(found, read=found.counted)
 
     def _read(
-        self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
+        self,
+        loader: Iterable[Any],
+        inner: Iterable[Any],
+        iterator: Iterator[Any],
+        now: Pass,
+        states_at: Mapping[int, Any],
     ) -> Generator[Any]:
         """Yield the batches of a loader, or of the inner loader of an ``Again``, pass after pass.
 
         ``states_at``: random states to set before the batch of this index, in the first pass.
         """
-        iterator, self._ahead = iter(inner), {}
         while True:
             if (states := states_at.get(now.read)) is not None:
                 self._random.set(states)

@@ -121,14 +121,11 @@ class resumable:
             RuntimeError: outside of the block.
         """
         check(bool(self._readers), RuntimeError, "run.epochs outside of `with resumable() as run:`")
-        for epoch in self._position.epochs(n, self._begin_epoch):
+        for epoch in self._position.epochs(n):
             yield epoch
             if self._signals.stopped:
                 return
             self._is_changed = True
-
-    def _begin_epoch(self) -> None:
-        self._handle_request(max(all_gather_objects(self._pending_request())))
 
     # Between two micro-batches.
 
@@ -151,7 +148,7 @@ class resumable:
                 self._is_nested = False
             return
         self._check_new_states()  # the loop before may have ended right after its first update
-        for delivery in self._position.run(loader, deliver):
+        for delivery in self._position.run(loader, deliver, self._begin_pass):
             self._is_changed = True
             yield delivery
             advice = "end the inner one first, or `step.over(zip(a, b), other_step)`"
@@ -159,6 +156,9 @@ class resumable:
             check(not self._is_nested, RuntimeError, message)
             self._check_new_states()
             self._handle_request(self._current_request())
+
+    def _begin_pass(self) -> None:
+        self._handle_request(max(all_gather_objects(self._pending_request())))
 
     def _exchange(self, exchange: Any, *counts: int) -> Any:
         """Exchange batch counts between ranks, and with them requests, before a window."""
