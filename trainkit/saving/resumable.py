@@ -158,7 +158,8 @@ class resumable:
             self._handle_request(self._current_request())
 
     def _begin_pass(self) -> None:
-        self._handle_request(max(all_gather_objects(self._pending_request())))
+        if self._is_changed:
+            self._handle_request(max(all_gather_objects(self._pending_request())))
 
     def _exchange(self, exchange: Any, *counts: int) -> Any:
         """Exchange batch counts between ranks, and with them requests, before a window."""
