@@ -14,6 +14,7 @@ from typing import Any
 
 from trainkit.core.plan import check
 from trainkit.core.warning import warn
+from trainkit.core.window import Window
 from trainkit.ranks.collectives import all_gather_objects, rank, world_size
 from trainkit.saving.objects import Objects
 from trainkit.saving.position import Position
@@ -85,8 +86,6 @@ class resumable:
         self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
         self._signals = _Signals()
         self._is_nested = False
-        # On several ranks: their common request, and the number of batches at the window's end.
-        self._common_request = self._window_end = 0
         self._first_updates, self._checked_sizes = self._updates(), list[int]()
         self._check_new_states()
         self._checkpoints.check_path()
@@ -158,26 +157,29 @@ class resumable:
             self._handle_request(self._current_request())
 
     def _begin_pass(self) -> None:
-        if self._is_changed:
-            self._handle_request(max(all_gather_objects(self._pending_request())))
+        can_save = all(window.can_save for window in self._open_windows())
+        told = all_gather_objects((can_save, self._pending_request()))
+        if self._is_changed and all(can for can, _ in told):
+            self._handle_request(max(request for _, request in told))
 
     def _exchange(self, exchange: Any, *counts: int) -> Any:
         """Exchange batch counts between ranks, and with them requests, before a window."""
         told = exchange(*counts, self._pending_request(about_to_close=1))
-        now: Any = self._position.current
-        self._window_end = now.delivered + int(told[:, 0].max())
         self._common_request = int(told[:, 2].max())
+        now: Any = self._position.current
         if now.loader is not None and len(told[:, :2].unique(dim=0)) > 1:
             self._common_request = 0  # no resumed loader could give a rank its last batch again
         return told[:, :2]
 
     def _current_request(self) -> int:
-        if world_size() == 1:
-            return self._pending_request()
-        now, steps = self._position.current, self._objects.steps.values()
-        is_end = now is not None and now.delivered == self._window_end
-        is_open = any(step._window is not None and step._window.losses for step in steps)
-        return self._common_request if is_end and not is_open else 0
+        windows = self._open_windows()
+        if world_size() > 1:
+            return 0 if windows else self._common_request
+        return self._pending_request() if all(window.can_save for window in windows) else 0
+
+    def _open_windows(self) -> list[Window]:
+        windows = (step._window for step in self._objects.steps.values())
+        return [window for window in windows if window is not None and window.losses]
 
     def _pending_request(self, about_to_close: int = 0) -> int:
         """Return the pending signal; DUE if it is time to save by the clock of rank 0; else 0."""
@@ -227,6 +229,7 @@ class resumable:
     def _note_time(self) -> None:
         self._saved_at, self._saved_updates = time.monotonic(), self._updates()
         self._is_changed = False
+        self._common_request = 0  # of several ranks
 
     def _load(self, path: Path) -> None:
         states = load(path, self._objects.parameters())
