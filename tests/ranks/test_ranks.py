@@ -516,6 +516,17 @@ def checkpoints_are_written_wherever_the_windows_end(rank, ranks, how):
         assert found == [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, *after], found
 
 
+def ranks_with_models_of_their_own_share_no_checkpoint(rank, ranks, how):
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("training", "rank"))["rank"]
+    _, model, optimizer = made(1, how, mesh=mesh)
+    step = train_step(optimizer, module=model)(loss_function(model, False))
+    with (
+        pytest.raises(ValueError, match=r"of their own .*`DistributedDataParallel\(model\)`"),
+        resumable("checkpoints", model=model, optimizer=optimizer, step=step),
+    ):
+        pass
+
+
 CHECKS = [
     an_overflow_on_one_rank_skips_the_update_on_all,
     windows_closed_by_last_may_have_another_length_on_every_rank,
@@ -535,6 +546,7 @@ CHECKS = [
     memory_may_run_out_after_buffers_were_broadcast,
     checkpoints_wait_until_the_windows_of_all_steps_are_closed,
     checkpoints_are_written_wherever_the_windows_end,
+    ranks_with_models_of_their_own_share_no_checkpoint,
 ]
 
 

@@ -83,6 +83,9 @@ class resumable:
         is_free = all(getattr(read, "func", None) is not resumable._deliver for read in readers)
         advice = "give all objects to one `resumable(path, ...)`"
         check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
+        is_joint = world_size() == 1 or all(hasattr(read, "keywords") for read in readers)
+        apart = "ranks that train models of their own cannot share a checkpoint"
+        check(is_joint, ValueError, f"{apart}: `DistributedDataParallel(model)` over all ranks")
         self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
         self._signals = _Signals()
         self._is_nested = False
