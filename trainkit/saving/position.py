@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,10 +45,16 @@ class Position:
     """The position of a run.
 
     ``objects``, by name, may hold loaders with states of their own, which have their positions.
+    ``starting`` is a context in which loaders start workers.
     """
 
-    def __init__(self, objects: Mapping[str, Any], random: RandomStates) -> None:
-        self._objects, self._random = objects, random
+    def __init__(
+        self,
+        objects: Mapping[str, Any],
+        random: RandomStates,
+        starting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._objects, self._random, self._starting = objects, random, starting
         self.epoch = 0
         # How many passes ended, before the first ``epochs``, in its epoch, after it, and so on.
         self._passes = [0]
@@ -157,8 +164,7 @@ class Position:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now = self._return(found, now)
         self._passes_before, self._resumed, self._begun = [], None, None
-        self.current, self._ahead = now, {}
-        reading = self._read(loader, inner, iter(inner), now, states_at)
+        self.current, reading = now, self._read(loader, inner, self._iterate(inner), now, states_at)
         try:
             if found is None:
                 begin()
@@ -217,7 +223,12 @@ class Position:
                 return
             else:
                 now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
-                iterator, self._ahead = iter(inner), {}
+                iterator = self._iterate(inner)
+
+    def _iterate(self, loader: Iterable[Any]) -> Iterator[Any]:
+        self._ahead = {}
+        with self._starting():
+            return iter(loader)
 
     def _warn_of_generators(self, loader: Iterable[Any]) -> None:
         """Warn, once, if a later loop continues a generator."""
@@ -232,7 +243,7 @@ class Position:
         for part in within(loader):
             if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
-                iter(part)
+                self._iterate(part)
                 self._random.set(states)
 
     def _loader_state(self, now: Pass) -> Any:

@@ -8,9 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from trainkit.core.plan import check
 from trainkit.core.warning import warn
@@ -86,8 +90,8 @@ class resumable:
         is_joint = world_size() == 1 or all(hasattr(read, "keywords") for read in readers)
         apart = "ranks that train models of their own cannot share a checkpoint"
         check(is_joint, ValueError, f"{apart}: `DistributedDataParallel(model)` over all ranks")
-        self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
-        self._signals = _Signals()
+        self._signals, random = _Signals(), RandomStates(self._objects.sources)
+        self._position = Position(self._objects.stateful, random, self._signals.blocked)
         self._is_nested = False
         self._first_updates, self._checked_sizes = self._updates(), list[int]()
         self._check_new_states()
@@ -254,6 +258,7 @@ class _Signals:
         self.stopped = False  # by a signal: nothing is saved any more
         self._came_at = 0.0
         self._handlers: dict[int, Any] = {}
+        self._workers = WeakSet[Any]()  # processes that block the signals
 
     def catch(self) -> None:
         """Replace the handlers of signals, in the main thread, except of ignored signals."""
@@ -261,6 +266,28 @@ class _Signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not of Python
                     self._handlers[number] = signal.signal(number, self._handle)
+            Finalize(None, self._end_workers, exitpriority=0)
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Block the signals in workers that start here.
+
+        A signal to a whole process group would end them, and the next batch would be an error.
+        """
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            yield
+            return
+        found, others = signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers), active_children()
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, found)
+            self._workers.update(set(active_children()).difference(others))
+
+    def _end_workers(self) -> None:
+        """End workers at exit, where multiprocessing sends SIGTERM and waits for them."""
+        for worker in self._workers:
+            worker.kill()
 
     def release(self) -> None:
         for number, handler in self._handlers.items():
