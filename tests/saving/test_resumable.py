@@ -95,8 +95,7 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     assert not names(tmp_path)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_a_signal_to_the_whole_process_group_leaves_the_workers(context, tmp_path):
+def test_a_signal_to_the_whole_process_group_leaves_the_workers(tmp_path):
     def at_batch(count):
         if count == 2:
             workers = [str(worker.pid) for worker in multiprocessing.active_children()]
@@ -105,7 +104,7 @@ def test_a_signal_to_the_whole_process_group_leaves_the_workers(context, tmp_pat
             time.sleep(0.2)
             signal.raise_signal(signal.SIGTERM)
 
-    loader = DataLoader(batches(), num_workers=1, multiprocessing_context=context)
+    loader = DataLoader(batches(), num_workers=1, multiprocessing_context="fork")
     with pytest.raises(SystemExit):
         run_small(tmp_path, loader=loader, at_batch=at_batch)
     assert run_small(tmp_path, loader=loader) == 8 - 3

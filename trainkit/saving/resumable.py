@@ -272,7 +272,8 @@ class _Signals:
     def blocked(self) -> Iterator[None]:
         """Block the signals in workers that start here.
 
-        A signal to a whole process group would end them, and the next batch would be an error.
+        A signal to a whole process group would end them, and the next batch would be an error. Only
+        forked workers inherit this: to spawn one, multiprocessing may unblock the signals first.
         """
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             yield
