@@ -45,7 +45,8 @@ class Position:
     """The position of a run.
 
     ``objects``, by name, may hold loaders with states of their own, which have their positions.
-    ``starting`` is a context in which loaders start workers.
+    ``starting`` is a context in which loaders start workers. ``begin`` is called before the first
+    batch of a pass, unless the pass is resumed.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Position:
         objects: Mapping[str, Any],
         random: RandomStates,
         starting: Callable[[], AbstractContextManager[None]],
+        begin: Callable[[], None],
     ) -> None:
-        self._objects, self._random, self._starting = objects, random, starting
+        self._objects, self._random, self._starting, self._begin = objects, random, starting, begin
         self.epoch = 0
         # How many passes ended, before the first ``epochs``, in its epoch, after it, and so on.
         self._passes = [0]
@@ -134,15 +136,9 @@ class Position:
         self._random.set(self._between)
 
     def run(
-        self,
-        loader: Iterable[Any],
-        deliver: Callable[[Iterable[Any], Any], Iterator[Any]],
-        begin: Callable[[], None],
+        self, loader: Iterable[Any], deliver: Callable[[Iterable[Any], Any], Iterator[Any]]
     ) -> Iterator[Any]:
-        """Yield what ``deliver(rest of the loader, batch before the rest)`` yields.
-
-        Call ``begin`` before the first batch, unless the pass is resumed.
-        """
+        """Yield what ``deliver(rest of the loader, batch before the rest)`` yields."""
         inner = loader.loader if isinstance(loader, Again) else loader
         self._warn_of_generators(inner)
         if self._passes < self._passes_before[: len(self._passes)]:
@@ -164,10 +160,8 @@ class Position:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now = self._return(found, now)
         self._passes_before, self._resumed, self._begun = [], None, None
-        self.current, reading = now, self._read(loader, inner, self._iterate(inner), now, states_at)
+        reading, self.current = self._read(loader, inner, now, states_at), now
         try:
-            if found is None:
-                begin()
             for _ in range(now.counted - now.read):
                 batch = next(reading, self)
             message = f"{now.counted} batches of this pass, and the loader has {now.read}: {SAME}"
@@ -195,17 +189,15 @@ class Position:
         return replace(found, read=found.counted)
 
     def _read(
-        self,
-        loader: Iterable[Any],
-        inner: Iterable[Any],
-        iterator: Iterator[Any],
-        now: Pass,
-        states_at: Mapping[int, Any],
+        self, loader: Iterable[Any], inner: Iterable[Any], now: Pass, states_at: Mapping[int, Any]
     ) -> Generator[Any]:
         """Yield the batches of a loader, or of the inner loader of an ``Again``, pass after pass.
 
         ``states_at``: random states to set before the batch of this index, in the first pass.
         """
+        iterator = self._iterate(inner)
+        if not states_at:
+            self._begin()
         while True:
             if (states := states_at.get(now.read)) is not None:
                 self._random.set(states)

@@ -91,7 +91,8 @@ class resumable:
         apart = "ranks that train models of their own cannot share a checkpoint"
         check(is_joint, ValueError, f"{apart}: `DistributedDataParallel(model)` over all ranks")
         self._signals, random = _Signals(), RandomStates(self._objects.sources)
-        self._position = Position(self._objects.stateful, random, self._signals.blocked)
+        loaders = self._objects.stateful
+        self._position = Position(loaders, random, self._signals.blocked, self._begin_pass)
         self._is_nested = False
         self._first_updates, self._checked_sizes = self._updates(), list[int]()
         self._check_new_states()
@@ -154,7 +155,7 @@ class resumable:
                 self._is_nested = False
             return
         self._check_new_states()  # the loop before may have ended right after its first update
-        for delivery in self._position.run(loader, deliver, self._begin_pass):
+        for delivery in self._position.run(loader, deliver):
             self._is_changed = True
             yield delivery
             advice = "end the inner one first, or `step.over(zip(a, b), other_step)`"
