@@ -175,7 +175,7 @@ def a_window_that_is_dropped_leaves_nothing_behind(rank, ranks, how):
         if not undisturbed:
             step(batches[0], 1e6)
             if how == "fsdp2":
-                with pytest.raises(RuntimeError, match=r"FSDP.*between two windows"):
+                with pytest.raises(RuntimeError, match=r"FSDP.*`step\.close\(\)`"):
                     step.state_dict()
             step.discard()
             assert "window" not in step.state_dict()
@@ -455,12 +455,26 @@ def memory_may_run_out_after_buffers_were_broadcast(rank, ranks, how):
     same_everywhere(whole(base))
 
 
-def checkpoints_wait_until_the_windows_of_all_steps_are_closed(rank, ranks, how):
-    """Also those of a loop within the loop."""
+@contextlib.contextmanager
+def path_of_a_run(ranks):
+    """Yield a path that all ranks see, and a function that counts the checkpoints there."""
+
+    def count():
+        found = len(list(path.iterdir())) if path.exists() else 0
+        dist.barrier()
+        return found
+
     with tempfile.TemporaryDirectory() as folder:
         folders = [None] * ranks
         dist.all_gather_object(folders, folder)
         path = Path(folders[0]) / "run"
+        yield path, count
+        dist.barrier()
+
+
+def checkpoints_wait_until_the_windows_of_all_steps_are_closed(rank, ranks, how):
+    """Also those of a loop within the loop."""
+    with path_of_a_run(ranks) as (path, count):
         (_, a, optimizer_a), (_, b, optimizer_b) = made(ranks, how), made(ranks, how)
         step_a = train_step(optimizer_a, accumulate(2), module=a)(loss_function(a, False))
         step_b = train_step(optimizer_b, accumulate(3), module=b)(loss_function(b, False))
@@ -468,15 +482,49 @@ def checkpoints_wait_until_the_windows_of_all_steps_are_closed(rank, ranks, how)
         steps, found = {"step_a": step_a, "step_b": step_b}, []
         with resumable(path, every=timedelta(0), keep=99, **objects, **steps):
             for batch in step_a.over(make_batches([3] * 12, seed=rank)):
-                found.append(len(list(path.iterdir())) if path.exists() else 0)
-                dist.barrier()
+                found.append(count())
                 step_a(batch)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that no batch of it reaches the step
                     assert len(list(step_a.over([batch, batch]))) == 2
                 step_b(batch)
         assert found == [0] * 6 + [1] * 6, found
-        dist.barrier()
+
+
+def checkpoints_are_written_wherever_the_windows_end(rank, ranks, how):
+    """Not only after every other batch, although the ranks read by twos."""
+    with path_of_a_run(ranks) as (path, count):
+        _, model, optimizer = made(ranks, how)
+        step = train_step(optimizer, accumulate(2), module=model)(loss_function(model, False))
+        objects = {"model": model, "optimizer": optimizer, "step": step}
+        found, is_fsdp = [], how != "ddp"
+        with (
+            pytest.raises(RuntimeError, match=r"`step\.close\(\)`") if is_fsdp else nullcontext(),
+            resumable(path, every=timedelta(0), keep=99, **objects),
+        ):
+            for i, batch in enumerate(step.over(make_batches([3] * 6, seed=rank))):
+                found.append(count())
+                if i > 0:  # as if all ranks had a batch that they leave out
+                    step(batch)
+            for last in (3, 4):  # a loop is left with an open window, and so is the next one
+                for i, batch in enumerate(step.over(make_batches([3] * 6, seed=rank))):
+                    found.append(count())
+                    if i == last:
+                        break
+                    step(batch)
+        after = [5, 6, 6, 7, 7] if is_fsdp else [6, 7, 7, 8, 8]  # FSDP2's wait for its sums
+        assert found == [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, *after], found
+
+
+def ranks_with_models_of_their_own_share_no_checkpoint(rank, ranks, how):
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("training", "rank"))["rank"]
+    _, model, optimizer = made(1, how, mesh=mesh)
+    step = train_step(optimizer, module=model)(loss_function(model, False))
+    with (
+        pytest.raises(ValueError, match=r"of their own .*`DistributedDataParallel\(model\)`"),
+        resumable("checkpoints", model=model, optimizer=optimizer, step=step),
+    ):
+        pass
 
 
 CHECKS = [
@@ -497,6 +545,8 @@ CHECKS = [
     chunks_of_batches_are_reduced_once_in_a_window,
     memory_may_run_out_after_buffers_were_broadcast,
     checkpoints_wait_until_the_windows_of_all_steps_are_closed,
+    checkpoints_are_written_wherever_the_windows_end,
+    ranks_with_models_of_their_own_share_no_checkpoint,
 ]
 
 
@@ -506,6 +556,25 @@ def everything(rank, ranks):
             check(rank, ranks, how)
     further = {"groups": trained_in_groups} if ranks == 4 else {"prepared": prepared_by_others}
     return {name: answer(rank, ranks) for name, answer in {"trained": trained, **further}.items()}
+
+
+def one_rank_of_fsdp2(rank, ranks, path):
+    """Saves at the end of a window, also what a signal asks for within it."""
+    _, model, optimizer = made(ranks, "fsdp2")
+    step, updates = (
+        train_step(optimizer, accumulate(3), module=model)(loss_function(model, False)),
+        [],
+    )
+    with (
+        pytest.raises(SystemExit),
+        resumable(path, every=timedelta(0), model=model, optimizer=optimizer, step=step),
+    ):
+        for i, batch in enumerate(step.over(make_batches([3] * 9))):
+            updates.append(len(list(path.iterdir())) if path.exists() else 0)
+            if i == 4:
+                signal.raise_signal(signal.SIGTERM)
+            step(batch)
+    return updates
 
 
 @functools.cache
@@ -521,6 +590,10 @@ def test_ranks_together_train_like_one_process_with_all_they_have(ranks):
             updates, parameters = answer["trained"][scenario]
             assert updates == WINDOWS
             assert distance(parameters, theirs) <= 1e-12, scenario
+
+
+def test_one_rank_of_fsdp2_saves_between_windows(tmp_path):
+    assert run(one_rank_of_fsdp2, 1, tmp_path / "run") == [[0, 0, 0, 1, 1, 1]]
 
 
 def test_modules_prepared_by_accelerate_and_fabric():

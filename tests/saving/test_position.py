@@ -1,6 +1,8 @@
 """Stopping at any moment and running the script again gives the same bits as not stopping."""
 
+import io
 import random
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -62,6 +64,76 @@ def with_generator(seed, count):
     return DataLoader(batches(count), shuffle=True, generator=generator)
 
 
+def permuted(generator):
+    return DataLoader(batches(6), 3, shuffle=True, generator=generator)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def used_again(*seeds):
+    """Loaders for each epoch, made once."""
+    loaders = list(map(permuted, seeded(*seeds)))
+    return lambda epoch: loaders[epoch % len(seeds)]
+
+
+def made_anew(generator):
+    """A loader that is made in each epoch."""
+    return lambda epoch: permuted(generator(epoch) if callable(generator) else generator)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [used_again(0), used_again(0)],  # a training and an evaluation, with one seed
+        lambda: [used_again(0, 0, 0), used_again(1, 2)],
+        lambda: [made_anew(lambda epoch: seeded(epoch)[0])] * 2,
+        lambda: [made_anew(lambda epoch: seeded(0)[0])],
+        lambda: [made_anew(generator) for generator in seeded(0, 1)],
+    ],
+)
+def test_generators_of_loaders_that_are_used_again_or_made_anew(make, tmp_path):
+    def loops(path, stop):
+        def loop(i, loader_of):
+            def run(step, epoch, seen, stop):
+                kept[i] = loader_of(epoch)
+                over(kept[i])(step, epoch, seen, stop)
+
+            return run
+
+        kept = {}  # as long as a variable of the script keeps them
+        return looped(path, stop, *(loop(i, loader_of) for i, loader_of in enumerate(make())))
+
+    same_when_killed(loops, tmp_path, range(1, 12 if len(make()) == 2 else 6, 2))
+
+
+def test_generators_that_nothing_keeps_are_not_saved(tmp_path):
+    def size(epochs):
+        path = tmp_path / str(epochs)
+        looped(
+            path,
+            None,
+            lambda step, epoch, *rest: over(permuted(*seeded(epoch)))(step, epoch, *rest),
+            epochs=epochs,
+        )
+        return max(file.stat().st_size for file in path.glob("*/rank0.pt"))
+
+    assert size(9) < size(2) + 5000  # one more state of a generator has 5056 bytes
+
+
+def test_two_loaders_that_are_made_anew_with_one_seed_are_warned_of(tmp_path):
+    """Not the first loader of an epoch, whose position a checkpoint always has."""
+    with pytest.warns(UserWarning, match="two generators .* one seed") as found:
+        same_seed = [over(permuted(*seeded(0))) for _ in range(6)]
+
+        def loop(i):
+            return lambda step, epoch, *rest: same_seed[2 * epoch + i](step, epoch, *rest)
+
+        looped(tmp_path, None, loop(0), loop(1))
+    assert len(found) == 2
+
+
 def test_two_loops_in_an_epoch_one_left_early_and_one_within_another(tmp_path):
     """Two loaders have generators, whose states wait until they are read, and one has workers."""
 
@@ -110,6 +182,70 @@ def test_loops_without_epochs_are_counted_from_the_first(tmp_path):
         return seen, objects["model"].state_dict()
 
     same_when_killed(loops, tmp_path, (3, 5))
+
+
+def test_loops_before_the_epochs_between_them_and_after(tmp_path):
+    def loops(path, stop):
+        objects, seen = small(), []
+        loop = over(DataLoader(batches(3), shuffle=True))
+        with resumable(path, every=ALWAYS, seen=seen, **objects) as run:
+            torch.randn(3)  # an evaluation
+            loop(objects["step"], 0, seen, stop)
+            for epochs in (2, 3):
+                for epoch in run.epochs(epochs):
+                    loop(objects["step"], epoch, seen, stop)
+                loop(objects["step"], epochs, seen, stop)
+        return seen, objects["model"].state_dict(), torch.rand(())
+
+    expected = same_when_killed(loops, tmp_path, (2, 3, 4, 7, 8, 10, 13, 17))
+    assert len(expected[0]) == 6 * 3
+    assert same(loops(tmp_path / "whole", 0)[:2], expected[:2])  # nothing is left
+
+
+@pytest.mark.parametrize("kept", [lambda loop: loop, lambda loop: tqdm(loop, file=io.StringIO())])
+def test_a_loop_that_is_left_while_a_variable_keeps_it(kept, tmp_path):
+    def loops(path, stop):
+        def left(step, epoch, seen, stop):
+            variables.append(kept(step.over(batches(6))))
+            for x in variables[-1]:
+                if len(seen) == stop:
+                    raise Killed
+                step(x)
+                seen.append(x.sum().item())
+                if len(seen) % 3 == 0:
+                    break
+
+        variables = []
+        return looped(path, stop, left)
+
+    expected = same_when_killed(loops, tmp_path, (2, 4, 7))
+    assert len(expected[0]) == 3 * 3
+
+
+def test_loops_after_one_that_a_variable_keeps_are_warned_of(tmp_path):
+    """They cannot be told from loops within it. A variable that was closed keeps nothing."""
+
+    def loops(objects, is_closed):
+        count, step = 0, objects["step"]
+        with resumable(tmp_path / str(is_closed), **objects):
+            kept = step.over(batches(6))
+            for x in kept:
+                step.last(x)
+                count += 1
+                break
+            if is_closed:
+                kept.close()
+            for x in step.over(batches(3)):
+                step(x)
+                count += 1
+        return count
+
+    with pytest.warns(UserWarning, match=r"a variable keeps .* 1 loop\(s\) .*`batches\.close\(\)`"):
+        assert loops(small(), False) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loops(small(), True) == 4
+        assert loops(small(), False) == loops(small(), True) == 0
 
 
 def endless(count=99):
@@ -251,6 +387,24 @@ def test_generators_of_random_numbers_are_given_or_found_in_the_loader(tmp_path)
         return looped(path, stop, draw, epochs=2, more={"a": a, "b": b, "c": c, "d": d})
 
     same_when_killed(loops, tmp_path, (8, 13))
+
+
+def test_datasets_within_a_dataset_have_generators(tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self, seed):
+            self.numbers = np.random.default_rng(seed)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return torch.full((8,), self.numbers.normal())
+
+    def loops(path, stop):
+        both = torch.utils.data.ConcatDataset([Noisy(0), Noisy(1)])
+        return looped(path, stop, over(DataLoader(both, 2, shuffle=True)), epochs=2)
+
+    same_when_killed(loops, tmp_path, (2, 4))
 
 
 def test_a_part_of_the_loader_would_be_positioned_twice(tmp_path):

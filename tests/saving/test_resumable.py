@@ -1,8 +1,11 @@
 """When resumable saves, how it is stopped, and what it refuses."""
 
 import errno
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -12,6 +15,7 @@ import pytest
 import torch
 from saving_runs import ALWAYS, Killed, batches, names, run_small, same, small, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 from trainkit import resumable, train_step
 from trainkit.core.update import Answer
@@ -89,6 +93,30 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
             pass  # and where it came, a state is not whole
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not names(tmp_path)
+
+
+def test_a_signal_to_the_whole_process_group_leaves_the_workers(tmp_path):
+    def at_batch(count):
+        if count == 2:
+            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            for name in ("INT", "TERM"):  # not sent by the parent
+                subprocess.run(["kill", f"-{name}", *workers], check=True)
+            time.sleep(0.2)
+            signal.raise_signal(signal.SIGTERM)
+
+    loader = DataLoader(batches(), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(SystemExit):
+        run_small(tmp_path, loader=loader, at_batch=at_batch)
+    assert run_small(tmp_path, loader=loader) == 8 - 3
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    loader = "DataLoader(batches(), num_workers=1, persistent_workers=True)"
+    script = (
+        f"from saving_runs import *; loader = {loader}; run_small({str(tmp_path)!r}, 1, loader)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True, env=environment)
 
 
 def test_a_signal_between_two_epochs_and_one_after_the_last(tmp_path):
@@ -188,6 +216,17 @@ def test_nothing_is_written_while_a_parameter_is_not_finite(tmp_path):
 
     with pytest.warns(UserWarning, match=r"model\.0\.\w+ is not finite"):
         run_small(tmp_path, loader=batches(4), objects=objects, at_batch=spoil, every=1)
+    assert names(tmp_path) == ["00000001"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mask_with_minus_infinity_that_nothing_trains_is_saved(tmp_path):
+    """Frozen among the parameters of the optimizer, and trainable outside of it."""
+    objects = small()
+    objects["model"].mask = nn.Parameter(torch.tensor([0, -torch.inf]), requires_grad=False)
+    objects["optimizer"].add_param_group({"params": [objects["model"].mask]})
+    objects["masked"] = nn.ParameterList([torch.tensor([0, -torch.inf])])
+    run_small(tmp_path, objects=objects)
     assert names(tmp_path) == ["00000001"]
 
 

@@ -31,6 +31,7 @@ class Window:
 
     can_fuse = True  # whether a fused optimizer may divide the sums
     can_watch = True  # whether only autograd changes a sum that is lent
+    can_save = True  # whether a state_dict can hold the sums
     may_be_open = False  # whether a loop may begin with it open: it was loaded from a checkpoint
     # What a state_dict keeps of it.
     kept = ("length", "parts", "reference", "weighted", "size", "weights", "is_sum")

@@ -87,6 +87,7 @@ class RankedWindow(Window):
     ) -> None:
         super().__init__(length, reference, is_sum)
         self.ranks, self.can_watch = ranks, ranks.can_watch
+        self.can_save = not (ranks.fsdp1 or ranks.fsdp2)
         self.absent = 0.0  # micro-batches that a rank lacks, on average
         # The sum of the weights and the number of micro-batches, summed over ranks; their means.
         self._reduced: tuple[Tensor, Any] | None = None
@@ -226,9 +227,9 @@ class RankedWindow(Window):
 
     def copied_sums(self) -> dict[int, Tensor]:
         """Return copies of the sums; RuntimeError if FSDP keeps them."""
-        kept = "step.state_dict() in an open window, whose gradients FSDP keeps"
-        remedy = "call it between two windows, where `result.complete`"
-        check(not (self.ranks.fsdp1 or self.ranks.fsdp2), RuntimeError, f"{kept}: {remedy}")
+        kept = "FSDP keeps the gradients of an open window, which no state can hold"
+        remedy = "`step.close()` before `step.state_dict()` and before the end of `resumable`"
+        check(self.can_save, RuntimeError, f"{kept}: {remedy}")
         return super().copied_sums()
 
 

@@ -63,11 +63,12 @@ class Objects:
             )
 
     def not_finite(self) -> str:
-        """Return the name of the first parameter that is not finite, or ""."""
+        """Return the name of the first trained parameter that is not finite, or ""."""
+        plans = [step._plan for step in self.steps.values()]
+        trained = {id(p) for plan in plans for p in plan.parameters() if p.requires_grad}
         for key, p in self.parameters().items():
             local = p.to_local() if hasattr(p, "to_local") else p
-            # float8 has no isfinite; no optimizer trains it.
-            if local.element_size() > 1 and not local.isfinite().all():
+            if id(p) in trained and not local.isfinite().all():
                 return key
         return ""
 
@@ -120,11 +121,10 @@ class Objects:
         """
         found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
-            named = module.named_parameters(name, remove_duplicate=False)
-            found.update((key, p.detach()) for key, p in named)
+            found.update(module.named_parameters(name, remove_duplicate=False))
         for name, optimizer in self.optimizers.items():
             parameters = enumerate(parameters_of(optimizer))
-            found.update((f"{name}.state.{i}", p.detach()) for i, p in parameters)
+            found.update((f"{name}.state.{i}", p) for i, p in parameters)
         return found
 
     def load(self, states: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Pass:
     """
 
     loader: str | None  # the name of a loader with a state of its own
+    generators: list[str]  # the names of the generators of random numbers in the loader
     size: int  # of the loader; 0 without a length
     begin: dict[str, Any]  # random states
     ahead: dict[str, Any] | None = None  # random states before the batch after the position
@@ -43,18 +45,29 @@ class Position:
     """The position of a run.
 
     ``objects``, by name, may hold loaders with states of their own, which have their positions.
+    ``starting`` is a context in which loaders start workers. ``begin`` is called before the first
+    batch of a pass, unless the pass is resumed.
     """
 
-    def __init__(self, objects: Mapping[str, Any], random: RandomStates) -> None:
-        self._objects, self._random = objects, random
-        self.epoch = self._passes = 0
+    def __init__(
+        self,
+        objects: Mapping[str, Any],
+        random: RandomStates,
+        starting: Callable[[], AbstractContextManager[None]],
+        begin: Callable[[], None],
+    ) -> None:
+        self._objects, self._random, self._starting, self._begin = objects, random, starting, begin
+        self.epoch = 0
+        # How many passes ended, before the first ``epochs``, in its epoch, after it, and so on.
+        self._passes = [0]
         self.current: Pass | None = None
+        self.inner = 0  # loops that began since the latest batch of the current pass
         # By the number of batches read: random states, and state of the loader, before reading on.
         self._ahead: dict[int, tuple[dict[str, Any], Any]] = {}
         # States of loaders with states of their own, at the end of the last pass over each.
         self._ends: dict[str, Any] = {}
         # For returning to a position that was loaded.
-        self._passes_to_skip = 0
+        self._passes_before: list[int] = []
         self._resumed: Pass | None = None
         self._begun: int | None = None
         self._has_warned = False
@@ -62,16 +75,34 @@ class Position:
         # the next pass runs again, and may make a loader with random numbers.
         self._between = random.now()
 
-    def epochs(self, n: int, begin: Callable[[], None]) -> Iterator[int]:
-        """Yield the epochs that are left. Call ``begin`` before each, unless it is resumed."""
+    def epochs(self, n: int) -> Iterator[int]:
+        """Yield the epochs that are left."""
+        self.end_pass()
+        self._passes.append(0)
         while self.epoch < n:
-            if self._resumed is None:
-                begin()
+            if self._passes_before:
+                self._random.set(self._between)
+            else:
                 self._between = self._random.now()
             yield self.epoch
+            self.end_pass()
             self.epoch += 1
-            self._passes = self._passes_to_skip = 0
-            self._resumed = self._begun = None
+            self._passes[-1] = 0
+            self._passes_before, self._resumed, self._begun = [], None, None
+        self._passes.append(0)
+
+    def end_pass(self) -> None:
+        """End the current pass, also if a variable keeps its iterator after a ``break``."""
+        if (now := self.current) is None:
+            return
+        if now.loader is not None:
+            self._ends[now.loader] = self._loader_state(now)
+        if self.inner:
+            fault = "a variable keeps `step.over(loader)`, whose loop was left by `break`, and no"
+            remedy = "end that one, `batches.close()`"
+            warn(f"{fault} checkpoint was written in {self.inner} loop(s) after it: {remedy}")
+        self._passes[-1] += 1 + self.inner
+        self.current, self.inner, self._between = None, 0, self._random.now()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two batches, with the states of loaders in ``loaders``."""
@@ -91,7 +122,7 @@ class Position:
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
         """Load a position, or the beginning of its pass on another number of ranks."""
         self.epoch = state["epoch"]
-        self._passes = self._passes_to_skip = state["passes"]
+        self._passes_before = state["passes"]
         self._begun = None if state["pass"] is None else state["pass"].get("begun")
         if not same_ranks:
             return
@@ -109,15 +140,18 @@ class Position:
     ) -> Iterator[Any]:
         """Yield what ``deliver(rest of the loader, batch before the rest)`` yields."""
         inner = loader.loader if isinstance(loader, Again) else loader
-        self._random.add_from(inner)
         self._warn_of_generators(inner)
-        if self._passes_to_skip:
-            self._passes_to_skip -= 1
-            if not self._passes_to_skip:
-                self._random.set(self._between)
+        if self._passes < self._passes_before[: len(self._passes)]:
+            self._random.add_from(inner, self._passes, [])
+            self._passes[-1] += 1
+            self._random.set(self._between)
             return
+        if self._passes != self._passes_before:  # the script has more epochs than before
+            self._resumed = self._begun = None
         found, batch, states_at = self._resumed, None, dict[int, Any]()
-        now = Pass(self._name(inner), length_of(inner), self._random.now())
+        known = [] if found is None else found.generators
+        generators = self._random.add_from(inner, self._passes, known)
+        now = Pass(self._name(inner), generators, length_of(inner), self._random.now())
         if now.loader is None:
             self._start_workers(inner)
         if isinstance(loader, Again):
@@ -125,7 +159,7 @@ class Position:
         if found is not None:
             states_at = {found.counted: found.ahead, found.read: found.now}
             now = self._return(found, now)
-        self._begun = self._resumed = None
+        self._passes_before, self._resumed, self._begun = [], None, None
         reading, self.current = self._read(loader, inner, now, states_at), now
         try:
             for _ in range(now.counted - now.read):
@@ -137,10 +171,11 @@ class Position:
                 now.delivered += 1
                 now.counted += not delivery.is_filler
                 yield delivery._replace(number=now.delivered - 1)
+                self.inner = 0
         finally:
-            if now.loader is not None:
-                self._ends[now.loader] = self._loader_state(now)
-            self.current, self._passes, self._between = None, self._passes + 1, self._random.now()
+            if self.current is now:
+                self.inner = 0
+                self.end_pass()
 
     def _return(self, found: Pass, begun: Pass) -> Pass:
         """Check that the loader is the same. Begin its pass with the random states of then."""
@@ -160,7 +195,9 @@ class Position:
 
         ``states_at``: random states to set before the batch of this index, in the first pass.
         """
-        iterator, self._ahead = iter(inner), {}
+        iterator = self._iterate(inner)
+        if not states_at:
+            self._begin()
         while True:
             if (states := states_at.get(now.read)) is not None:
                 self._random.set(states)
@@ -178,11 +215,16 @@ class Position:
                 return
             else:
                 now.begin, now.read, now.counted, states_at = self._random.now(), 0, 0, {}
-                iterator, self._ahead = iter(inner), {}
+                iterator = self._iterate(inner)
+
+    def _iterate(self, loader: Iterable[Any]) -> Iterator[Any]:
+        self._ahead = {}
+        with self._starting():
+            return iter(loader)
 
     def _warn_of_generators(self, loader: Iterable[Any]) -> None:
         """Warn, once, if a later loop continues a generator."""
-        if self.epoch + self._passes and not self._has_warned and continues_generator(loader):
+        if self.epoch + sum(self._passes) and not self._has_warned and continues_generator(loader):
             fault = "a loop continues a generator that was read from before, and a resumed run"
             advice = "loop over what it reads, `step.over(loader, updates=N)`"
             warn(f"{fault} would read it from its beginning: {advice}")
@@ -193,7 +235,7 @@ class Position:
         for part in within(loader):
             if isinstance(part, DataLoader) and part.persistent_workers and part._iterator is None:
                 states = self._random.now()
-                iter(part)
+                self._iterate(part)
                 self._random.set(states)
 
     def _loader_state(self, now: Pass) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import inspect
 import random
 import sys
@@ -12,10 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from itertools import chain, cycle, islice
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
 from trainkit.core.precision import current_device
+from trainkit.core.warning import warn
 
 # Methods of torch.Generator and numpy.random, of random, of torch.mps.
 METHODS = (("get_state", "set_state"), ("getstate", "setstate"), ("get_rng_state", "set_rng_state"))
@@ -35,7 +40,9 @@ def within(loader: Any) -> list[Any]:
     """Return the loader, its parts, their parts, and so on."""
     found = [loader]
     for thing in found:
-        parts = [part for name, part in getattr(thing, "__dict__", {}).items() if name in PARTS]
+        held = getattr(thing, "__dict__", {})
+        parts = [part for name, part in held.items() if name in PARTS]
+        parts += held.get("datasets", ()) if isinstance(thing, Dataset) else ()
         found += [part for part in parts if all(part is not other for other in found)]
     return found
 
@@ -59,17 +66,36 @@ class RandomStates:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._generators = {f"given {name}": source for name, source in given.items()}
+        # Generators in loaders, as long as the script keeps them.
+        self._found = WeakValueDictionary[str, Any]()
         self._waiting: dict[str, Any] = {}  # for generators in loaders that are not read yet
 
-    def add_from(self, loader: Iterable[Any]) -> None:
-        """Add the generators in a loader, and set the states that wait for them."""
-        for part in within(loader):
-            for source in getattr(part, "__dict__", {}).values():
-                known = self._sources().values()
-                if is_source(source) and all(source is not other for other in known):
-                    self._generators[f"loader {len(self._generators)}"] = source
+    def add_from(self, loader: Iterable[Any], place: list[int], names: list[str]) -> list[str]:
+        """Add the generators in a loader, and set the states that wait for them.
+
+        Return the names of the generators, which are ``names`` if the checkpoint is from this pass.
+        A new name has the place of the pass in the script, and the state at first sight. So a
+        resumed process finds the names again, and a generator with a new seed is another one.
+        """
+        held = [thing for p in within(loader) for thing in getattr(p, "__dict__", {}).values()]
+        generators, found = {id(thing): thing for thing in held if is_source(thing)}, []
+        for i, source in enumerate(generators.values()):
+            sources = self._sources()
+            known = next((name for name, other in sources.items() if other is source), "")
+            name = names[i] if i < len(names) else known or f"loader {place}.{i} {_digest(source)}"
+            if name != known:
+                if name in sources and place[-1]:
+                    fault = "two generators in loaders began with one seed, and are resumed as one"
+                    warn(f"{fault}: give them other seeds, or make the loader once")
+                self._found.pop(known, None)
+                try:
+                    self._found[name] = source
+                except TypeError:  # NumPy's have no weak references
+                    self._generators[name] = source
+            found.append(name)
         waiting, self._waiting = self._waiting, {}
         self.set(waiting)
+        return found
 
     def now(self) -> dict[str, Any]:
         """Return copies of the states."""
@@ -94,7 +120,13 @@ class RandomStates:
             module.init()
         whole = [module] if hasattr(module, "get_rng_state") else []
         devices = enumerate(getattr(module, "default_generators", whole))
-        return {**sources, **{f"device {i}": source for i, source in devices}, **self._generators}
+        sources |= {f"device {i}": source for i, source in devices}
+        return {**sources, **self._generators, **self._found}
+
+
+def _digest(source: Any) -> str:
+    leaves = [getattr(leaf, "tolist", leaf.__str__)() for leaf in tree_leaves(_access(source)[0]())]
+    return hashlib.sha256(str(leaves).encode()).hexdigest()
 
 
 def _access(source: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:

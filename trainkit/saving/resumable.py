@@ -8,12 +8,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from trainkit.core.plan import check
 from trainkit.core.warning import warn
+from trainkit.core.window import Window
 from trainkit.ranks.collectives import all_gather_objects, rank, world_size
 from trainkit.saving.objects import Objects
 from trainkit.saving.position import Position
@@ -82,11 +87,13 @@ class resumable:
         is_free = all(getattr(read, "func", None) is not resumable._deliver for read in readers)
         advice = "give all objects to one `resumable(path, ...)`"
         check(is_free, RuntimeError, f"a step is in the block of another `resumable`: {advice}")
-        self._position = Position(self._objects.stateful, RandomStates(self._objects.sources))
-        self._signals = _Signals()
+        is_joint = world_size() == 1 or all(hasattr(read, "keywords") for read in readers)
+        apart = "ranks that train models of their own cannot share a checkpoint"
+        check(is_joint, ValueError, f"{apart}: `DistributedDataParallel(model)` over all ranks")
+        self._signals, random = _Signals(), RandomStates(self._objects.sources)
+        loaders = self._objects.stateful
+        self._position = Position(loaders, random, self._signals.blocked, self._begin_pass)
         self._is_nested = False
-        # On several ranks: their common request, and the number of batches at the window's end.
-        self._common_request = self._window_end = 0
         self._first_updates, self._checked_sizes = self._updates(), list[int]()
         self._check_new_states()
         self._checkpoints.check_path()
@@ -103,6 +110,7 @@ class resumable:
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         try:
             if kind is None and self._is_changed and not self._signals.stopped:
+                self._position.end_pass()
                 self._save()
         finally:
             for step, read in zip(self._objects.steps.values(), self._readers, strict=True):
@@ -120,14 +128,11 @@ class resumable:
             RuntimeError: outside of the block.
         """
         check(bool(self._readers), RuntimeError, "run.epochs outside of `with resumable() as run:`")
-        for epoch in self._position.epochs(n, self._begin_epoch):
+        for epoch in self._position.epochs(n):
             yield epoch
             if self._signals.stopped:
                 return
             self._is_changed = True
-
-    def _begin_epoch(self) -> None:
-        self._handle_request(max(all_gather_objects(self._pending_request())))
 
     # Between two micro-batches.
 
@@ -142,6 +147,7 @@ class resumable:
 
         if self._position.current is not None or self._signals.stopped:
             # A loop in the body of another loop is a part of one of its micro-batches.
+            self._position.inner += 1
             self._is_nested = True
             try:
                 yield from read(loader)
@@ -158,23 +164,30 @@ class resumable:
             self._check_new_states()
             self._handle_request(self._current_request())
 
+    def _begin_pass(self) -> None:
+        can_save = all(window.can_save for window in self._open_windows())
+        told = all_gather_objects((can_save, self._pending_request()))
+        if self._is_changed and all(can for can, _ in told):
+            self._handle_request(max(request for _, request in told))
+
     def _exchange(self, exchange: Any, *counts: int) -> Any:
         """Exchange batch counts between ranks, and with them requests, before a window."""
         told = exchange(*counts, self._pending_request(about_to_close=1))
-        now: Any = self._position.current
-        self._window_end = now.delivered + int(told[:, 0].max())
         self._common_request = int(told[:, 2].max())
+        now: Any = self._position.current
         if now.loader is not None and len(told[:, :2].unique(dim=0)) > 1:
             self._common_request = 0  # no resumed loader could give a rank its last batch again
         return told[:, :2]
 
     def _current_request(self) -> int:
-        if world_size() == 1:
-            return self._pending_request()
-        now, steps = self._position.current, self._objects.steps.values()
-        is_end = now is not None and now.delivered == self._window_end
-        is_open = any(step._window is not None and step._window.losses for step in steps)
-        return self._common_request if is_end and not is_open else 0
+        windows = self._open_windows()
+        if world_size() > 1:
+            return 0 if windows else self._common_request
+        return self._pending_request() if all(window.can_save for window in windows) else 0
+
+    def _open_windows(self) -> list[Window]:
+        windows = (step._window for step in self._objects.steps.values())
+        return [window for window in windows if window is not None and window.losses]
 
     def _pending_request(self, about_to_close: int = 0) -> int:
         """Return the pending signal; DUE if it is time to save by the clock of rank 0; else 0."""
@@ -224,6 +237,7 @@ class resumable:
     def _note_time(self) -> None:
         self._saved_at, self._saved_updates = time.monotonic(), self._updates()
         self._is_changed = False
+        self._common_request = 0  # of several ranks
 
     def _load(self, path: Path) -> None:
         states = load(path, self._objects.parameters())
@@ -245,6 +259,7 @@ class _Signals:
         self.stopped = False  # by a signal: nothing is saved any more
         self._came_at = 0.0
         self._handlers: dict[int, Any] = {}
+        self._workers = WeakSet[Any]()  # processes that block the signals
 
     def catch(self) -> None:
         """Replace the handlers of signals, in the main thread, except of ignored signals."""
@@ -252,6 +267,29 @@ class _Signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not of Python
                     self._handlers[number] = signal.signal(number, self._handle)
+            Finalize(None, self._end_workers, exitpriority=0)
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Block the signals in workers that start here.
+
+        A signal to a whole process group would end them, and the next batch would be an error. Only
+        forked workers inherit this: to spawn one, multiprocessing may unblock the signals first.
+        """
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            yield
+            return
+        found, others = signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers), active_children()
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, found)
+            self._workers.update(set(active_children()).difference(others))
+
+    def _end_workers(self) -> None:
+        """End workers at exit, where multiprocessing sends SIGTERM and waits for them."""
+        for worker in self._workers:
+            worker.kill()
 
     def release(self) -> None:
         for number, handler in self._handlers.items():

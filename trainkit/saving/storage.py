@@ -33,7 +33,7 @@ from trainkit.core.precision import current_device
 from trainkit.core.warning import warn
 from trainkit.ranks.collectives import all_gather_objects, cpu_group, rank, world_size
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, SHARED, ASIDE = "manifest.json", "shared.pt", ".saving"
 
 
