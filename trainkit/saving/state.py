@@ -41,13 +41,12 @@ def load_into(step: Any, state: Any) -> None:
         remedy = "give what `step.state_dict()` returned, for the same model and optimizer"
         raise ValueError(f"this state does not fit the step ({error!r:.150}): {remedy}") from None
     step.discard()
-    step._verdict = None
     updater.reset_skips()
     if updater.scale is not None and "loss_scale" in state:
         updater.scale.fill_(scale)
         updater.growth.fill_(growth)
     step._skips, step._closed = skipped, applied + skipped
-    step._reference, step._window = state.get("reference"), window
+    step._reference, step._window, step._verdict = state.get("reference"), window, None
 
 
 def _loaded_window(step: Any, state: Any, gradients: Any, factor: float) -> Window:
