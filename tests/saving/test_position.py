@@ -108,6 +108,9 @@ def test_generators_of_loaders_that_are_used_again_or_made_anew(make, tmp_path):
     same_when_killed(loops, tmp_path, range(1, 12 if len(make()) == 2 else 6, 2))
 
 
+@pytest.mark.skipif(
+    torch.Generator.__weakrefoffset__ == 0, reason="generators of torch 2.6 have no weak references"
+)
 def test_generators_that_nothing_keeps_are_not_saved(tmp_path):
     def size(epochs):
         path = tmp_path / str(epochs)

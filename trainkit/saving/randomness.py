@@ -90,7 +90,7 @@ class RandomStates:
                 self._found.pop(known, None)
                 try:
                     self._found[name] = source
-                except TypeError:  # NumPy's have no weak references
+                except TypeError:  # NumPy's and older torch's have no weak reference
                     self._generators[name] = source
             found.append(name)
         waiting, self._waiting = self._waiting, {}
