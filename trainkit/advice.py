@@ -133,7 +133,7 @@ def warn_of_missing(received: int, parameters: list[nn.Parameter]) -> None:
         warn(
             f"only {received} of {trainable} trainable parameters received a gradient. Was the "
             "model rebuilt after the optimizer was made? Make the optimizer last. Is it "
-            "checkpointed above frozen layers? Use `use_reentrant=False`. Are experts unused? Fine."
+            "checkpointed above frozen layers? Use `use_reentrant=False`. Unused experts are fine."
         )
 
 

@@ -473,7 +473,7 @@ def path_of_a_run(ranks):
 
 
 def checkpoints_wait_until_the_windows_of_all_steps_are_closed(rank, ranks, how):
-    """Also those of a loop within the loop."""
+    """An open window of a nested loop delays a checkpoint, too."""
     with path_of_a_run(ranks) as (path, count):
         (_, a, optimizer_a), (_, b, optimizer_b) = made(ranks, how), made(ranks, how)
         step_a = train_step(optimizer_a, accumulate(2), module=a)(loss_function(a, False))

@@ -195,38 +195,38 @@ class Chunk(MicroBatch):
     def __init__(self, step: Step[Any], is_revocable: bool) -> None:
         super().__init__(step)
         self.is_revocable = is_revocable
-        self.window: Window | None = None
-        self.aside: Window | None = None  # a copy of the window, which holds its sums
+        self.aside: tuple[Window, Window] | None = None  # the window, and a copy with its sums
 
     def backward(self, loss: Tensor, weight: Any, options: dict[str, Any] | None = None) -> None:
         """Run backward of a loss, without the sums of the window."""
         window = self.step._window
         if self.is_revocable and self.aside is None and window is not None:
-            self.window, self.aside = window, copy.copy(window)
+            self.aside = window, copy.copy(window)
             window.parameters, window.sums, window.lent = [], [], []
         super().backward(loss, weight, options)
 
     def finish(self) -> None:
         """Add the sums of the window to the gradients, and count the chunk."""
         # The function may have discarded the window, and begun another.
-        if self.aside is not None and (window := self.window) is not None and window is self.lent:
+        if self.aside is not None and self.aside[0] is self.lent:
+            window, kept = self.aside
             window.take()
-            self.aside.arrange(window.parameters)
-            window.sums = [*map(_added, window.sums, self.aside.sums)]
+            kept.arrange(window.parameters)
+            window.sums = [*map(_added, window.sums, kept.sums)]
         self.aside, self.is_revocable = None, False
         super().finish()
 
     def leave(self) -> None:
         """Leave the chunk. A window that is still open receives its sums again."""
         super().leave()
-        if self.window is self.step._window:
+        if self.aside is not None and self.aside[0] is self.step._window:
             self.revoke()
 
     def revoke(self) -> None:
         """Give the window its sums again. It keeps a reference on which ranks have agreed."""
-        if self.aside is not None and (window := self.window) is not None:
-            window.parameters, window.sums = self.aside.parameters, self.aside.sums
-            window.lent = self.aside.lent
+        if self.aside is not None:
+            window, kept = self.aside
+            window.parameters, window.sums, window.lent = kept.parameters, kept.sums, kept.lent
             self.step._window, self.aside = window, None
 
 

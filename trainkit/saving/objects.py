@@ -59,7 +59,7 @@ class Objects:
         if missing:
             warn(
                 f"the step changes {', '.join(missing)}, which would not be saved: give all of it, "
-                "`resumable(path, model=model, optimizer=optimizer, lr=scheduler, step=step)`"
+                "`resumable(path, model=model, optimizer=optimizer, scheduler=scheduler, ...)`"
             )
 
     def not_finite(self) -> str:
